@@ -1,0 +1,252 @@
+"""What a user may set about the method. Frozen, validated once, free of torch so that `mae --help` is quick."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+Size = tuple[int, int]
+
+# name: (width, depth, heads). Ti to H are the paper's and timm's; pico and nano are for 28 to 64 px images.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "pico": (64, 4, 4),
+    "nano": (96, 6, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """A ViT by its numbers; `parse_arch` makes one from a name such as `vit_base_patch16`."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    patch_px: int
+
+
+def parse_arch(name: str) -> Arch:
+    """The architecture called `vit_<size>_patch<px>`. Raises ValueError for any other name."""
+    found = _ARCH.fullmatch(name)
+    if found is None or found["size"] not in SIZES or int(found["patch"]) < 1:
+        raise ValueError(
+            f"unknown architecture {name!r}; try vit_<size>_patch<px> with size one of {', '.join(SIZES)}, "
+            "such as vit_base_patch16 or vit_nano_patch4"
+        )
+    width, depth, heads = SIZES[found["size"]]
+    return Arch(name=name, width=width, depth=depth, heads=heads, patch_px=int(found["patch"]))
+
+
+def patch_grid(image_px: Size, patch_px: int) -> Size:
+    """Rows and columns of patches. Raises ValueError where the patch does not divide a side."""
+    for side_px in image_px:
+        if side_px < patch_px or side_px % patch_px:
+            nearest_px = max(patch_px, round(side_px / patch_px) * patch_px)
+            raise ValueError(f"image side {side_px}px is not a multiple of patch {patch_px}px; try {nearest_px}px")
+    return image_px[0] // patch_px, image_px[1] // patch_px
+
+
+def num_visible(num_patches: int, ratio: float) -> int:
+    """Patches left visible: int(L * (1 - ratio)), truncated in float64 as the reference does (0.8 of 100 keeps 19)."""
+    return int(num_patches * (1 - ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches are hidden (section 3, Figure 6)."""
+
+    kind: Literal["random", "block", "grid"] = "random"
+    """random: uniformly; block: rectangles, as BEiT; grid: one patch in every k x k cell stays visible."""
+    ratio: float = 0.75
+    """Share of patches that is hidden, above 0 and below 1. A grid needs 1 - 1/k^2: 0.75 for cells of 2 x 2."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"mask ratio {self.ratio} is outside (0, 1); try 0.75")
+        if self.kind == "grid":
+            self.grid_cell()
+
+    def grid_cell(self) -> int:
+        """Side of a grid mask's cell in patches. Raises ValueError where the ratio is that of no grid."""
+        cell = round((1 / (1 - self.ratio)) ** 0.5)
+        if cell < 2 or abs(1 - 1 / cell**2 - self.ratio) > 1e-3:
+            raise ValueError(f"mask ratio {self.ratio} makes no grid; try 0.75 (2 x 2 cells) or 0.8889 (3 x 3 cells)")
+        return cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A masked autoencoder: timm's ViT as encoder, a light decoder, what is hidden and what is predicted."""
+
+    arch: str = "vit_base_patch16"
+    """Encoder, vit_<size>_patch<px>; sizes: pico, nano, tiny, small, base, large, huge."""
+    image_px: Size = (224, 224)
+    """Height and width of the input, each a multiple of the patch."""
+    channels: int = 3
+    """Channels of the input; 1 for grayscale."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """What is hidden during pretraining."""
+    decoder_depth: int = 8
+    """Transformer blocks of the decoder (Table 1a)."""
+    decoder_width: int = 512
+    """Width of the decoder's tokens (Table 1b)."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder; must divide its width."""
+    mask_token_in: Literal["decoder", "encoder"] = "decoder"
+    """Where mask tokens enter; the encoder costs 3x the time and loses accuracy (Table 1c)."""
+    target: Literal["norm_pixels", "pixels"] = "norm_pixels"
+    """What is predicted: pixels, or pixels normalised within each patch (Table 1d)."""
+
+    def __post_init__(self) -> None:
+        grid = self.grid
+        num_patches = grid[0] * grid[1]
+        if num_visible(num_patches, self.mask.ratio) < 1:
+            raise ValueError(
+                f"mask ratio {self.mask.ratio} leaves none of {num_patches} patches visible; "
+                f"try {int(100 * (1 - 1 / num_patches)) / 100 if num_patches > 1 else 'a smaller patch'}"
+            )
+        if self.mask.kind == "grid":
+            cell = self.mask.grid_cell()
+            if grid[0] % cell or grid[1] % cell:
+                sides = [max(cell, round(side / cell) * cell) * parse_arch(self.arch).patch_px for side in grid]
+                raise ValueError(
+                    f"a grid mask of ratio {self.mask.ratio} needs sides of a multiple of {cell} patches, not "
+                    f"{grid[0]} x {grid[1]}; try image_px {sides[0]} {sides[1]}"
+                )
+        if self.channels < 1:
+            raise ValueError(f"channels {self.channels} is below 1; try 3, or 1 for grayscale")
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder depth {self.decoder_depth} is below 1; try 8, or 1 for the fastest")
+        if self.decoder_width < 4 or self.decoder_width % 4 or self.decoder_width % self.decoder_heads:
+            raise ValueError(
+                f"decoder width {self.decoder_width} must be a multiple of 4 and of its {self.decoder_heads} heads; "
+                f"try {max(4, self.decoder_heads) * 32}"
+            )
+
+    @property
+    def patch_px(self) -> int:
+        return parse_arch(self.arch).patch_px
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_px, self.patch_px)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_visible(self) -> int:
+        return num_visible(self.num_patches, self.mask.ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule (Tables 8 to 10)."""
+
+    name: Literal["adamw", "lars"] = "adamw"
+    """adamw for transformers, lars for linear probes."""
+    base_lr: float = 1.5e-4
+    """Learning rate for a batch of 256; the rate used is base_lr x batch / 256."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.05
+    """Decay of weights; biases, norms, tokens and other 1-D parameters are never decayed."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    momentum: float = 0.9
+    """LARS' momentum."""
+    layer_decay: float = 1.0
+    """Each block learns at this factor of the rate of the block above it; 1 treats all alike."""
+    clip_norm: float | None = None
+    """Gradients longer than this are shortened to it; without a value they are left alone."""
+
+    def __post_init__(self) -> None:
+        if self.base_lr <= 0:
+            raise ValueError(f"base_lr {self.base_lr} is not positive; try 1.5e-4")
+        if self.warmup_epochs < 0 or self.weight_decay < 0 or self.min_lr < 0:
+            raise ValueError("warmup_epochs, weight_decay and min_lr must not be negative; try 0")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay {self.layer_decay} is outside (0, 1]; try 0.75, or 1 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What happens to an image on its way to the model while training."""
+
+    crop: Literal["random_resized", "none"] = "random_resized"
+    """random_resized: a random box, resized; none: the whole image resized as for evaluation (Table 1e)."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of the random box, as a share of the image."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width-to-height ratio of the random box."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    rand_augment: str = ""
+    """timm's RandAugment recipe, such as rand-m9-mstd0.5-inc1; empty for none."""
+    erase: float = 0.0
+    """Probability of random erasing."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 for none."""
+    label_smoothing: float = 0.0
+    """Probability mass taken from the true class and spread over all."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop scale {self.scale} is not within 0 < min <= max <= 1; try 0.2 1.0")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"crop aspect {self.aspect} is not 0 < min <= max; try 0.75 1.3333")
+        for name in ("erase", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two visits of an image can differ."""
+        return self.crop != "none" or self.flip or bool(self.rand_augment) or self.erase > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """A ViT classifier on top of an encoder."""
+
+    method: Literal["finetune", "probe"] = "finetune"
+    """finetune: everything learns; probe: a linear layer on frozen features, behind a BatchNorm without affine."""
+    pool: Literal["avg", "token"] = "avg"
+    """What is classified: the mean of the patch tokens, or the class token."""
+    drop_path: float = 0.0
+    """Stochastic depth, rising linearly to this in the last block."""
+    head_std: float = 2e-5
+    """Standard deviation of the head's initial weights."""
+    train_blocks: int | None = None
+    """Only the last so many blocks and the head learn (partial fine-tuning, Figure 9); without a value all learn."""
+    ema_decay: float | None = None
+    """Evaluate an exponential moving average of the weights with this decay; without a value the weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path {self.drop_path} is outside [0, 1); try 0.1, or 0 for none")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999")
+        if self.train_blocks is not None and self.train_blocks < 0:
+            raise ValueError(f"train_blocks {self.train_blocks} is negative; try 4, or 0 for the head alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """How stored uint8 pixels become what the model sees: (x / 255 - mean) / std, a value a channel."""
+
+    mean: tuple[float, ...]
+    """Mean of each channel on the scale 0 to 1."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel on the scale 0 to 1."""

@@ -1,0 +1,343 @@
+"""Every dict (YAML, sweep point, checkpoint metadata, train_loop_config) becomes an object here, or is refused in words."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How a folder of images becomes shards and a manifest."""
+
+    val_fraction: float = 0.1
+    """Share of images held out as split `val`, by a seeded hash of their content, where the source has no val/ folder."""
+    labels: Literal["auto", "folder", "none"] = "auto"
+    """folder: the first folder below a split is the class; auto: so where every image lies just one folder deep."""
+    rows_per_shard: int = 8192
+    """Images of the sorted listing that go to one shard."""
+    rows_per_group: int = 256
+    """Rows of a Parquet row group, the unit of shuffling and reading."""
+    max_pixels: int = 64_000_000
+    """Images of more pixels are quarantined, by their header, before they are decoded."""
+    seed: int = 0
+    """Seed of the hash that holds out `val`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction {self.val_fraction} is outside [0, 1); try 0.1, or 0 for none")
+        if self.rows_per_group < 1 or self.rows_per_shard < self.rows_per_group:
+            raise ValueError(
+                f"rows_per_shard {self.rows_per_shard} must be at least rows_per_group {self.rows_per_group}, "
+                "and that at least 1; try 8192 and 256"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which prepared dataset is read, and how."""
+
+    uri: str = ""
+    """Prepared dataset: the folder or s3:// prefix that `mae prepare` wrote."""
+    batch: int = 4096
+    """Global batch: samples of one optimizer step over all workers."""
+    micro_batch: int = 64
+    """Samples of one forward pass on one worker; must divide the batch. Gradients accumulate over the rest."""
+    window: int = 8192
+    """Rows are shuffled within windows of this many, rounded to whole batches, of shuffled row groups."""
+    labels_per_class: int | None = None
+    """Train on so many labelled images of each class, chosen by the seed; without a value on all."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.batch < 1 or self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"try {max(1, round(self.batch / max(1, self.micro_batch))) * max(1, self.micro_batch)}"
+            )
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise ValueError(f"labels_per_class {self.labels_per_class} is below 1; try 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where the work runs."""
+
+    num_workers: int = 1
+    """DDP workers, one GPU each where GPUs are used."""
+    gpu: bool = False
+    """Give each worker a GPU and use NCCL; otherwise CPU and gloo."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast type of the forward pass; bfloat16 on GPUs that have it."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Only deterministic CUDA kernels, so that a resumed run equals an undisturbed one bit for bit on GPUs too."""
+    threads: int = 1
+    """CPU threads of one worker."""
+    data_tasks: int = 2
+    """CPUs declared for decoding beside the workers where Ray is embedded in this process."""
+    max_failures: int = 3
+    """Worker failures after which a run ends with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "threads", "data_tasks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What MLflow is told. The server is chosen by MLFLOW_TRACKING_URI; without it a local sqlite file is used."""
+
+    experiment: str = "mae"
+    """MLflow experiment of the run."""
+    register: bool = True
+    """Register the result as a new model version, with alias @candidate."""
+    name: str = ""
+    """Registered model; empty for mae-<arch>, or <backbone>-classifier."""
+    log_every_steps: int = 10
+    """Steps between two points of every metric."""
+    pictures_every_epochs: int = 10
+    """Epochs between two pictures of reconstructions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When training state is saved."""
+
+    every_epochs: float = 1.0
+    """Epochs between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs <= 0 or self.keep < 1:
+            raise ValueError("every_epochs must be positive and keep at least 1; try 1 and 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Masked-autoencoder pretraining (Table 8)."""
+
+    name: str = ""
+    """Name of the run; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    seed: int = 0
+    """Seed of initial weights, order, crops and masks."""
+    epochs: int = 800
+    """Passes over the training split."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Dataset and batch."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model, mask and target."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation; the paper's is a random resized crop and a flip, nothing else."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Workers and precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        _check_epochs(self.epochs, self.optim)
+        for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
+            if getattr(self.augment, name):
+                raise ValueError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Fine-tuning, linear probing or training from scratch: a classifier on labelled images (Tables 9 to 11)."""
+
+    name: str = ""
+    """Name of the run; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    backbone: str = "models:/mae-vit_base_patch16@candidate"
+    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> for none."""
+    image_px: tuple[int, int] | None = None
+    """Height and width of the input; without a value those of the backbone (of the stored images for random)."""
+    seed: int = 0
+    """Seed of head, order, augmentation, mixup and drop path."""
+    epochs: int = 100
+    """Passes over the training split."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch=1024))
+    """Dataset and batch."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """What learns, and what is classified."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            base_lr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65
+        )
+    )
+    """Optimizer and schedule."""
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(scale=(0.08, 1.0)))
+    """Augmentation of training images."""
+    eval_split: Literal["val", "test"] = "val"
+    """Split on which the final accuracy is measured; test is for the end of a study, once."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Workers and precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        _check_epochs(self.epochs, self.optim)
+        if self.backbone.startswith("random:"):
+            parse_arch(self.backbone.removeprefix("random:"))
+        elif not self.backbone.startswith("models:/"):
+            raise ValueError(
+                f"backbone {self.backbone!r} is neither models:/NAME@ALIAS, models:/NAME/VERSION nor random:<arch>; "
+                "try models:/mae-vit_base_patch16@candidate"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A search: every trial pretrains, is probed and fine-tuned; the best on val is registered."""
+
+    name: str = ""
+    """Name of the sweep; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which the ledger, the table, the figure and the best preset are written."""
+    space: dict[str, list[Any]] = field(
+        default_factory=lambda: {"model.mask.ratio": [0.5, 0.75, 0.9], "model.decoder_depth": [1, 4]}
+    )
+    """Dotted fields of `pretrain`, each with the values to try."""
+    search: Literal["grid", "random"] = "grid"
+    """grid tries every combination; random draws num_trials of them without repetition."""
+    num_trials: int = 8
+    """Trials of a random search."""
+    seed: int = 0
+    """Seed of a random search."""
+    max_concurrent: int = 1
+    """Trials that run at the same time."""
+    select_by: Literal["finetune", "probe"] = "finetune"
+    """Accuracy on val that decides the best trial."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """What every trial pretrains, before the point of the space is applied."""
+    probe: ClassifyConfig = field(
+        default_factory=lambda: ClassifyConfig(classifier=ClassifierConfig(method="probe", pool="token"))
+    )
+    """How a trial is probed; data.uri, backbone and compute are the trial's own."""
+    finetune: ClassifyConfig = field(default_factory=ClassifyConfig)
+    """How a trial is fine-tuned; data.uri, backbone and compute are the trial's own."""
+
+    def __post_init__(self) -> None:
+        if not self.space or not all(isinstance(v, list) and v for v in self.space.values()):
+            raise ValueError("space must name at least one field with a list of values; try model.mask.ratio: [0.5, 0.75]")
+        if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
+            raise ValueError("probe.classifier.method must be probe and finetune.classifier.method finetune")
+        if self.num_trials < 1 or self.max_concurrent < 1:
+            raise ValueError("num_trials and max_concurrent must be at least 1; try 8 and 1")
+
+
+def _check_epochs(epochs: int, optim: OptimConfig) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs {epochs} is below 1; try 1")
+    if optim.warmup_epochs > epochs:
+        raise ValueError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
+        )
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The config that a dict describes, defaults filled in. Raises ValueError that names each wrong key or value."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected fields of {cls.__name__}, got {values!r}; try `key: value` lines")
+    unknown = list(_unknown_keys(cls, values, ""))
+    if unknown:
+        raise ValueError("; ".join(unknown))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_in_words(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, such that from_dict(type(config), to_dict(config)) == config."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def with_overrides(config: T, point: dict[str, Any]) -> T:
+    """The config with dotted fields replaced, as `{"model.mask.ratio": 0.5}`."""
+    values = to_dict(config)
+    for dotted, value in point.items():
+        *parents, last = dotted.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{dotted} does not name a field of {type(config).__name__}: {parent} has no fields")
+        inner[last] = value
+    return from_dict(type(config), values)
+
+
+def load_preset(cls: type[T], preset: str) -> T:
+    """The config in a YAML file, or in the shipped preset of that name."""
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        near = difflib.get_close_matches(preset, names, 1)
+        raise ValueError(f"no preset {preset!r}; {f'did you mean {near[0]}?' if near else 'try ' + ', '.join(names)}")
+    values = yaml.safe_load(path.read_text()) or {}
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind != KINDS[cls]:
+        raise ValueError(f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}")
+    return from_dict(cls, values)
+
+
+KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify", SweepConfig: "sweep"}
+
+
+def config_hash(config: Any) -> str:
+    """Twelve hex digits over what decides a run's result: every field but where it is written and what it is called."""
+    values = to_dict(config)
+    for key in ("name", "output"):
+        values.pop(key, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_name(config: Any, preset: str) -> str:
+    """The given name, or the preset's stem and the config's hash."""
+    return config.name or f"{Path(preset).stem}-{config_hash(config)}"
+
+
+def _unknown_keys(cls: Any, values: dict[str, Any], prefix: str) -> Iterator[str]:
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {prefix}{key}; {hint}"
+        elif dataclasses.is_dataclass(known[key]) and isinstance(value, dict):
+            yield from _unknown_keys(known[key], value, f"{prefix}{key}.")
+
+
+def _in_words(error: ValidationError) -> str:
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(part) for part in e["loc"])
+        message = e["msg"].removeprefix("Value error, ")
+        got = "" if e["type"] == "value_error" else f", got {e['input']!r}"
+        lines.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(lines)
