@@ -1,0 +1,101 @@
+"""The encoder: timm's VisionTransformer, run on visible patches only (section 3)."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_core.config import Arch, Size, patch_grid
+from mae_core.masking import Mask
+from mae_core.patches import gather_patches, patchify
+from mae_core.positions import sincos_2d
+
+norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+
+
+def build_encoder(
+    arch: Arch,
+    image_px: Size,
+    channels: int,
+    *,
+    drop_path: float = 0.0,
+    num_classes: int = 0,
+    pool: Literal["token", "avg"] = "token",
+) -> VisionTransformer:
+    """A ViT with fixed sine-cosine positions, initialised as the reference's, from torch's global generator.
+
+    `pool="avg"` normalises after the mean over patches (timm's fc_norm) instead of before it.
+    """
+    grid = patch_grid(image_px, arch.patch_px)
+    vit = VisionTransformer(
+        img_size=image_px,
+        patch_size=arch.patch_px,
+        in_chans=channels,
+        num_classes=num_classes,
+        global_pool=pool,
+        embed_dim=arch.width,
+        depth=arch.depth,
+        num_heads=arch.heads,
+        drop_path_rate=drop_path,
+        norm_layer=norm_layer,
+        weight_init="skip",
+    )
+    vit.apply(init_linear)
+    patch_weight = vit.patch_embed.proj.weight
+    nn.init.xavier_uniform_(patch_weight.view(patch_weight.shape[0], -1))
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    assert vit.cls_token is not None
+    nn.init.normal_(vit.cls_token, std=0.02)
+    vit.pos_embed = fixed(sincos_2d(arch.width, grid, class_token=True)[None])
+    return vit
+
+
+def encode(
+    vit: VisionTransformer,
+    images: Float[Tensor, "batch channels height width"],
+    mask: Mask | None,
+    mask_token: Float[Tensor, "1 1 features"] | None = None,
+) -> Float[Tensor, "batch tokens features"]:
+    """The class token and the visible patches (all of them without a mask), encoded and normalised.
+
+    With a mask token, one stands for every hidden patch, after the visible ones (Table 1c).
+    """
+    assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
+    projection = vit.patch_embed.proj
+    patch_px = projection.kernel_size[0]
+    patches = patchify(images, patch_px) if mask is None else gather_patches(images, mask.visible_ids, patch_px)
+    # A patch's values come row, column, channel; the convolution's weight is laid out channel, row, column.
+    embedded = F.linear(patches, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+    assert vit.pos_embed is not None
+    assert vit.cls_token is not None
+    positions = vit.pos_embed[0]
+    tokens = [(vit.cls_token + positions[0]).expand(len(images), -1, -1)]
+    if mask is None:
+        tokens.append(embedded + positions[1:])
+    else:
+        tokens.append(embedded + F.embedding(mask.visible_ids + 1, positions))
+        if mask_token is not None:
+            tokens.append(mask_token + F.embedding(mask.hidden_ids + 1, positions))
+    return vit.norm(vit.blocks(torch.cat(tokens, dim=1)))
+
+
+def export_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
+    """The encoder's tensors under timm's names, without a head."""
+    return {name: tensor.detach() for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
+
+
+def init_linear(module: nn.Module) -> None:
+    """A linear layer starts from Xavier's uniform distribution and no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def fixed(values: Tensor) -> nn.Parameter:
+    """Values that are saved but never learnt; a parameter and not a buffer, as in timm's ViT."""
+    return nn.Parameter(values, requires_grad=False)

@@ -1,0 +1,104 @@
+"""Which patches are hidden: uniformly at random, in blocks, or on a grid (section 3, Figure 6)."""
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from mae_core.config import MaskConfig, Size, num_visible
+from mae_core.randomness import Purpose, hash64, uniform
+
+# Block masks after BEiT (Bao et al. 2021, Algorithm 1): its rectangles cover at least 16 of 196 patches and are at most
+# 1 / 0.3 times as long as wide. Sixteen of them cover any share of the image that is asked for, in all but rare cases.
+_BLOCK_MIN_AREA = 16 / 196
+_BLOCK_MIN_ASPECT = 0.3
+_NUM_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The visible and the hidden patches of every sample, each in ascending order."""
+
+    visible_ids: Int64[Tensor, "batch visible"]
+    hidden_ids: Int64[Tensor, "batch hidden"]
+
+    @property
+    def num_patches(self) -> int:
+        return self.visible_ids.shape[1] + self.hidden_ids.shape[1]
+
+    def is_hidden(self) -> Bool[Tensor, "batch num"]:
+        """For every patch, whether it is hidden."""
+        hidden = torch.zeros(len(self.hidden_ids), self.num_patches, dtype=torch.bool, device=self.hidden_ids.device)
+        return hidden.scatter_(1, self.hidden_ids, True)
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The mask on another device."""
+        return Mask(self.visible_ids.to(device), self.hidden_ids.to(device))
+
+
+def mask_from_noise(noise: Shaped[Tensor, "batch num"], num_visible: int) -> Mask:
+    """The `num_visible` patches with the least noise stay visible; of equals, the earlier one."""
+    order = noise.argsort(dim=1, stable=True)
+    return Mask(order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values)
+
+
+def sample_masks(
+    config: MaskConfig, grid: Size, *, seed: int, epoch: int, sample_ids: Int64[Tensor, "batch"], view: int = 0
+) -> Mask:
+    """One mask a sample, a function of (seed, epoch, sample id, view); all hide the same number of patches."""
+    if config.kind == "grid":
+        noise, visible = _grid_noise(config.grid_cell(), grid, sample_ids)
+    else:
+        visible = num_visible(grid[0] * grid[1], config.ratio)
+        noise_of = _block_noise if config.kind == "block" else _random_noise
+        noise = noise_of(grid, visible, seed, epoch, sample_ids, view)
+    return mask_from_noise(noise, visible)
+
+
+def _random_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:
+    positions = torch.arange(grid[0] * grid[1], device=sample_ids.device)
+    return hash64(seed, Purpose.MASK, epoch, sample_ids[:, None], view, positions)
+
+
+def _block_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:
+    """Rectangles are hidden one after another until enough is; the last is cut short along its rows.
+
+    A patch's rank is the first rectangle that covers it. Within a rank patches are taken in reading order, for half of
+    the samples from the end, so that what the exact count cuts off is a piece of a block too.
+    """
+    rows, columns = grid
+    num_patches = rows * columns
+    blocks = torch.arange(_NUM_BLOCKS, device=sample_ids.device)
+
+    def draw(what: int) -> Tensor:
+        return uniform(seed, Purpose.MASK, epoch, sample_ids[:, None], view, blocks, what)
+
+    least = min(_BLOCK_MIN_AREA * num_patches, num_patches - visible)
+    area = least + draw(0) * (num_patches - visible - least)
+    aspect = torch.exp((2 * draw(1) - 1) * log(_BLOCK_MIN_ASPECT))
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top = (draw(2) * (rows - height + 1)).floor()
+    left = (draw(3) * (columns - width + 1)).floor()
+
+    row = torch.arange(rows, device=sample_ids.device)
+    column = torch.arange(columns, device=sample_ids.device)
+    in_rows = (row >= top[..., None]) & (row < (top + height)[..., None])
+    in_columns = (column >= left[..., None]) & (column < (left + width)[..., None])
+    covers = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)
+    rank = torch.where(covers, blocks[:, None], _NUM_BLOCKS).amin(dim=1)
+
+    scan = torch.arange(num_patches, device=sample_ids.device)
+    from_end = hash64(seed, Purpose.MASK, epoch, sample_ids[:, None], view, _NUM_BLOCKS) < 0
+    scan = torch.where(from_end, num_patches - 1 - scan, scan)
+    return -(rank * num_patches + scan)
+
+
+def _grid_noise(cell: int, grid: Size, sample_ids: Tensor) -> tuple[Tensor, int]:
+    """The first patch of every cell is visible, for every sample and epoch."""
+    row = torch.arange(grid[0], device=sample_ids.device)[:, None]
+    column = torch.arange(grid[1], device=sample_ids.device)
+    is_hidden = ((row % cell != 0) | (column % cell != 0)).flatten().to(torch.int64)
+    return is_hidden.expand(len(sample_ids), -1), (grid[0] // cell) * (grid[1] // cell)

@@ -1,0 +1,81 @@
+"""The masked autoencoder (He et al. 2021, section 3)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mae_core.config import ModelConfig, Size, parse_arch
+from mae_core.decoder import Decoder
+from mae_core.encoder import build_encoder, encode
+from mae_core.loss import NORM_EPS, masked_mse, targets
+from mae_core.masking import Mask
+from mae_core.patches import gather, patchify, unpatchify
+from mae_core.randomness import Purpose, seed_of
+
+
+class MAE(nn.Module):
+    """An encoder that sees some patches and a decoder that predicts the others."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        arch = parse_arch(config.arch)
+        self.encoder = build_encoder(arch, config.image_px, config.channels)
+        self.decoder = Decoder(config)
+        self.mask_token = None
+        if config.mask_token_in == "encoder":
+            self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
+
+    def forward(self, images: Float[Tensor, "batch channels height width"], mask: Mask) -> Float[Tensor, "batch"]:
+        """Each sample's loss, over hidden patches only."""
+        target = targets(images, mask, self.config.patch_px, self.config.target)
+        return masked_mse(self.predict(images, mask), target)
+
+    def predict(
+        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+    ) -> Float[Tensor, "batch hidden dim"]:
+        """Hidden patches as the model imagines them, in the order of `mask.hidden_ids` and the units of its target."""
+        return self.decoder(encode(self.encoder, images, mask, self.mask_token), mask)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
+        """(images with hidden patches zeroed, images with hidden patches predicted), visible patches as they are.
+
+        A prediction of normalised pixels lacks the patch's own mean and deviation. They are estimated from the visible
+        patches nearby, so that nothing hidden leaks into the picture. The alternative, common elsewhere, is to borrow
+        the hidden patches' true statistics: a crisper picture, of which the model has predicted only a part.
+        """
+        config = self.config
+        patches = patchify(images, config.patch_px)
+        predicted = self.predict(images, mask).to(images.dtype)
+        if config.target == "norm_pixels":
+            mean, deviation = _nearby_statistics(gather(patches, mask.visible_ids), mask, config.grid)
+            predicted = predicted * deviation + mean
+        slots = mask.hidden_ids[..., None].expand_as(predicted)
+        layout = (config.grid, config.patch_px, config.channels)
+        masked = unpatchify(patches.scatter(1, slots, 0.0), *layout)
+        return masked, unpatchify(patches.scatter(1, slots, predicted), *layout)
+
+
+def build_mae(config: ModelConfig, seed: int) -> MAE:
+    """A new MAE, the same for the same seed; torch's global generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, Purpose.INIT))
+        return MAE(config)
+
+
+def _nearby_statistics(visible: Tensor, mask: Mask, grid: Size) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [batch, hidden, 1] of hidden patches, from the visible ones weighted by distance**-4.
+
+    The weight falls fast enough for near patches to outweigh the many far ones, whose number grows with distance.
+    """
+    statistics = torch.cat([visible.mean(-1, keepdim=True), (visible.var(-1, keepdim=True) + NORM_EPS).sqrt()], -1)
+    rows = torch.arange(grid[0], device=visible.device).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1], device=visible.device).repeat(grid[0])
+    places = torch.stack([rows, columns], dim=1).to(visible.dtype)
+    weights = torch.cdist(F.embedding(mask.hidden_ids, places), F.embedding(mask.visible_ids, places)) ** -4
+    mean, deviation = (weights @ statistics / weights.sum(-1, keepdim=True)).split(1, dim=-1)
+    return mean, deviation
