@@ -1,0 +1,208 @@
+"""A URI becomes a place to read and write: a folder of this machine, or a prefix of an S3 store."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow.fs as pafs
+
+_TEMPORARY = ".tmp"
+_MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
+_DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
+
+
+def open_storage(uri: str | Path) -> "Storage":
+    """The place that a local path, file:// or s3:// URI names; it need not exist yet.
+
+    S3 credentials come from the usual chain (environment, ~/.aws, instance role), the endpoint from AWS_ENDPOINT_URL.
+    Raises ValueError for an empty URI, another scheme, or credentials within the URI.
+    """
+    text = str(uri).strip()
+    if not text:
+        raise ValueError("storage URI is empty; try a folder such as data/shards, or s3://bucket/prefix")
+    if "://" not in text:
+        return Storage(str(Path(text).expanduser().absolute()))
+    parts = urlsplit(text)
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            f"{parts.scheme}:// URI carries credentials or options; leave them out and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    if parts.scheme == "file":
+        return Storage(str(Path(unquote(parts.path)).absolute()))
+    if parts.scheme != "s3" or not parts.netloc:
+        raise ValueError(f"cannot store at {text!r}; try a folder, file:///folder or s3://bucket/prefix")
+    key = _checked(parts.path.strip("/"), text)
+    return Storage(f"s3://{parts.netloc}/{key}".rstrip("/"))
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place by its absolute URI, all that a pickle of it holds; paths are relative to it and cannot leave it."""
+
+    uri: str
+
+    @property
+    def is_local(self) -> bool:
+        return not self.uri.startswith("s3://")
+
+    def join(self, path: str) -> str:
+        """The URI of a path within."""
+        return f"{self.uri.rstrip('/')}/{_checked(path, self.uri)}" if path else self.uri
+
+    def read(self, path: str) -> bytes:
+        """All bytes of a file. Raises FileNotFoundError or PermissionError that name it."""
+        with self._named_errors("read", path):
+            if self.is_local:
+                return Path(self.join(path)).read_bytes()
+            with _s3().open_input_stream(self._key(path)) as stream:
+                return stream.read()
+
+    def write(self, path: str, content: bytes) -> None:
+        """The file holds exactly these bytes and is durable; readers saw the old content or the new, never a part."""
+        with self._named_errors("write", path):
+            if self.is_local:
+                _write_atomically(Path(self.join(path)), content)
+                return
+            with _s3().open_output_stream(self._key(path)) as stream:
+                stream.write(content)
+
+    def exists(self, path: str = "") -> bool:
+        """Whether a file (or, where the path is empty or a folder's, anything under it) is there."""
+        with self._named_errors("read", path):
+            if self.is_local:
+                return os.path.lexists(self.join(path))
+            return _s3().get_file_info(self._key(path)).type != pafs.FileType.NotFound
+
+    def list(self, prefix: str = "", suffix: str = "") -> list[tuple[str, int]]:
+        """Path and size of every file below the folder `prefix`, sorted by path; empty where there is no such folder.
+
+        Hidden files and folders, links to folders and links that leave the root are not listed.
+        """
+        with self._named_errors("list", prefix):
+            found = self._list_local(prefix) if self.is_local else self._list_s3(prefix)
+            return sorted((path, size) for path, size in found if path.endswith(suffix))
+
+    def delete(self, path: str) -> None:
+        """The file is gone, whether or not it was there."""
+        with self._named_errors("delete", path):
+            if self.is_local:
+                Path(self.join(path)).unlink(missing_ok=True)
+            elif _s3().get_file_info(self._key(path)).type == pafs.FileType.File:
+                _s3().delete_file(self._key(path))
+
+    def delete_leftovers(self) -> None:
+        """Temporary files of writers that were killed are gone; only for a folder that nobody else is writing."""
+        if self.is_local:
+            for folder, _, names in os.walk(self.uri):
+                for name in names:
+                    if name.startswith(".") and name.endswith(_TEMPORARY):
+                        (Path(folder) / name).unlink(missing_ok=True)
+
+    def open_input(self, path: str) -> Any:
+        """A random-access file for pyarrow."""
+        with self._named_errors("read", path):
+            if self.is_local:
+                return pafs.LocalFileSystem().open_input_file(self.join(path))
+            return _s3().open_input_file(self._key(path))
+
+    def _key(self, path: str) -> str:
+        return self.join(path).removeprefix("s3://")
+
+    def _list_local(self, prefix: str) -> Iterator[tuple[str, int]]:
+        root = Path(self.uri).resolve()
+        for folder, folders, names in os.walk(Path(self.join(prefix)), onerror=_raise_unless_missing):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if name.startswith(".") or (path.is_symlink() and not path.resolve().is_relative_to(root)):
+                    continue
+                if path.is_file():
+                    yield os.path.relpath(path, self.uri), path.stat().st_size
+
+    def _list_s3(self, prefix: str) -> Iterator[tuple[str, int]]:
+        root = self._key("")
+        selector = pafs.FileSelector(self._key(prefix), recursive=True, allow_not_found=True)
+        for info in _s3().get_file_info(selector):
+            relative = info.path.removeprefix(f"{root}/")
+            hidden = any(part.startswith(".") for part in relative.split("/"))
+            if info.type == pafs.FileType.File and not hidden:
+                yield relative, info.size
+
+    @contextmanager
+    def _named_errors(self, verb: str, path: str) -> Iterator[None]:
+        """What the store says becomes an error that names the URI and the remedy, and no credential."""
+        try:
+            yield
+        except OSError as error:
+            where, text = self.join(path), str(error)
+            if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
+                remedy = (
+                    "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
+                )
+                raise PermissionError(f"no permission to {verb} {where}; {remedy}") from None
+            if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
+                raise FileNotFoundError(f"{where} does not exist; check the path") from None
+            if "NO_SUCH_BUCKET" in text:
+                raise FileNotFoundError(f"the bucket of {where} does not exist; create it first") from None
+            if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+                raise ValueError(
+                    f"cannot {verb} {where}: a file stands where a folder should, or the reverse"
+                ) from None
+            raise OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}") from None
+
+
+def _checked(path: str, uri: str) -> str:
+    if path.startswith("/") or "\0" in path or any(part in ("..", ".") for part in path.split("/")):
+        raise ValueError(f"path {path!r} would leave {uri}; try a relative path without '..'")
+    return path
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _s3() -> pafs.S3FileSystem:
+    return _s3_at(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None, os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _s3_at(endpoint: str | None, pid: int) -> pafs.S3FileSystem:
+    """One client a process and endpoint; small files are one PUT, since the stream opens only when it is written."""
+    options: dict[str, Any] = {
+        "allow_delayed_open": True,
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=8),
+    }
+    if endpoint:
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
+            raise ValueError("AWS_ENDPOINT_URL is not http(s)://host:port; try http://127.0.0.1:9000")
+        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
+        options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return pafs.S3FileSystem(**options)
