@@ -1,0 +1,10 @@
+"""Prints what a pyproject.toml depends on, extras included: `python requirements.py pyproject.toml [EXTRA ...]`."""
+
+import sys
+import tomllib
+
+with open(sys.argv[1], "rb") as file:
+    project = tomllib.load(file)["project"]
+
+extras = project.get("optional-dependencies", {})
+print("\n".join([*project["dependencies"], *(line for extra in sys.argv[2:] for line in extras[extra])]))

@@ -1,0 +1,98 @@
+"""Compose files and kustomizations are valid, unknown fields refused: `python infra/validate.py [PATH ...]`.
+
+A PATH is a compose file or a folder with a kustomization.yaml; without one, this repository's own. Neither Docker nor
+a cluster is needed, and nothing is looked up. Exit status 2 with one line a fault.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+
+HERE = Path(__file__).parent
+OWN = (HERE / "compose/compose.yaml", HERE / "kuberay/base", HERE / "kuberay/overlays/example")
+
+
+def _sibling(name: str) -> Any:
+    """infra is no package: its scripts are read where they lie."""
+    spec = importlib.util.spec_from_file_location(f"infra_{name}", HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kustomization = _sibling("kustomization")
+_COMPOSE = json.loads((HERE / "schemas/compose-spec/compose-spec.json").read_text())
+_RAY_JOB = json.loads((HERE / "schemas/ray.io_v1_rayjob.json").read_text())
+
+
+def compose_faults(document: Any) -> list[str]:
+    """What is wrong with a compose file; empty where nothing is."""
+    return _schema_faults(document, _COMPOSE, jsonschema.Draft7Validator)
+
+
+def object_faults(item: dict[str, Any]) -> list[str]:
+    """What is wrong with a Kubernetes object; for a RayJob its pod templates are looked at as pods."""
+    where = f"{item.get('kind')} {item.get('metadata', {}).get('name')}"
+    if item.get("apiVersion", "").startswith("ray.io/"):
+        faults = _schema_faults(item, _RAY_JOB, jsonschema.Draft7Validator)
+        if not faults:
+            faults = [f"{at}: {fault}" for at, pod in pods(item) for fault in _core_faults(pod)]
+    else:
+        faults = _core_faults(item)
+    return [f"{where}: {fault}" for fault in faults]
+
+
+def pods(ray_job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pod that a RayJob makes, with where its template stands."""
+    spec = ray_job["spec"]
+    cluster = spec["rayClusterSpec"]
+    templates = {"headGroupSpec": cluster["headGroupSpec"]["template"]}
+    templates |= {f"workerGroupSpecs.{group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
+    if "submitterPodTemplate" in spec:
+        templates["submitterPodTemplate"] = spec["submitterPodTemplate"]
+    for where, template in templates.items():
+        metadata = {"name": "pod", **template.get("metadata", {})}
+        yield where, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+def _schema_faults(document: Any, schema: Any, validator: Any) -> list[str]:
+    errors = sorted(validator(schema).iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path])
+    return [f"{'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}" for error in errors]
+
+
+def _core_faults(item: dict[str, Any]) -> list[str]:
+    try:
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [f"{'.'.join(map(str, error.path)) or 'top level'}: {error.message}"]
+    except kubernetes_validate.SchemaNotFoundError as error:
+        return [f"kind {error.kind} {error.api_version} is unknown"]
+    return []
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a compose file or a kustomization."""
+    try:
+        if path.is_dir():
+            return [fault for item in kustomization.resolve(path) for fault in object_faults(item)]
+        (document,) = kustomization.load(path)
+        return compose_faults(document)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+
+
+def main(paths: list[str]) -> int:
+    found = [f"{path}: {fault}" for path in map(Path, paths) for fault in faults(path)]
+    print("\n".join(found) or f"{len(paths)} valid", file=sys.stderr if found else sys.stdout)
+    return 2 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or [str(path) for path in OWN]))
