@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself, in `manifest.json`: written last, so that without it there is no dataset."""
+"""What a prepared dataset says about itself, in `manifest.json`, written last: without it there is no dataset."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A prepared dataset. `digest` covers every other field: the dataset's identity in checkpoints, plans and MLflow."""
+    """A prepared dataset. `digest`, over all other fields, is its identity in checkpoints, plans and MLflow."""
 
     channels: int
     """1 where every image is gray, otherwise 3."""
@@ -106,7 +106,8 @@ def read_manifest(storage: Storage) -> Manifest:
         content = storage.read(MANIFEST)
     except FileNotFoundError:
         raise ValueError(
-            f"{storage.uri} is not a prepared dataset (it has no {MANIFEST}); run `mae prepare SOURCE {storage.uri}` first"
+            f"{storage.uri} is not a prepared dataset (it has no {MANIFEST}); "
+            f"run `mae prepare SOURCE {storage.uri}` first"
         ) from None
     try:
         values = json.loads(content)
