@@ -1,0 +1,208 @@
+"""Training augmentations, each a function of the sample's key, so that an image's fate is the same in any batch."""
+
+import random
+from functools import lru_cache
+from math import log, pi
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from mae_core.config import AugmentConfig, Pixels
+from mae_core.randomness import Purpose, hash64, hash64_numpy, seed_of, uniform, uniform_numpy
+
+_NUM_ATTEMPTS = 10
+# Random erasing's areas and aspects, as shares of the image (Zhong et al. 2017).
+_ERASE_AREA = (0.02, 1 / 3)
+_ERASE_MIN_ASPECT = 0.3
+
+
+def crop_boxes(
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Int[np.ndarray, "n"],
+    heights_px: Int[np.ndarray, "n"],
+    widths_px: Int[np.ndarray, "n"],
+    view: int = 0,
+) -> Int32[np.ndarray, "n 4"]:
+    """A box (top, left, height, width) in pixels for every image, by the law of torchvision's RandomResizedCrop.
+
+    Of ten keyed attempts the first that fits is taken; where none does, the largest central box of a lawful aspect.
+    With crop "none" the box is the whole image.
+    """
+    height, width = heights_px.astype(np.int64), widths_px.astype(np.int64)
+    if config.crop == "none":
+        return np.stack([np.zeros_like(height), np.zeros_like(width), height, width], axis=1).astype(np.int32)
+    attempts = np.arange(_NUM_ATTEMPTS)
+
+    def draw(what: int) -> np.ndarray:
+        return uniform_numpy(seed, Purpose.CROP, epoch, sample_ids[:, None], view, attempts, what)
+
+    area = (height * width)[:, None] * (config.scale[0] + draw(0) * (config.scale[1] - config.scale[0]))
+    low, high = log(config.aspect[0]), log(config.aspect[1])
+    aspect = np.exp(low + draw(1) * (high - low))
+    box_width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    box_height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (box_width >= 1) & (box_width <= width[:, None]) & (box_height >= 1) & (box_height <= height[:, None])
+    top = (draw(2) * (height[:, None] - box_height + 1)).astype(np.int64)
+    left = (draw(3) * (width[:, None] - box_width + 1)).astype(np.int64)
+    first = fits.argmax(axis=1)
+    attempted = np.stack([top, left, box_height, box_width], axis=2)[np.arange(len(first)), first]
+    any_fits = np.take_along_axis(fits, first[:, None], axis=1)
+    return np.where(any_fits, attempted, _central_boxes(config, height, width)).astype(np.int32)
+
+
+def _central_boxes(config: AugmentConfig, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+    aspect = width / height
+    box_width = np.where(aspect > config.aspect[1], np.rint(height * config.aspect[1]), width).astype(np.int64)
+    box_height = np.where(aspect < config.aspect[0], np.rint(width / config.aspect[0]), height).astype(np.int64)
+    return np.stack([(height - box_height) // 2, (width - box_width) // 2, box_height, box_width], axis=1)
+
+
+def flips(
+    config: AugmentConfig, *, seed: int, epoch: int, sample_ids: Int[np.ndarray, "n"], view: int = 0
+) -> Bool[np.ndarray, "n"]:
+    """Which images are mirrored left to right."""
+    bits = hash64_numpy(seed, Purpose.FLIP, epoch, sample_ids, view) >> np.uint64(63)
+    return bits.astype(bool) & config.flip
+
+
+def rand_augment(image: Image.Image, recipe: str, seed_key: int) -> Image.Image:
+    """The image after timm's RandAugment, in its own mode; the global generators are as they were before.
+
+    `seed_key` is the sample's `seed_of(seed, Purpose.AUGMENT, epoch, sample_id, view)`.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed_key)
+    np.random.seed(seed_key % 2**32)
+    try:
+        return _rand_augment_transform(recipe, min(image.size))(image.convert("RGB")).convert(image.mode)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@lru_cache(maxsize=64)
+def _rand_augment_transform(recipe: str, side_px: int) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    # What timm's own training transform passes: shifts up to 45 % of the side, bicubic interpolation.
+    hparams = {"translate_const": int(side_px * 0.45), "interpolation": Image.Resampling.BICUBIC}
+    return rand_augment_transform(recipe, {**hparams, "img_mean": (128, 128, 128)})
+
+
+def pixels_to_input(
+    images: UInt8[Tensor, "batch height width channels"], pixels: Pixels
+) -> Float[Tensor, "batch channels height width"]:
+    """(x / 255 - mean) / std in float32, channels first, in channels-last memory as the pixels came."""
+    scale, shift = _scale_and_shift(pixels, images.device)
+    return images.permute(0, 3, 1, 2).to(torch.float32).mul_(scale).add_(shift)
+
+
+@lru_cache(maxsize=64)
+def _scale_and_shift(pixels: Pixels, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(pixels.mean, dtype=torch.float64)[:, None, None]
+    std = torch.tensor(pixels.std, dtype=torch.float64)[:, None, None]
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+def erase(
+    images: Float[Tensor, "batch channels height width"],
+    prob: float,
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Int64[Tensor, "batch"],
+) -> Float[Tensor, "batch channels height width"]:
+    """A share `prob` of the images has a box of normal noise (random erasing, Zhong et al. 2017)."""
+    if prob == 0:
+        return images
+    height, width = images.shape[-2:]
+    ids, attempts = sample_ids[:, None], torch.arange(_NUM_ATTEMPTS, device=images.device)
+
+    def draw(what: int) -> Tensor:
+        return uniform(seed, Purpose.ERASE, epoch, ids, attempts, what)
+
+    area = (_ERASE_AREA[0] + draw(0) * (_ERASE_AREA[1] - _ERASE_AREA[0])) * height * width
+    aspect = ((1 - 2 * draw(1)) * log(_ERASE_MIN_ASPECT)).exp()
+    box_height, box_width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (box_height < height) & (box_width < width)
+    top = (draw(2) * (height - box_height + 1)).floor()
+    left = (draw(3) * (width - box_width + 1)).floor()
+    first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
+    boxes = [value.gather(1, first)[..., None] for value in (top, left, box_height, box_width)]
+    inside = _inside(boxes, height, width)
+    struck = (uniform(seed, Purpose.ERASE, epoch, sample_ids) < prob) & fits.any(dim=1)
+    noise = _normal(images.shape, seed, epoch, sample_ids).to(images.dtype)
+    return torch.where((inside & struck[:, None, None])[:, None], noise, images)
+
+
+def _inside(boxes: list[Tensor], height: int, width: int) -> Tensor:
+    """For boxes of four [batch, 1, 1] tensors, [batch, height, width] whether a pixel lies within."""
+    top, left, box_height, box_width = boxes
+    row = torch.arange(height, device=top.device)[:, None]
+    column = torch.arange(width, device=top.device)
+    return (row >= top) & (row < top + box_height) & (column >= left) & (column < left + box_width)
+
+
+def _normal(shape: torch.Size, seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
+    """Keyed standard normal numbers [batch, ...] by Box and Muller's transform of a hash's two halves."""
+    places = torch.arange(shape[1:].numel(), device=sample_ids.device)
+    bits = hash64(seed, Purpose.ERASE, epoch, sample_ids[:, None], _NUM_ATTEMPTS, places)
+    radius = (((bits & 0xFFFFFFFF).float() + 1) * 2.0**-32).log().mul(-2).sqrt()
+    return (radius * ((bits >> 32).float() * (2 * pi * 2.0**-32)).cos()).reshape(shape)
+
+
+def soft_targets(labels: Int64[Tensor, "batch"], num_classes: int, smoothing: float) -> Float[Tensor, "batch classes"]:
+    """One-hot labels with `smoothing` of their mass spread over all classes; placeholders (-1) get some class."""
+    rest = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), rest, device=labels.device)
+    return targets.scatter_(1, labels.clamp(min=0)[:, None], 1 - smoothing + rest)
+
+
+def mixup(
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int64[Tensor, "batch"],
+    num_classes: int,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    step: int,
+    micro: int,
+) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+    """Each image mixed with its mirror in the micro-batch, by mixup or by CutMix, and the targets likewise.
+
+    One draw a micro-batch, keyed by (seed, step, micro); where both are on, each is used half of the time. A sample
+    opposite a placeholder (label -1) is left as it is.
+    """
+    targets = soft_targets(labels, num_classes, config.label_smoothing)
+    if config.mixup == config.cutmix == 0:
+        return images, targets
+    rng = np.random.default_rng(seed_of(seed, Purpose.MIXUP, step, micro))
+    cuts = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
+    alpha = config.cutmix if cuts else config.mixup
+    share = rng.beta(alpha, alpha)
+    partner = torch.arange(len(labels), device=labels.device)
+    partner = torch.where(labels.flip(0) < 0, partner, partner.flip(0))
+    if cuts:
+        top, left, bottom, right = _cut(rng, share, *images.shape[-2:])
+        share = 1 - (bottom - top) * (right - left) / images.shape[-2:].numel()
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = images[partner, :, top:bottom, left:right]
+    else:
+        mixed = images.lerp(images[partner], 1 - share)
+    return mixed, targets.lerp(targets[partner], 1 - share)
+
+
+def _cut(rng: np.random.Generator, share: float, height: int, width: int) -> tuple[int, int, int, int]:
+    """A box (top, left, bottom, right) of 1 - share of the area around a random centre, clipped by the image."""
+    half_height, half_width = height * (1 - share) ** 0.5 / 2, width * (1 - share) ** 0.5 / 2
+    row, column = rng.integers(height), rng.integers(width)
+    top, bottom = max(0, round(row - half_height)), min(height, round(row + half_height))
+    left, right = max(0, round(column - half_width)), min(width, round(column + half_width))
+    return int(top), int(left), int(bottom), int(right)

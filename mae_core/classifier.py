@@ -1,0 +1,130 @@
+"""Classifiers on top of an encoder: fine-tuned as a whole or in part, or a linear probe on frozen features."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_core.config import Arch, ClassifierConfig, Size
+from mae_core.encoder import build_encoder, encode
+
+
+def build_classifier(
+    arch: Arch, image_px: Size, channels: int, num_classes: int, config: ClassifierConfig
+) -> VisionTransformer:
+    """A ViT with a small random head; with pool "avg" the class token is not in the mean (section 4.3)."""
+    vit = build_encoder(arch, image_px, channels, drop_path=config.drop_path, num_classes=num_classes, pool=config.pool)
+    _init_head(vit.head, config.head_std)
+    if config.train_blocks is not None:
+        freeze(vit, config.train_blocks)
+    return vit
+
+
+def freeze(vit: VisionTransformer, train_blocks: int) -> None:
+    """Only the last `train_blocks` blocks, the norm after them, and the head learn (Figure 9); with 0 the head alone.
+
+    Raises ValueError where the encoder has fewer blocks.
+    """
+    depth = len(vit.blocks)
+    if train_blocks > depth:
+        raise ValueError(f"train_blocks {train_blocks} is above the encoder's {depth} blocks; try {depth}")
+    learning = [vit.head, *list(vit.blocks)[depth - train_blocks :]]
+    if train_blocks:
+        learning += [vit.norm, vit.fc_norm]
+    vit.requires_grad_(False)
+    for module in learning:
+        module.requires_grad_(True)
+
+
+def load_encoder(vit: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
+    """The encoder has these weights (timm's names); head, and norm behind a mean, are left as they were.
+
+    For another image size the model keeps its own position table, which is fixed and needs no weights. Raises
+    ValueError where names or shapes differ.
+    """
+    own = vit.state_dict()
+    wanted = {name for name in own if not name.startswith(("head.", "fc_norm."))}
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "fc_norm."))}
+    if isinstance(vit.norm, nn.Identity):
+        given = {name: tensor for name, tensor in given.items() if not name.startswith("norm.")}
+    if strange := sorted(wanted ^ given.keys()):
+        side = "lack" if strange[0] in wanted else "have"
+        raise ValueError(
+            f"the weights {side} {strange[0]!r} ({len(strange)} names differ); use an encoder.safetensors of this arch"
+        )
+    if given["pos_embed"].shape != own["pos_embed"].shape:
+        given["pos_embed"] = own["pos_embed"]
+    for name in sorted(wanted):
+        if given[name].shape != own[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(given[name].shape)} in the weights and {tuple(own[name].shape)} in the model; "
+                "use the arch and the channels that the weights were trained with"
+            )
+    vit.load_state_dict(given, strict=False)
+
+
+def features(
+    vit: VisionTransformer, images: Float[Tensor, "batch channels height width"], pool: Literal["avg", "token"]
+) -> Float[Tensor, "batch features"]:
+    """One vector an image, with nothing hidden: the class token, or the mean of the patches."""
+    tokens = encode(vit, images, None)
+    return vit.fc_norm(tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1))
+
+
+class ProbeHead(nn.Module):
+    """A linear classifier behind a BatchNorm without affine (Table 9, after Doersch et al. 2015)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, width: int, num_classes: int, *, head_std: float = 0.01, eps: float = 1e-6, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.head = nn.Linear(width, num_classes)
+        _init_head(self.head, head_std)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch features"],
+        weights: Float[Tensor, "batch"],
+        all_sum: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits. In training, statistics are those of the samples of all ranks with weights (0 for placeholders).
+
+        `all_sum` adds a tensor up over ranks. Nothing flows back into the features: they are frozen.
+        """
+        if self.training:
+            mean, var = self._observe(features, weights, all_sum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return self.head((features - mean) * torch.rsqrt(var + self.eps))
+
+    @torch.no_grad()
+    def _observe(
+        self, features: Tensor, weights: Tensor, all_sum: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and (biased) variance, which have moved the running ones; summed in float64, in one message."""
+        values, weight = features.double(), weights.double()[:, None]
+        sums = torch.cat([(values * weight).sum(0), (values.square() * weight).sum(0), weight.sum(0)])
+        if all_sum is not None:
+            sums = all_sum(sums)
+        count = sums[-1].clamp(min=1)
+        mean, square = (sums[:-1] / count).chunk(2)
+        var = (square - mean.square()).clamp(min=0)
+        unbiased = var * count / (count - 1).clamp(min=1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean.to(features.dtype), var.to(features.dtype)
+
+
+def _init_head(head: nn.Module, std: float) -> None:
+    assert isinstance(head, nn.Linear)
+    nn.init.trunc_normal_(head.weight, std=std)
+    nn.init.zeros_(head.bias)

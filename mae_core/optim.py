@@ -1,0 +1,104 @@
+"""Optimizers of the paper's recipes: AdamW with layer-wise decay of the rate, and LARS for probes."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from mae_core.config import OptimConfig
+
+_TOKENS = ("cls_token", "mask_token", "pos_embed", "reg_token")
+_FIRST = re.compile(r"(cls_token|pos_embed|patch_embed\..*)")
+_BLOCK = re.compile(r"blocks\.(\d+)\..*")
+_LAST = re.compile(r"(norm|fc_norm|head)\..*")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> Optimizer:
+    """The optimizer that the config names, over all parameters that learn."""
+    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+    if config.name == "lars":
+        return LARS(groups, lr=lr, momentum=config.momentum)
+    return AdamW(groups, lr=lr, betas=config.betas, fused=True)
+
+
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Learning parameters by (rate, decay): biases, norms, tokens and other 1-D parameters are not decayed.
+
+    With layer_decay below 1 the rate falls by that factor from each block to the one below it. Raises ValueError where
+    the model has names that this does not know, rather than training it at the wrong rates.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    scale_of = _layer_scales(model, layer_decay) if layer_decay < 1 else (lambda name: 1.0)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named:
+        decayed = parameter.ndim > 1 and not name.endswith(_TOKENS)
+        key = (scale_of(name), weight_decay if decayed else 0.0)
+        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": key[1]})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer_scales(model: nn.Module, layer_decay: float) -> Callable[[str], float]:
+    """The factor of each parameter's rate: 1 for the head, layer_decay ** (depth + 1) for the patch embedding."""
+    names = [name for name, _ in model.named_parameters()]
+    blocks = {int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))}
+    strange = [name for name in names if not any(p.fullmatch(name) for p in (_FIRST, _BLOCK, _LAST))]
+    if strange or not blocks:
+        raise ValueError(
+            f"layer_decay {layer_decay} needs a backbone with timm's ViT names, not {(strange or names)[0]!r}; "
+            "rename its parameters or try layer_decay 1"
+        )
+    top = max(blocks) + 2
+
+    def scale_of(name: str) -> float:
+        block = _BLOCK.fullmatch(name)
+        layer = int(block[1]) + 1 if block else 0 if _FIRST.fullmatch(name) else top
+        return layer_decay ** (top - layer)
+
+    return scale_of
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose steps are as long, relative to each weight matrix, everywhere (You et al. 2017).
+
+    Parameters with one dimension are neither decayed nor rescaled, as in the recipe of Table 9.
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "LARS takes no closure"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update + group["weight_decay"] * parameter
+                    update = update * _trust_ratio(parameter, update, group["trust"])
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.mul_(group["momentum"]).add_(update)
+                parameter.sub_(momentum, alpha=group["lr"])
+
+
+def _trust_ratio(parameter: Tensor, update: Tensor, trust: float) -> Tensor:
+    """trust * |parameter| / |update|, or 1 where either is zero; a tensor, so that nothing waits for the device."""
+    weight_norm, update_norm = parameter.norm(), update.norm()
+    ratio = trust * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))

@@ -1,0 +1,37 @@
+"""What one micro-batch contributes to a step. Sums, not means: the caller divides by the samples of the whole step."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mae_core.masking import Mask
+
+
+def pretrain_loss(
+    mae: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    mask: Mask,
+    weights: Float[Tensor, "batch"],
+) -> Float[Tensor, ""]:
+    """The weighted sum of the samples' losses; placeholders have weight 0."""
+    return (mae(images, mask) * weights).sum()
+
+
+def classify_loss(
+    logits: Float[Tensor, "batch classes"],
+    targets: Float[Tensor, "batch classes"],
+    weights: Float[Tensor, "batch"],
+) -> Float[Tensor, ""]:
+    """The weighted sum of the samples' cross-entropies with soft targets."""
+    return -((targets * F.log_softmax(logits, dim=1)).sum(dim=1) * weights).sum()
+
+
+@torch.no_grad()
+def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Every parameter of `ema` has moved by 1 - decay towards the model's; buffers are the model's."""
+    averages: list[Tensor] = list(ema.parameters())
+    values: list[Tensor] = list(model.parameters())
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for average, value in zip(ema.buffers(), model.buffers(), strict=True):
+        average.copy_(value)
