@@ -1,0 +1,21 @@
+"""MLflow's one door: runs, metrics, model versions and the way back from them. Importing it does not import mlflow."""
+
+from pipelines.registry.models import register_backbone, register_classifier
+from pipelines.registry.patience import TrackingUnreachable
+from pipelines.registry.points import Point
+from pipelines.registry.runs import Run
+from pipelines.registry.tracking import Tracking, open_tracking, refuse_local_tracking
+from pipelines.registry.versions import ModelRef, Step
+
+__all__ = [
+    "ModelRef",
+    "Point",
+    "Run",
+    "Step",
+    "Tracking",
+    "TrackingUnreachable",
+    "open_tracking",
+    "refuse_local_tracking",
+    "register_backbone",
+    "register_classifier",
+]

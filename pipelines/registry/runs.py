@@ -1,0 +1,240 @@
+"""One run of MLflow: parameters, points, pictures, files and an end, each written once whatever restarts."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.registry.patience import PATIENCE_S, patiently
+from pipelines.registry.points import Point, PointSender
+from pipelines.registry.versions import ModelRef
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from PIL.Image import Image
+
+    from pipelines.manifest import Manifest
+
+Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial"]
+End = Literal["FINISHED", "FAILED", "KILLED"]
+
+_MAX_KEY, _MAX_VALUE, _PARAMS_PER_REQUEST = 250, 6000, 100
+_MAX_DIGEST = 36
+_SAMPLE_EVERY_S = 10.0
+
+
+class Run:
+    """A run that exists. Made by `Tracking.run`."""
+
+    def __init__(self, client: "MlflowClient", *, id: str, name: str, experiment_id: str) -> None:
+        self.client = client
+        self.id = id
+        self.name = name
+        self.experiment_id = experiment_id
+        self._points = PointSender(self._send)
+        self._machine: MachineSampler | None = None
+
+    def start(self, config: dict[str, Any], dataset: "Manifest | None", dataset_uri: str) -> None:
+        """The run counts as running, has its parameters and its dataset, and samples this machine."""
+        known = patiently(lambda: self.client.get_run(self.id), "the run")
+        params = {k: v for k, v in flatten(config).items() if k not in known.data.params}
+        patiently(lambda: self.client.update_run(self.id, status="RUNNING"), "the run's start")
+        patiently(lambda: self._log_params(params), "parameters")
+        if dataset is not None:
+            patiently(lambda: self._log_dataset(dataset, dataset_uri), "the dataset")
+        self._machine = MachineSampler(self, known.data._metric_objs)
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of every metric that MLflow has."""
+        run = patiently(lambda: self.client.get_run(self.id), "the run")
+        # The one place where MLflow gives steps without the whole history of each metric.
+        return {metric.key: metric.step for metric in run.data._metric_objs}
+
+    def log_points(self, points: Sequence[Point | tuple[str, float, int, int]]) -> None:
+        """The points (key, value, step, time in ms) will reach MLflow, each once; returns at once."""
+        self._points.add([Point(*point) for point in points])
+
+    @property
+    def num_waiting(self) -> int:
+        """Points that MLflow has not confirmed."""
+        return self._points.num_waiting
+
+    def flush(self, patience_s: float = PATIENCE_S) -> None:
+        """MLflow has every point. Raises TrackingUnreachable where it does not answer for `patience_s`."""
+        self._points.flush(patience_s)
+
+    def log_picture(self, picture: "Path | Image", name: str) -> None:
+        """The picture is an artifact of that relative name, such as reconstructions/epoch-10.png."""
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / PurePosixPath(name).name
+            if isinstance(picture, Path):
+                shutil.copyfile(picture, path)
+            else:
+                picture.save(path)
+            self.log_file(path, str(PurePosixPath(name).parent))
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """The file is an artifact of the run in that relative folder."""
+        inside = PurePosixPath(folder)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"artifact folder {folder!r} leaves the run; try a relative one such as pictures")
+        where = None if str(inside) == "." else str(inside)
+        patiently(lambda: self.client.log_artifact(self.id, str(path), where), path.name)
+
+    def log_model_input(self, ref: ModelRef) -> None:
+        """The run says which model version it started from."""
+        from mlflow.entities import LoggedModelInput
+
+        models = [LoggedModelInput(ref.model_id)]
+        patiently(lambda: self.client.log_inputs(self.id, models=models), "the backbone")
+        self.set_tags({"mae.backbone": ref.uri})
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        """The run carries the tags."""
+        from mlflow.entities import RunTag
+
+        if tags:
+            entities = [RunTag(key, str(value)) for key, value in tags.items()]
+            patiently(lambda: self.client.log_batch(self.id, tags=entities), "tags")
+
+    def finish(self, status: End = "FINISHED", patience_s: float = PATIENCE_S) -> None:
+        """Every point has arrived and the run has ended. Raises TrackingUnreachable where MLflow does not answer."""
+        if self._machine is not None:
+            self._machine.stop()
+            self._machine = None
+        try:
+            self._points.flush(patience_s)
+        finally:
+            self._points.close()
+        patiently(lambda: self.client.set_terminated(self.id, status), "the run's end", patience_s)
+
+    def _send(self, batch: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.id, metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in batch])
+
+    def _log_params(self, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for i in range(0, len(entities), _PARAMS_PER_REQUEST):
+            self.client.log_batch(self.id, params=entities[i : i + _PARAMS_PER_REQUEST])
+
+    def _log_dataset(self, manifest: "Manifest", uri: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = {
+            "num_images": manifest.num_ok,
+            "channels": manifest.channels,
+            "num_classes": len(manifest.classes or ()),
+            "rows": {name: split.num_rows for name, split in manifest.splits.items()},
+            "digest": manifest.digest,
+        }
+        dataset = Dataset(
+            name=_shown(uri).rstrip("/").rsplit("/", 1)[-1] or "dataset",
+            digest=manifest.digest[:_MAX_DIGEST],
+            source_type="s3" if uri.startswith("s3:") else "local",
+            source=json.dumps({"uri": _shown(uri)}),
+            profile=json.dumps(profile),
+        )
+        context = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, context)])
+
+
+class MachineSampler:
+    """A thread that gives the run this machine's CPU, memory, disk, network and GPU figures as system/... points.
+
+    MLflow's own monitor ends with the first request that fails, so only its sampling is used.
+    """
+
+    def __init__(self, run: Run, earlier: "Sequence[Metric]") -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._run = run
+        self._source = SystemMetricsMonitor(run.id, tracking_uri=run.client.tracking_uri)
+        self._every_s = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _SAMPLE_EVERY_S)
+        self._step = max([m.step for m in earlier if m.key.startswith("system/")], default=-1) + 1
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="mlflow-machine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The thread has ended and no sample follows."""
+        self._stop.set()
+        self._thread.join(timeout=self._every_s)
+
+    def _sample(self) -> None:
+        while not self._stop.is_set():
+            self._source.collect_metrics()
+            values, now_ms = self._source.aggregate_metrics(), int(time.time() * 1000)
+            for monitor in self._source.monitors:
+                monitor.clear_metrics()
+            try:
+                self._run.log_points([(f"system/{k}", float(v), self._step, now_ms) for k, v in values.items()])
+            except ValueError:
+                return  # refused for ever; whoever finishes the run is told
+            self._step += 1
+            self._stop.wait(self._every_s)
+
+
+def first_tags(
+    name: str, kind: Kind, dataset: "Manifest | None", parent: Run | None, tags: dict[str, str]
+) -> dict[str, str]:
+    """Tags that a new run is made with; `mae.run_key` is what a restarted driver finds it by."""
+    found = {"mae.run_key": name, "mae.kind": kind, **commit_tags(), **tags}
+    if dataset is not None:
+        found["mae.dataset_digest"] = dataset.digest
+    if parent is not None:
+        found["mlflow.parentRunId"] = parent.id
+    return found
+
+
+def commit_tags() -> dict[str, str]:
+    """The commit of this code, and whether it was changed since; nothing where it is not a git checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return {}
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        changed = bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "mae.uncommitted_changes": str(changed).lower()}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and short strings, without passwords in addresses; what exceeds MLflow's limits is cut."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{dotted}.")
+        else:
+            flat[_short_key(dotted)] = _shown(value if isinstance(value, str) else json.dumps(value))[:_MAX_VALUE]
+    return flat
+
+
+def _short_key(dotted: str) -> str:
+    clean = re.sub(r"[^\w. /:-]", "_", dotted)
+    if len(clean) <= _MAX_KEY:
+        return clean
+    return f"{clean[: _MAX_KEY - 9]}-{hashlib.sha256(dotted.encode()).hexdigest()[:8]}"
+
+
+def _shown(uri: str) -> str:
+    """The text without user, password and query of the addresses in it."""
+    return re.sub(r"(\w://)(?:[^/@\s]*@)?([^?\s\"]*)(\?[^\s\"]*)?", r"\1\2", uri)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

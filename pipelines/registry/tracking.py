@@ -1,0 +1,212 @@
+"""Which MLflow is used, whether it answers, and the runs of one experiment in it."""
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pipelines.registry.patience import TrackingUnreachable, first_line, patiently, without_credentials
+from pipelines.registry.runs import Kind, Run, first_tags
+from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from pipelines.manifest import Manifest
+
+_ENVIRONMENT = {
+    # MLflow's own 7 retries with growing pauses take minutes; the repeating is ours (patience.py).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    # stdout belongs to results, and a progress bar to the terminal of whoever asked for one.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",
+}
+_PROBE_TIMEOUT_S = 4
+_NAME = re.compile(r"[A-Za-z0-9][\w./@=+,-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """One experiment of an MLflow that answered. Make it with `open_tracking`."""
+
+    uri: str
+    """Tracking and registry URI; may hold a password, so show `shown` instead."""
+    experiment: str
+    experiment_id: str
+    client: "MlflowClient"
+
+    @property
+    def shown(self) -> str:
+        """The URI without credentials."""
+        return without_credentials(self.uri)
+
+    @property
+    def ui_command(self) -> str:
+        """What a person does to see the runs: a command for a local file, an address for a server."""
+        if self.uri.startswith("sqlite:"):
+            return f"mlflow ui --backend-store-uri {self.uri}"
+        return f"open {self.shown}/#/experiments/{self.experiment_id}"
+
+    def run(
+        self,
+        name: str,
+        kind: Kind,
+        config: dict[str, Any],
+        *,
+        tags: dict[str, str] | None = None,
+        dataset: "Manifest | None" = None,
+        dataset_uri: str = "",
+        parent: Run | None = None,
+    ) -> Run:
+        """The experiment's run of that name, made where there is none, and running.
+
+        A driver that was killed and started again gets the same run; its parameters stay those of the first start.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
+        found = self.find_run(name)
+        if found is None:
+            made = first_tags(name, kind, dataset, parent, tags or {})
+            info = patiently(
+                lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run"
+            ).info
+            found = Run(self.client, id=info.run_id, name=name, experiment_id=self.experiment_id)
+        else:
+            found.set_tags(tags or {})
+        found.start(config, dataset, dataset_uri)
+        return found
+
+    def find_run(self, name: str) -> Run | None:
+        """The newest run that was started under that name, if any; nothing about it changes."""
+        runs = patiently(
+            lambda: self.client.search_runs(
+                [self.experiment_id],
+                f"tags.`mae.run_key` = '{name}'",
+                max_results=1,
+                order_by=["attributes.start_time DESC"],
+            ),
+            "the search for a run",
+        )
+        return Run(self.client, id=runs[0].info.run_id, name=name, experiment_id=self.experiment_id) if runs else None
+
+    def resolve(self, model_uri: str) -> ModelRef:
+        """The version that models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises ValueError for none."""
+        return resolve(self.client, model_uri)
+
+    def fetch(self, ref: ModelRef, folder: Path) -> dict[str, Path]:
+        """The version's files in `folder`, by name, verified by sha256. Raises ValueError that names a wrong one."""
+        return fetch(self.client, self.uri, ref, folder)
+
+    def lineage(self, model_uri: str) -> list[Step]:
+        """From a model version back to the commit that pretrained its backbone."""
+        return lineage(self.client, model_uri)
+
+
+def open_tracking(experiment: str) -> Tracking:
+    """The experiment in the MLflow of MLFLOW_TRACKING_URI, or else in ./mae-mlflow; it exists and answers.
+
+    Raises TrackingUnreachable, a ValueError, within about ten seconds where the server does not answer.
+    """
+    uri = tracking_uri()
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # outages are told once, by patience.py
+    if not uri.startswith("sqlite:"):
+        _probe(uri)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else _create_experiment(client, uri, experiment)
+    except (MlflowException, OSError) as error:
+        raise TrackingUnreachable(
+            f"MLflow at {without_credentials(uri)} cannot be used: {first_line(error)}; look at its log, "
+            "or unset MLFLOW_TRACKING_URI to use a local file"
+        ) from error
+    if found and found.lifecycle_stage != "active":
+        raise ValueError(
+            f"experiment {experiment!r} was deleted; restore it with `mlflow experiments restore -x {experiment_id}` "
+            "or choose another tracking.experiment"
+        )
+    return Tracking(uri, experiment, experiment_id, client)
+
+
+def tracking_uri() -> str:
+    """The MLflow that would be used: a server's address, or a sqlite file's absolute path. Nothing is contacted."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if not given:
+        return f"sqlite:///{Path.cwd() / 'mae-mlflow' / 'mlflow.db'}"
+    if given.startswith("sqlite:///"):
+        return f"sqlite:///{Path(given.removeprefix('sqlite:///')).absolute()}"
+    if urlsplit(given).scheme in ("http", "https") and urlsplit(given).hostname:
+        return given.rstrip("/")
+    raise ValueError(
+        f"MLFLOW_TRACKING_URI {without_credentials(given)!r} is neither a server nor a sqlite file; try "
+        "http://HOST:5000 of an `mlflow server` (on Postgres if you like), or sqlite:////absolute/path/mlflow.db"
+    )
+
+
+def refuse_local_tracking(ray_address: str | None) -> None:
+    """MLflow is a server, or Ray is on this machine. Raises ValueError for a sqlite file beside a remote cluster."""
+    address = (ray_address or "").strip()
+    host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
+    if address in ("", "local") or host in ("localhost", "::1") or host.startswith("127."):
+        return
+    if tracking_uri().startswith("sqlite:"):
+        raise ValueError(
+            f"Ray runs at {address}, but MLflow is the local file {tracking_uri()}, which would be lost with the "
+            "driver's machine; start `mlflow server` and set MLFLOW_TRACKING_URI to its http:// address"
+        )
+
+
+def _create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
+    """A new experiment's id. A sqlite file keeps its artifacts in a folder beside it; a server knows its own place."""
+    from mlflow.exceptions import MlflowException
+
+    location = None
+    if uri.startswith("sqlite:"):
+        location = str(Path(uri.removeprefix("sqlite:///")).parent / "artifacts")
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:
+        # Two drivers that start together both find none.
+        made = client.get_experiment_by_name(name)
+        if made is None:
+            raise
+        return made.experiment_id
+
+
+def _probe(uri: str) -> None:
+    """The server has answered something that is not a server's failure."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        response = http_request(
+            get_default_host_creds(uri),
+            "/health",
+            "GET",
+            max_retries=1,
+            timeout=_PROBE_TIMEOUT_S,
+            raise_on_status=False,
+        )
+        assert response is not None
+        answer = f"answers {response.status_code}" if response.status_code >= 500 else ""
+    except (MlflowException, OSError) as error:
+        answer = "does not answer" if "Max retries" in str(error) or "timeout" in str(error) else first_line(error)
+    if answer:
+        raise TrackingUnreachable(
+            f"MLflow at {without_credentials(uri)} {answer}; start it, correct MLFLOW_TRACKING_URI, "
+            "or unset it to use a local file"
+        )

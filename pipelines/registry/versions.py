@@ -1,0 +1,210 @@
+"""Model versions as others see them: resolved to a number, fetched and verified, and walked back to their origin."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pipelines.registry.patience import patiently
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+SHA256_TAG = "sha256."
+PARENT_TAG = "mae.parent"
+_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>[0-9]+))")
+_SOURCE = re.compile(r"models:/(?P<id>m-[0-9a-f]{32})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*")
+_OBJECT_STORES = ("s3", "gs", "abfss", "wasbs")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """One version of one registered model; no alias can move it."""
+
+    name: str
+    version: int
+    run_id: str
+    """The run that made it."""
+    model_id: str
+    """MLflow's logged model, where the files are."""
+    sha256: dict[str, str]
+    """Of each file, by name."""
+    tags: dict[str, str]
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step on the way back from a model version."""
+
+    kind: Literal["model version", "run", "dataset", "commit"]
+    id: str
+    """models:/NAME/VERSION, a run's id, a dataset's digest or a commit."""
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
+    """The version that the URI means now. Raises ValueError that says which names, aliases or versions there are."""
+    parts = _URI.fullmatch(model_uri)
+    if parts is None:
+        raise ValueError(f"model {model_uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; try one of them")
+    name, alias = parts["name"], parts["alias"]
+    registered = _registered(client, name)
+    if alias is None:
+        found = _or_none(lambda: client.get_model_version(name, parts["version"]))
+    else:
+        found = _or_none(lambda: client.get_model_version_by_alias(name, alias))
+    if found is None:
+        aliases = ", ".join(f"@{a} (version {v})" for a, v in sorted(registered.aliases.items())) or "none"
+        newest = max((int(v.version) for v in registered.latest_versions or []), default=0)
+        wanted = f"alias @{alias}" if alias else f"version {parts['version']}"
+        raise ValueError(f"model {name} has no {wanted}; its aliases are {aliases}, its newest version is {newest}")
+    return ref_of(found)
+
+
+def ref_of(version: "ModelVersion") -> ModelRef:
+    """The version as we see it. Raises ValueError for one that was not registered by this project."""
+    source = _SOURCE.fullmatch(version.source or "")
+    prefix = len(SHA256_TAG)
+    sha256 = {key[prefix:]: value for key, value in version.tags.items() if key.startswith(SHA256_TAG)}
+    if source is None or not sha256:
+        raise ValueError(
+            f"models:/{version.name}/{version.version} was not registered by `mae` (no sha256 tags, or files outside "
+            "MLflow's own store); register it with `mae register RUN`"
+        )
+    return ModelRef(
+        name=version.name,
+        version=int(version.version),
+        run_id=version.run_id or "",
+        model_id=source["id"],
+        sha256=sha256,
+        tags=dict(version.tags),
+    )
+
+
+def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path) -> dict[str, Path]:
+    """The version's files in `folder`, by name, each as its sha256 says; a file that is there already is kept.
+
+    Raises ValueError that names a file with other content, and for files that lie where they have no business.
+    """
+    location = patiently(lambda: client.get_logged_model(ref.model_id), ref.uri).artifact_location
+    check_location(location, tracking_uri, ref.uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: _fetch_file(location, tracking_uri, ref, name, folder) for name in sorted(ref.sha256)}
+
+
+def check_location(location: str, tracking_uri: str, what: str) -> None:
+    """Files at `location` may be read. Raises ValueError for a place that the tracking server does not own.
+
+    Whoever can write to an MLflow server can make a version point anywhere: to a file of this machine, or to an
+    address that only this machine reaches, such as a cloud's metadata service.
+    """
+    parts, server = urlsplit(location), urlsplit(tracking_uri)
+    is_file = parts.scheme in ("", "file")
+    allowed = (
+        (is_file and not parts.netloc and server.scheme == "sqlite")
+        or (parts.scheme == "mlflow-artifacts" and parts.netloc in ("", server.netloc.rsplit("@", 1)[-1]))
+        or (parts.scheme in _OBJECT_STORES and parts.netloc)
+    )
+    if not allowed or ".." in Path(unquote(parts.path)).parts or parts.query or parts.fragment:
+        raise ValueError(
+            f"files of {what} lie at {location!r}, outside what the tracking server owns; start the server with "
+            "--serve-artifacts and register the model again"
+        )
+
+
+def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
+    """Classifier version, fine-tune run, backbone version, pretrain run, dataset, commit; or a later part of these."""
+    steps: list[Step] = []
+    seen: set[str] = set()
+    ref: ModelRef | None = resolve(client, model_uri)
+    tags: dict[str, str] = {}
+    while ref is not None and ref.uri not in seen:
+        seen.add(ref.uri)
+        steps.append(Step(kind="model version", id=ref.uri, facts={f"sha256 {k}": v for k, v in ref.sha256.items()}))
+        run_id = ref.run_id
+        run = patiently(lambda run_id=run_id: client.get_run(run_id), "the run")
+        tags = run.data.tags
+        facts = {
+            "name": tags.get("mae.run_key", run.info.run_name or ""),
+            "kind": tags.get("mae.kind", ""),
+            "dataset": tags.get("mae.dataset_digest", ""),
+            "commit": tags.get("mlflow.source.git.commit", ""),
+        }
+        steps.append(Step(kind="run", id=run_id, facts=facts))
+        parent = ref.tags.get(PARENT_TAG)
+        ref = resolve(client, parent) if parent else None
+    steps.append(Step(kind="dataset", id=tags.get("mae.dataset_digest", "unknown")))
+    changed = {"uncommitted_changes": tags.get("mae.uncommitted_changes", "unknown")}
+    steps.append(Step(kind="commit", id=tags.get("mlflow.source.git.commit", "unknown"), facts=changed))
+    return steps
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file_name(name: str) -> None:
+    """The name stays in its folder. Raises ValueError for one that could leave it."""
+    if not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"artifact name {name!r} is not a plain file name; try one such as encoder.safetensors")
+
+
+def _fetch_file(location: str, tracking_uri: str, ref: ModelRef, name: str, folder: Path) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    check_file_name(name)
+    path, expected = folder / name, ref.sha256[name]
+    if path.is_file() and sha256_of(path) == expected:
+        return path
+    source = f"{location.rstrip('/')}/artifacts/{name}"
+    with TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
+        download = patiently(
+            lambda: download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri), name
+        )
+        found = sha256_of(Path(download))
+        if found != expected:
+            raise ValueError(
+                f"{name} of {ref.uri} has sha256 {found[:12]}..., registered was {expected[:12]}...: it was changed or "
+                "damaged after registration; register the run again with `mae register`"
+            )
+        Path(download).rename(path)
+    return path
+
+
+def _registered(client: "MlflowClient", name: str) -> "RegisteredModel":
+    found = _or_none(lambda: client.get_registered_model(name))
+    if found is not None:
+        return found
+    known = sorted(
+        model.name for model in patiently(lambda: client.search_registered_models(max_results=100), "models")
+    )
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"registered are {', '.join(known[:10]) or 'none'}"
+    raise ValueError(f"no registered model {name!r}; {hint}" + ("" if known else "; run `mae pretrain` first"))
+
+
+def _or_none(get: Callable[[], T]) -> T | None:
+    """What the registry has, or None where it has no such thing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return patiently(get, "the model")
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
