@@ -1,0 +1,178 @@
+"""Encoded images become upright uint8 pixels of one or three channels, or are refused with a reason.
+
+The header is read and judged first: a small file can claim more pixels than memory holds, and most decoders comply.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 64_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
+_MODES = (*_GRAY_MODES, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_EXIF_ORIENTATION = 0x0112
+# Resizing for evaluation covers 256/224 of the input and crops its centre.
+_EVALUATION_COVER = 256 / 224
+
+# `inspect` applies our own limit before anything is decoded; Pillow's fixed one would refuse what a user allowed.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What an image's header says. Height and width are those of the upright image, after `orientation` is applied."""
+
+    height_px: int
+    width_px: int
+    orientation: int
+    channels: int
+    format: str
+
+
+def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """The header, without decoding. Raises ValueError with the reason, its kind before the colon, for what is refused:
+    empty or unknown files, more than `max_pixels`, animations, and pixels that have no meaning in 8 bits."""
+    if not content:
+        raise ValueError("empty file")
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            return _header(image, max_pixels)
+    except UnidentifiedImageError:
+        raise ValueError("not a known image format") from None
+    except (OSError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"damaged header: {error}") from None
+
+
+def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
+    if width < 1 or height < 1:
+        raise ValueError(f"no pixels: {width} x {height}")
+    # Cameras write MPO, a JPEG with further pictures behind it: its first is the photograph.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError(f"animated or several pages: {getattr(image, 'n_frames', 2)} frames")
+    if image.mode not in _MODES:
+        raise ValueError(f"unsupported pixels: mode {image.mode}")
+    orientation = _orientation(image)
+    if orientation >= 5:
+        width, height = height, width
+    return ImageHeader(
+        height_px=height,
+        width_px=width,
+        orientation=orientation,
+        channels=1 if image.mode in _GRAY_MODES else 3,
+        format="JPEG" if image.format == "MPO" else str(image.format),
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    try:
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def decode(content: bytes, channels: int, orientation: int | None = None) -> Pixels:
+    """Upright pixels [height width channels]. Raises ValueError with the reason where the image is damaged.
+
+    Gray becomes colour by repetition and colour gray by luma; alpha is laid over white; 16 bits are scaled to 8.
+    `orientation` is the header's where it is known; without it the header is read, and judged, first.
+    """
+    if orientation is None:
+        orientation = inspect(content).orientation
+    pixels = _decode_jpeg(content, channels) if content.startswith(b"\xff\xd8") else None
+    if pixels is None:
+        pixels = _decode_any(content, channels)
+    return _upright(pixels, orientation)
+
+
+def _decode_jpeg(content: bytes, channels: int) -> Pixels | None:
+    """Pixels by libjpeg-turbo, which, unlike the others, refuses damaged data; None for CMYK, which is Pillow's."""
+    try:
+        colorspace = simplejpeg.decode_jpeg_header(content)[2]
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(content, colorspace="GRAY" if channels == 1 else "RGB")
+    except ValueError as error:
+        raise ValueError(f"damaged JPEG: {error}") from None
+
+
+def _decode_any(content: bytes, channels: int) -> Pixels:
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(
+                image if image.mode == mode and "transparency" not in image.info else _convert(image, mode)
+            )
+    except UnidentifiedImageError:
+        raise ValueError("not a known image format") from None
+    except (OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, MemoryError) as error:
+        raise ValueError(f"damaged image: {error}") from None
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """The image turned and mirrored as EXIF's orientation (1 to 8) asks."""
+    if orientation == 1:
+        return pixels
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def crop_resize(pixels: Pixels, box: tuple[int, int, int, int], flip: bool, out_hw: tuple[int, int]) -> Pixels:
+    """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`."""
+    top, left, height, width = box
+    found = pixels[top : top + height, left : left + width]
+    if (height, width) != out_hw:
+        found = _resize(found, out_hw)
+    return found[:, ::-1] if flip else found
+
+
+def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+    import torch
+    from torch.nn.functional import interpolate
+
+    # Torch's uint8 kernel is fast on true channels-last memory only; a leading None instead of reshape halves it.
+    height, width, channels = pixels.shape
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).reshape(1, height, width, channels).permute(0, 3, 1, 2)
+    resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
+    return resized.permute(0, 2, 3, 1)[0].numpy()
+
+
+def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+    """The image as it is evaluated: unchanged if it has the input's size, otherwise resized so that it covers 256/224
+    of the input, and its centre (of an image no larger than the input: resized to cover it, and its centre)."""
+    height, width = pixels.shape[:2]
+    if (height, width) == out_hw:
+        return pixels
+    cover = _EVALUATION_COVER if height > out_hw[0] and width > out_hw[1] else 1.0
+    box_scale = min(height / (out_hw[0] * cover), width / (out_hw[1] * cover))
+    box_height, box_width = max(1, round(out_hw[0] * box_scale)), max(1, round(out_hw[1] * box_scale))
+    top, left = (height - box_height) // 2, (width - box_width) // 2
+    return crop_resize(pixels, (top, left, box_height, box_width), False, out_hw)
