@@ -25,7 +25,7 @@ Content = bytes | Path
 _BACKBONE = ("encoder.safetensors", "mae.safetensors", "config.json")
 _CLASSIFIER = ("classifier.safetensors", "config.json")
 _SUFFIXES = (".safetensors", ".json", ".png")
-_REQUIREMENTS = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "safetensors", "timm", "torch")
+_REQUIREMENTS = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "safetensors", "simplejpeg", "timm", "torch")
 
 
 def register_backbone(
@@ -106,6 +106,8 @@ def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, fol
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
+    decoder = folder.with_name("mae_decode.py")
+    shutil.copyfile(Path(__file__).parents[1] / "decode.py", decoder)
     with warnings.catch_warnings():
         # An input example would be validated by loading the model, which costs more than all the rest.
         warnings.filterwarnings("ignore", message=".*input example.*")
@@ -113,7 +115,7 @@ def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, fol
             path=str(folder),
             python_model=str(Path(__file__).with_name("embedder.py")),
             artifacts={name: str(path) for name, path in paths.items()},
-            code_paths=[str(Path(mae_core.__file__).parent)],
+            code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
             # One unnamed column: a table, a list and an array of encoded images are all taken.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS],
