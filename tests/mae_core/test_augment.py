@@ -1,0 +1,176 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from mae_core.augment import crop_boxes, erase, flips, mixup, pixels_to_input, rand_augment, soft_targets
+from mae_core.config import AugmentConfig, Pixels
+
+CONFIG = AugmentConfig()
+RECIPE = "rand-m9-mstd0.5-inc1"
+
+
+def boxes(config: AugmentConfig, height: int, width: int, num: int, **key: int) -> np.ndarray:
+    ids = np.arange(num)
+    key = {"seed": 0, "epoch": 0, **key}
+    return crop_boxes(config, sample_ids=ids, heights_px=np.full(num, height), widths_px=np.full(num, width), **key)
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 2**63 - 1))
+def test_boxes_lie_within_the_image(height, width, seed):
+    top, left, box_height, box_width = boxes(CONFIG, height, width, 8, seed=seed).T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.minimum(box_height, box_width) >= 1).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 90)])
+def test_boxes_follow_torchvisions_law(height, width):
+    num = 3000
+    ours = boxes(CONFIG, height, width, num)
+    torch.manual_seed(0)
+    image = torch.zeros(1, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(CONFIG.scale), list(CONFIG.aspect)) for _ in range(num)]
+    )
+    spread = np.sqrt((ours.var(0) + theirs.var(0)) / num)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 5 * spread).all()
+    quantiles = np.linspace(0.05, 0.95, 10)
+    assert np.abs(np.quantile(ours, quantiles, axis=0) - np.quantile(theirs, quantiles, axis=0)).max() <= 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10)])
+def test_where_no_attempt_fits_the_box_is_torchvisions_central_one(height, width):
+    config = AugmentConfig(scale=(1.0, 1.0))
+    theirs = RandomResizedCrop.get_params(torch.zeros(1, height, width), [1.0, 1.0], list(config.aspect))
+    assert (boxes(config, height, width, 4) == np.array(theirs)).all()
+
+
+def test_a_box_and_a_flip_depend_on_their_key_and_not_on_their_batch():
+    whole = boxes(CONFIG, 50, 70, 16)
+    alone = crop_boxes(
+        CONFIG, seed=0, epoch=0, sample_ids=np.array([9]), heights_px=np.array([50]), widths_px=np.array([70])
+    )
+    assert (alone[0] == whole[9]).all()
+    mirrored = flips(CONFIG, seed=0, epoch=0, sample_ids=np.arange(4000))
+    assert flips(CONFIG, seed=0, epoch=0, sample_ids=np.array([3999]))[0] == mirrored[-1]
+    assert abs(mirrored.mean() - 0.5) < 0.04
+    for key in ({"seed": 1}, {"epoch": 1}, {"view": 1}):
+        assert (boxes(CONFIG, 50, 70, 16, **key) != whole).any()
+        assert (flips(CONFIG, sample_ids=np.arange(4000), **{"seed": 0, "epoch": 0, **key}) != mirrored).any()
+
+
+def test_without_crop_and_flip_images_stay_whole():
+    config = AugmentConfig(crop="none", flip=False)
+    assert (boxes(config, 50, 70, 2) == [0, 0, 50, 70]).all()
+    assert not flips(config, seed=0, epoch=0, sample_ids=np.arange(100)).any()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_rand_augment_depends_on_its_key_and_leaves_global_generators_alone(mode):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    seen = {rand_augment(image, RECIPE, key).tobytes() for key in range(8)}
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert len(seen) > 3
+    random.random()
+    assert rand_augment(image, RECIPE, 7).tobytes() in seen
+    assert rand_augment(image, RECIPE, 7).mode == mode
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_become_normalised_input(channels):
+    images = torch.randint(0, 256, (2, 5, 6, channels), dtype=torch.uint8)
+    pixels = Pixels(mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels])
+    mean, std = torch.tensor(pixels.mean), torch.tensor(pixels.std)
+    expected = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    found = pixels_to_input(images, pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def erased(ids: torch.Tensor, prob: float = 0.25, **key: int) -> torch.Tensor:
+    images = torch.full((len(ids), 3, 32, 24), 9.0)
+    return erase(images, prob, sample_ids=ids, **{"seed": 0, "epoch": 0, **key})
+
+
+def test_erasing_strikes_its_share_of_images_with_a_box_of_normal_noise():
+    found = erased(torch.arange(2000))
+    struck = (found != 9).flatten(1).any(1)
+    assert abs(struck.double().mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
+    noise = found[found != 9]
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    inside = (found[struck] != 9).all(1)
+    share = inside.double().mean((1, 2))
+    assert share.min() > 0.01
+    assert share.max() < 0.4
+    rows, columns = inside.any(2).sum(1), inside.any(1).sum(1)
+    assert torch.equal(inside.sum((1, 2)), rows * columns)
+
+
+def test_erasing_depends_on_its_key_and_not_on_its_batch():
+    whole = erased(torch.arange(64))
+    assert torch.equal(erased(torch.arange(32, 48)), whole[32:48])
+    assert not torch.equal(erased(torch.arange(64), epoch=1), whole)
+    assert not torch.equal(erased(torch.arange(64), seed=1), whole)
+
+
+def test_soft_targets_are_distributions():
+    targets = soft_targets(torch.tensor([2, 0, -1]), 4, 0.1)
+    torch.testing.assert_close(targets.sum(1), torch.ones(3))
+    torch.testing.assert_close(targets[0], torch.tensor([0.025, 0.025, 0.925, 0.025]))
+
+
+def mixed(config: AugmentConfig, labels: torch.Tensor, step: int = 0, micro: int = 0):
+    """Images that are their label everywhere, so that what they became tells what was mixed."""
+    images = labels.float()[:, None, None, None].expand(-1, 1, 16, 12).contiguous()
+    return mixup(images, labels, 8, config, seed=0, step=step, micro=micro)
+
+
+@pytest.mark.parametrize(
+    "config", [AugmentConfig(mixup=0.8), AugmentConfig(cutmix=1.0), AugmentConfig(mixup=0.8, cutmix=1.0)]
+)
+def test_targets_say_how_much_of_each_image_there_is(config):
+    labels = torch.tensor([0, 1, 2, 3, 4, 5])
+    for step in range(20):
+        images, targets = mixed(config, labels, step)
+        torch.testing.assert_close(images.mean((1, 2, 3)), targets @ torch.arange(8.0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+
+
+def test_mixing_is_keyed_by_step_and_micro_batch():
+    config, labels = AugmentConfig(mixup=0.8), torch.tensor([0, 1, 2, 3])
+    torch.manual_seed(0)
+    first = mixed(config, labels)[1]
+    torch.manual_seed(1)
+    assert torch.equal(mixed(config, labels)[1], first)
+    assert not torch.equal(mixed(config, labels, step=1)[1], first)
+    assert not torch.equal(mixed(config, labels, micro=1)[1], first)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(mixup=0.8), AugmentConfig(cutmix=1.0)])
+def test_a_sample_is_never_mixed_with_a_placeholder(config):
+    images, targets = mixed(config, torch.tensor([5, 1, 2, -1]), step=3)
+    assert (images[0] == 5).all()
+    assert targets[0].tolist() == soft_targets(torch.tensor([5]), 8, 0.0)[0].tolist()
+
+
+def test_both_mixup_and_cutmix_are_used():
+    config, labels = AugmentConfig(mixup=0.8, cutmix=1.0), torch.tensor([0, 7])
+    cuts = sum(len(mixed(config, labels, step)[0][0].unique()) == 2 for step in range(200))
+    assert 60 < cuts < 140
+
+
+def test_nothing_is_mixed_unless_asked():
+    images = torch.randn(2, 1, 4, 4)
+    found, targets = mixup(images, torch.tensor([0, 1]), 2, AugmentConfig(), seed=0, step=0, micro=0)
+    assert found is images
+    assert targets.tolist() == [[1, 0], [0, 1]]

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_core.config import MaskConfig
+from mae_core.masking import Mask, mask_from_noise, sample_masks
+
+GRID = (14, 14)
+
+
+def masks(config: MaskConfig, grid=GRID, num=16, seed=0, epoch=0, view=0) -> Mask:
+    return sample_masks(config, grid, seed=seed, epoch=epoch, sample_ids=torch.arange(num), view=view)
+
+
+@given(
+    kind=st.sampled_from(["random", "block"]),
+    ratio=st.floats(0.05, 0.95),
+    rows=st.integers(2, 14),
+    columns=st.integers(2, 14),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_counts_are_exact_and_visible_and_hidden_make_up_the_image(kind, ratio, rows, columns, seed):
+    mask = masks(MaskConfig(kind=kind, ratio=ratio), (rows, columns), num=3, seed=seed)
+    visible = int(rows * columns * (1 - ratio))
+    assert mask.visible_ids.shape == (3, visible)
+    assert mask.num_patches == rows * columns
+    together = torch.cat([mask.visible_ids, mask.hidden_ids], dim=1).sort(1).values
+    assert torch.equal(together, torch.arange(rows * columns).expand(3, -1))
+    assert (mask.visible_ids.diff(dim=1) > 0).all()
+    assert (mask.hidden_ids.diff(dim=1) > 0).all()
+
+
+def test_the_count_is_truncated_as_the_reference_does():
+    assert masks(MaskConfig(ratio=0.8), (10, 10)).visible_ids.shape[1] == 19
+    assert masks(MaskConfig(ratio=0.75)).visible_ids.shape[1] == 49
+
+
+@pytest.mark.parametrize("kind", ["random", "block"])
+def test_a_mask_depends_on_its_key_and_not_on_its_batch(kind):
+    config = MaskConfig(kind=kind)
+    whole = masks(config)
+    alone = sample_masks(config, GRID, seed=0, epoch=0, sample_ids=torch.tensor([11]))
+    assert torch.equal(alone.hidden_ids[0], whole.hidden_ids[11])
+    for other in (masks(config, seed=1), masks(config, epoch=1), masks(config, view=1)):
+        assert (other.hidden_ids != whole.hidden_ids).any(dim=1).all()
+    assert len(whole.hidden_ids.unique(dim=0)) == 16
+
+
+def test_random_masks_hide_every_patch_equally_often():
+    hidden = masks(MaskConfig(), num=4000).is_hidden().double().mean(0)
+    assert (hidden - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
+
+
+def test_the_least_noise_stays_visible_and_ties_go_to_the_earlier():
+    mask = mask_from_noise(torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0]]), 2)
+    assert mask.visible_ids.tolist() == [[1, 3]]
+    assert mask.hidden_ids.tolist() == [[0, 2, 4]]
+    assert mask.is_hidden().tolist() == [[True, False, True, False, True]]
+
+
+def test_block_masks_are_in_larger_pieces_than_random_ones():
+    def edges(kind: str) -> float:
+        hidden = masks(MaskConfig(kind=kind, ratio=0.5), num=64).is_hidden().reshape(-1, *GRID)
+        return (
+            (hidden[:, 1:] != hidden[:, :-1]).double().mean() + (hidden[..., 1:] != hidden[..., :-1]).double().mean()
+        ).item()
+
+    assert edges("block") < 0.4 * edges("random")
+
+
+def test_block_masks_reach_every_patch_though_like_beits_they_favour_the_middle():
+    hidden = masks(MaskConfig(kind="block", ratio=0.5), num=1000).is_hidden().double().mean(0)
+    assert hidden.min() > 0.03
+    assert hidden.max() < 0.97
+
+
+@pytest.mark.parametrize(("ratio", "cell", "grid"), [(0.75, 2, (4, 6)), (0.8889, 3, (9, 9))])
+def test_a_grid_mask_shows_one_patch_a_cell(ratio, cell, grid):
+    mask = masks(MaskConfig(kind="grid", ratio=ratio), grid)
+    shown = ~mask.is_hidden().reshape(-1, grid[0] // cell, cell, grid[1] // cell, cell)
+    assert (shown.sum(dim=(2, 4)) == 1).all()

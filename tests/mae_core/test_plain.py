@@ -1,0 +1,79 @@
+"""The fast path computes the paper's loss and gradients, to float32 rounding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae_core.config import MaskConfig, ModelConfig
+from mae_core.masking import sample_masks
+from mae_core.model import MAE, build_mae
+from mae_core.patches import gather
+from mae_core.plain import plain_loss, plain_predict
+
+shapes = st.sampled_from([("vit_pico_patch2", (8, 8)), ("vit_pico_patch4", (16, 8)), ("vit_pico_patch4", (8, 24))])
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    arch, image_px = draw(shapes)
+    kind = draw(st.sampled_from(["random", "block", "grid"]))
+    return ModelConfig(
+        arch=arch,
+        image_px=image_px,
+        channels=draw(st.sampled_from([1, 3])),
+        mask=MaskConfig(kind=kind, ratio=0.75 if kind == "grid" else draw(st.sampled_from([0.3, 0.5, 0.75, 0.87]))),
+        decoder_depth=draw(st.integers(1, 3)),
+        decoder_width=32,
+        decoder_heads=4,
+        mask_token_in=draw(st.sampled_from(["decoder", "encoder"])),
+        target=draw(st.sampled_from(["norm_pixels", "pixels"])),
+    )
+
+
+def loud(mae: MAE) -> MAE:
+    """The model with every bias, norm and token away from its first value, so that none can hide an error."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mae.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return mae
+
+
+def losses_and_gradients(mae: MAE, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    mae.zero_grad()
+    (loss * torch.linspace(0.5, 2, len(loss))).sum().backward()
+    return loss.detach(), {n: p.grad for n, p in mae.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@settings(max_examples=60)
+@given(config=configs(), seed=st.integers(0, 99))
+def test_loss_and_every_gradient_equal_the_plain_computation(config, seed):
+    mae = loud(build_mae(config, seed))
+    images = torch.randn(3, config.channels, *config.image_px, generator=torch.Generator().manual_seed(seed))
+    mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=torch.arange(3))
+    fast, fast_grads = losses_and_gradients(mae, mae(images, mask))
+    plain, plain_grads = losses_and_gradients(mae, plain_loss(mae, images, mask))
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    assert fast_grads.keys() == plain_grads.keys() == {n for n, p in mae.named_parameters() if p.requires_grad}
+    for name, gradient in plain_grads.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-4, atol=2e-5 * scale + 1e-7, msg=name)
+
+
+def test_in_float64_they_are_equal_to_twelve_digits():
+    config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=2, decoder_width=32, decoder_heads=4)
+    mae = loud(build_mae(config, 0)).double()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(2))
+    torch.testing.assert_close(mae(images, mask), plain_loss(mae, images, mask), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_predictions_equal_whatever_the_memory_format(memory_format):
+    config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_depth=1, decoder_width=32, decoder_heads=4)
+    mae = loud(build_mae(config, 0))
+    images = torch.randn(2, 3, 16, 16).to(memory_format=memory_format)
+    mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(2))
+    expected = gather(plain_predict(mae, images, mask), mask.hidden_ids)
+    torch.testing.assert_close(mae.predict(images, mask), expected, rtol=1e-5, atol=1e-5)

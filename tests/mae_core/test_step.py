@@ -1,0 +1,51 @@
+import copy
+
+import torch
+from torch import nn
+
+from mae_core.config import ModelConfig
+from mae_core.masking import sample_masks
+from mae_core.model import build_mae
+from mae_core.step import classify_loss, ema_update, pretrain_loss
+
+CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_depth=1, decoder_width=32, decoder_heads=4)
+
+
+def test_placeholders_change_neither_loss_nor_gradients():
+    mae, images = build_mae(CONFIG, 0), torch.randn(3, 3, 16, 16)
+    images[2] = 0
+    found = []
+    for ids in (torch.tensor([5, 6, -1]), torch.tensor([5, 6])):
+        mask = sample_masks(CONFIG.mask, CONFIG.grid, seed=0, epoch=0, sample_ids=ids)
+        mae.zero_grad()
+        loss = pretrain_loss(mae, images[: len(ids)], mask, (ids >= 0).float())
+        loss.backward()
+        found.append((loss.detach(), mae.encoder.patch_embed.proj.weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_add_up_to_their_batch():
+    mae, images = build_mae(CONFIG, 0), torch.randn(4, 3, 16, 16)
+
+    def loss(part: slice) -> torch.Tensor:
+        mask = sample_masks(CONFIG.mask, CONFIG.grid, seed=0, epoch=0, sample_ids=torch.arange(4)[part])
+        return pretrain_loss(mae, images[part], mask, torch.ones(len(images[part])))
+
+    torch.testing.assert_close(loss(slice(0, 2)) + loss(slice(2, 4)), loss(slice(0, 4)))
+
+
+def test_cross_entropy_is_torchs_summed_by_weight():
+    logits, targets = torch.randn(4, 5), torch.rand(4, 5).softmax(1)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    expected = nn.functional.cross_entropy(logits, targets, reduction="none")[[0, 2, 3]].sum()
+    torch.testing.assert_close(classify_loss(logits, targets, weights), expected)
+
+
+def test_the_average_moves_towards_the_model():
+    model = nn.BatchNorm1d(3)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    nn.init.constant_(model.weight, 2.0)
+    model.running_mean.fill_(7.0)
+    ema_update(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, torch.full((3,), 1.1))
+    assert torch.equal(ema.running_mean, model.running_mean)
