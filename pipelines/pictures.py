@@ -1,0 +1,117 @@
+"""Reconstructions as a picture, in the manner of the paper's Figures 2 and 3: masked, predicted, original."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+Triple = tuple[Pixels, Pixels, Pixels]
+
+COLUMNS = ("masked", "reconstruction", "original")
+_WIDTH_PX = 1500
+_SMALLEST_SIDE_PX, _LARGEST_SIDE_PX = 112, 224
+_GAP_PX, _TRIPLE_GAP_PX, _MARGIN_PX = 4, 20, 28
+_TITLE_PX, _COLUMN_PX, _BLOCK_GAP_PX = 26, 17, 34
+_INK, _GRAY = (20, 20, 20), (95, 95, 95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Triples that share a title, such as those at one mask ratio."""
+
+    title: str
+    rows: Sequence[Triple]
+    """(masked, reconstruction, original) of each image, uint8 [height width channels], channels 1 or 3, one size."""
+
+
+def reconstruction_rows(blocks: Sequence[Block], path: Path) -> None:
+    """A PNG (or what the suffix says) with the blocks one under the other, each with triples side by side in rows.
+
+    Small images are enlarged by whole factors, pixel by pixel. Raises ValueError where there is nothing to show.
+    """
+    if not blocks or any(not block.rows for block in blocks):
+        raise ValueError("no image to show; try at least one image and one mask ratio")
+    height_px, width_px = _shown_size(blocks[0].rows[0][2])
+    triple_px = 3 * width_px + 2 * _GAP_PX
+    most = max(len(block.rows) for block in blocks)
+    across = _triples_across(most, triple_px)
+    page_px = 2 * _MARGIN_PX + across * triple_px + (across - 1) * _TRIPLE_GAP_PX
+    heights_px = [_block_height(block, across, height_px) for block in blocks]
+    page = Image.new("RGB", (page_px, 2 * _MARGIN_PX + sum(heights_px) + _BLOCK_GAP_PX * (len(blocks) - 1)), "white")
+    top = _MARGIN_PX
+    for block, block_px in zip(blocks, heights_px, strict=True):
+        _draw_block(page, block, top, across, (height_px, width_px))
+        top += block_px + _BLOCK_GAP_PX
+    page.save(path)
+
+
+def _draw_block(page: Image.Image, block: Block, top: int, across: int, size_px: tuple[int, int]) -> None:
+    height_px, width_px = size_px
+    draw = ImageDraw.Draw(page)
+    draw.text(
+        (_MARGIN_PX, top), block.title, fill=_INK, font=_font(_TITLE_PX, page.width - 2 * _MARGIN_PX, block.title)
+    )
+    top += _header_px()
+    for i, triple in enumerate(block.rows):
+        row, column = divmod(i, across)
+        y = top + row * (height_px + _GAP_PX)
+        for j, (pixels, name) in enumerate(zip(triple, COLUMNS, strict=True)):
+            x = _MARGIN_PX + column * (3 * width_px + 2 * _GAP_PX + _TRIPLE_GAP_PX) + j * (width_px + _GAP_PX)
+            page.paste(_enlarged(pixels, size_px), (x, y))
+            if row == 0:
+                font = _font(_COLUMN_PX, width_px, "reconstruction")
+                draw.text((x + width_px / 2, top - 6), name, fill=_GRAY, font=font, anchor="ms")
+
+
+def _block_height(block: Block, across: int, height_px: int) -> int:
+    num_rows = math.ceil(len(block.rows) / across)
+    return _header_px() + num_rows * height_px + (num_rows - 1) * _GAP_PX
+
+
+def _header_px() -> int:
+    """Height of a block's title and of its columns' names."""
+    return round(1.5 * _TITLE_PX) + round(1.5 * _COLUMN_PX)
+
+
+def _triples_across(count: int, triple_px: int) -> int:
+    """As many triples as fit the page, spread so that no row is much shorter than the others."""
+    fitting = max(1, (_WIDTH_PX - 2 * _MARGIN_PX + _TRIPLE_GAP_PX) // (triple_px + _TRIPLE_GAP_PX))
+    return math.ceil(count / math.ceil(count / fitting))
+
+
+def _shown_size(pixels: Pixels) -> tuple[int, int]:
+    """Height and width on the page: a whole multiple of a small image's, a large one's scaled down."""
+    height_px, width_px = pixels.shape[:2]
+    longest = max(height_px, width_px)
+    factor: float = math.ceil(_SMALLEST_SIDE_PX / longest)
+    if longest > _LARGEST_SIDE_PX:
+        factor = _LARGEST_SIDE_PX / longest
+    return round(height_px * factor), round(width_px * factor)
+
+
+def _enlarged(pixels: Pixels, size_px: tuple[int, int]) -> Image.Image:
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    smaller = image.height > size_px[0]
+    how = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
+    return image.resize((size_px[1], size_px[0]), how)
+
+
+@lru_cache(maxsize=64)
+def _font(size_px: int, width_px: int, text: str) -> ImageFont.FreeTypeFont:
+    """The font of matplotlib, which is always there, at most `size_px` high and small enough for the text to fit."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    for size in range(size_px, 7, -1):
+        font = ImageFont.truetype(str(path), size)
+        if font.getlength(text) <= width_px:
+            return font
+    return ImageFont.truetype(str(path), 8)
