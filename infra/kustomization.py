@@ -5,6 +5,7 @@ or a merge patch for objects without lists). tests/infra compares the outcome wi
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class _Loader(yaml.SafeLoader):
 def load(path: Path) -> list[Any]:
     """The YAML documents of a file. Raises ValueError for a key given twice."""
     documents = yaml.load_all(path.read_text(), _Loader)  # noqa: S506 - derived from SafeLoader
-    return [document for document in documents if document is not None]
+    # Through JSON, so that anchors become copies: a patch of one container must not change its siblings.
+    return [json.loads(json.dumps(document)) for document in documents if document is not None]
 
 
 def resolve(folder: Path) -> list[Object]:
@@ -59,7 +61,9 @@ def resolve(folder: Path) -> list[Object]:
 def _only(mapping: Object, known: set[str], where: Path) -> None:
     unknown = set(mapping) - known
     if unknown:
-        raise ValueError(f"{where}: {sorted(unknown)[0]!r} is not understood here; known are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: {sorted(unknown)[0]!r} is not understood here; known are {', '.join(sorted(known))}"
+        )
 
 
 def _patch(objects: list[Object], documents: list[Any], target: Object | None, where: Path) -> None:

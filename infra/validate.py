@@ -63,7 +63,9 @@ def pods(ray_job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _schema_faults(document: Any, schema: Any, validator: Any) -> list[str]:
-    errors = sorted(validator(schema).iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path])
+    errors = sorted(
+        validator(schema).iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path]
+    )
     return [f"{'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}" for error in errors]
 
 

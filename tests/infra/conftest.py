@@ -1,0 +1,244 @@
+"""infra is no package: its scripts are read where they lie. A Ray cluster and an MLflow server are started for real."""
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# Ray replaces 127.0.0.1 by the machine's outer address, but no other address of the loopback network.
+HEAD_IP, WORKER_IP = "127.0.0.2", "127.0.0.3"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def infra() -> ModuleType:
+    """infra/validate.py as a module; infra.kustomization is its neighbour."""
+    spec = importlib.util.spec_from_file_location("infra_validate", REPOSITORY / "infra/validate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def servers() -> SimpleNamespace:
+    """What starts servers and asks whether they answer."""
+
+    def program(name: str) -> str:
+        found = shutil.which(name, path=str(BIN)) or shutil.which(name)
+        if found is None:
+            pytest.fail(f"{name} is absent; `make setup` installs it")
+        return found
+
+    return SimpleNamespace(free_port=_free_port, process=_process, until=_until, status=_status, program=program)
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A head and a worker node, each with its own loopback address, and an MLflow server beside them."""
+
+    dashboard: str
+    tracking_uri: str
+    environment: dict[str, str] = field(repr=False)
+    node_ids: dict[str, str]
+    """Node id of each address."""
+
+    def submit(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """The outcome of `ray job submit -- words`, output included."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--", *words]
+        return subprocess.run(
+            command,
+            env=self.environment,
+            cwd=REPOSITORY,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+        )
+
+    def workers(self) -> dict[str, str]:
+        """Node id of every Ray Train worker that has run so far, by the worker's actor id."""
+        answer = _get(f"{self.dashboard}/api/v0/actors?detail=1&limit=1000", self.environment["RAY_AUTH_TOKEN"])
+        rows = answer["data"]["result"]["result"]
+        return {row["actor_id"]: row["node_id"] for row in rows if row["class_name"].startswith("RayTrainWorker")}
+
+    def finished_runs(self) -> list[Any]:
+        """MLflow's runs that have finished, of all experiments."""
+        found = self._mlflow("experiments/search", {"max_results": 100})["experiments"]
+        query = {"experiment_ids": [row["experiment_id"] for row in found], "filter": "attributes.status = 'FINISHED'"}
+        return self._mlflow("runs/search", query).get("runs", [])
+
+    def _mlflow(self, path: str, body: dict[str, Any]) -> Any:
+        url = f"{self.tracking_uri}/api/2.0/mlflow/{path}"
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=30
+        ) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two nodes as two `ray start --block`, and MLflow; every process that was started is gone afterwards."""
+    root = tmp_path_factory.mktemp("cluster")
+    with ExitStack() as stack:
+        gcs, dashboard, head_agent, worker_agent, client, mlflow = (_free_port() for _ in range(6))
+        tracking_uri = f"http://127.0.0.1:{mlflow}"
+        environment = _environment(tracking_uri, root)
+        url, token = f"http://127.0.0.1:{dashboard}", environment["RAY_AUTH_TOKEN"]
+        stack.enter_context(_mlflow(mlflow, root))
+        head = ["--head", "--port", str(gcs), "--node-ip-address", HEAD_IP, "--ray-client-server-port", str(client)]
+        head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+        stack.enter_context(_node(head, head_agent, environment, root / "head.log"))
+        _until(lambda: _get(f"{url}/api/version", token), f"Ray's head; see {root}/head.log")
+        worker = ["--address", f"{HEAD_IP}:{gcs}", "--node-ip-address", WORKER_IP]
+        stack.enter_context(_node(worker, worker_agent, environment, root / "worker.log"))
+        nodes = _until(lambda: _two_nodes(url, token), f"Ray's worker; see {root}/worker.log")
+        _until(lambda: _status(f"{tracking_uri}/health") == 200, f"MLflow; see {root}/mlflow.log")
+        yield LocalCluster(url, tracking_uri, environment, nodes)
+
+
+def _environment(tracking_uri: str, root: Path) -> dict[str, str]:
+    """What both nodes and every job inherit; nothing of the caller's Ray, and a home folder of its own."""
+    return _inherited() | {
+        "HOME": str(root),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(24),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "MLFLOW_TRACKING_URI": tracking_uri,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _inherited() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_", "AWS_"))}
+
+
+@contextmanager
+def _node(arguments: list[str], agent_port: int, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """`ray start --block` runs, with a temporary folder of its own."""
+    command = [str(BIN / "ray"), "start", *arguments, "--block", "--disable-usage-stats", "--num-cpus", "4"]
+    command += ["--object-store-memory", str(2**27), "--min-worker-port", "0", "--max-worker-port", "0"]
+    # Not under pytest's folder: the path of a socket in it may have 107 characters only.
+    with tempfile.TemporaryDirectory(prefix="mae-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command += ["--temp-dir", folder, "--dashboard-agent-listen-port", str(agent_port)]
+        with _process(command, environment, log):
+            yield
+
+
+@contextmanager
+def _mlflow(port: int, root: Path) -> Iterator[None]:
+    """An MLflow server runs on loopback: a sqlite file would be out of reach for a remote cluster."""
+    command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{root}/mlflow.db",
+        "--artifacts-destination",
+        str(root / "artifacts"),
+    ]
+    with _process(command, {}, root / "mlflow.log"):
+        yield
+
+
+@contextmanager
+def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
+    """A process runs; afterwards neither it nor anything that it started is left."""
+    mark = f"MAE_TEST_PROCESS={secrets.token_hex(8)}"
+    name, _, value = mark.partition("=")
+    with log.open("wb") as output:
+        child = subprocess.Popen(command, env=_inherited() | environment | {name: value}, stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=2)
+        _until(lambda: _kill(descendants(mark)) == 0, f"the end of {command[:3]}", timeout_s=20)
+        child.wait(timeout=5)
+
+
+def descendants(mark: str) -> list[int]:
+    """Ids of the running processes that were started with this `NAME=value` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            running = (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            if running and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def _kill(process_ids: list[int]) -> int:
+    """How many there were to kill."""
+    for process_id in process_ids:
+        with suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
+    return len(process_ids)
+
+
+def _two_nodes(url: str, token: str) -> dict[str, str] | None:
+    rows = _get(f"{url}/nodes?view=summary", token)["data"]["summary"]
+    alive = {row["ip"]: row["raylet"]["nodeId"] for row in rows if row.get("raylet", {}).get("state") == "ALIVE"}
+    return alive if set(alive) == {HEAD_IP, WORKER_IP} else None
+
+
+def _get(url: str, token: str) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def _status(url: str, **headers: str) -> int:
+    """The HTTP status that a server answers with; OSError where none does."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def _until(probe: Any, what: str, timeout_s: float = 90) -> Any:
+    """What the probe returns as soon as that is true."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if found := probe():
+                return found
+        except (OSError, urllib.error.URLError, KeyError):
+            pass
+        time.sleep(0.2)
+    raise TimeoutError(f"no answer within {timeout_s:g} s from {what}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,87 @@
+"""The servers of the compose file, started with its own command lines: the S3 store and MLflow."""
+
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+KEY, SECRET = "key-of-a-test", "secret-of-a-test"
+
+
+@pytest.fixture(scope="module")
+def compose(infra, repository) -> Any:
+    (document,) = infra.kustomization.load(repository / "infra/compose/compose.yaml")
+    return document["services"]
+
+
+@pytest.fixture(scope="module")
+def store(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The S3 store's address; its command is compose's, but for where it listens and what it does not need."""
+    root = tmp_path_factory.mktemp("store")
+    kept = [word for word in compose["s3"]["command"] if not re.match(r"-(dir|ip|ip\.bind)=", word)]
+    assert len(kept) == len(compose["s3"]["command"]) - 3
+    port, *others = (servers.free_port() for _ in range(5))
+    places = ["-s3.port", "-master.port", "-filer.port", "-volume.port", "-admin.port"]
+    command = [servers.program("weed"), *kept, f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"{name}={value}" for name, value in zip(places, [port, *others], strict=True)]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    assert keys.keys() == compose["s3"]["environment"].keys()
+    with servers.process(command, keys, root.with_suffix(".log")):
+        path = re.search(r"http://127.0.0.1:8333(/\w+)", compose["s3"]["healthcheck"]["test"][-1])
+        assert path is not None
+        servers.until(lambda: servers.status(f"http://127.0.0.1:{port}{path[1]}") == 200, "the S3 store")
+        yield f"http://127.0.0.1:{port}"
+
+
+def client(url: str, secret: str) -> Any:
+    return boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=KEY, aws_secret_access_key=secret
+    )
+
+
+@pytest.mark.s3
+def test_the_store_has_the_buckets_that_others_use(store: str, compose, servers) -> None:
+    used = {"mae", compose["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"].removeprefix("s3://")}
+
+    def found() -> bool:
+        return used == {bucket["Name"] for bucket in client(store, SECRET).list_buckets()["Buckets"]}
+
+    # They are made just after the store says that it is healthy.
+    servers.until(found, f"the buckets {used}", timeout_s=20)
+
+
+@pytest.mark.s3
+def test_the_store_refuses_a_wrong_secret(store: str) -> None:
+    with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
+        client(store, "another").list_buckets()
+
+
+@pytest.fixture(scope="module")
+def mlflow(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's address; command and allowed hosts are compose's, sqlite and a folder stand for Postgres and S3."""
+    root = tmp_path_factory.mktemp("mlflow")
+    port = servers.free_port()
+    words = {"mlflow": servers.program("mlflow"), "0.0.0.0": "127.0.0.1", "5000": str(port), "2": "1"}
+    environment = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{root}/mlflow.db",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(root / "artifacts"),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": compose["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"],
+    }
+    assert environment.keys() <= compose["mlflow"]["environment"].keys()
+    command = [words.get(word, word) for word in compose["mlflow"]["command"]]
+    with servers.process(command, environment, root.with_suffix(".log")):
+        servers.until(lambda: servers.status(f"http://127.0.0.1:{port}/health") == 200, "MLflow")
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "status"), [("mlflow:5000", 200), ("elsewhere.example:5000", 403)])
+def test_mlflow_answers_to_the_names_it_was_given(mlflow: str, host: str, status: int, servers) -> None:
+    assert servers.status(f"{mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0", Host=host) == status
