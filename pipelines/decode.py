@@ -158,9 +158,10 @@ def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
-    # Torch's uint8 kernel is fast on true channels-last memory only; a leading None instead of reshape halves it.
+    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not. The copy
+    # is that of the crop, and makes writable what Pillow lends.
     height, width, channels = pixels.shape
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).reshape(1, height, width, channels).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(pixels.copy()).reshape(1, height, width, channels).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 

@@ -2,17 +2,18 @@
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
-_TEMPORARY = ".tmp"
 _MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
 
@@ -68,10 +69,19 @@ class Storage:
         """The file holds exactly these bytes and is durable; readers saw the old content or the new, never a part."""
         with self._named_errors("write", path):
             if self.is_local:
-                _write_atomically(Path(self.join(path)), content)
+                with _atomic_file(Path(self.join(path))) as file:
+                    file.write(content)
                 return
             with _s3().open_output_stream(self._key(path)) as stream:
                 stream.write(content)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there, not even a hidden file; so too where the place does not exist."""
+        with self._named_errors("list", ""):
+            if self.is_local:
+                return not os.path.lexists(self.uri) or not any(Path(self.uri).iterdir())
+            selector = pafs.FileSelector(self._key(""), allow_not_found=True)
+            return not _s3().get_file_info(selector)
 
     def exists(self, path: str = "") -> bool:
         """Whether a file (or, where the path is empty or a folder's, anything under it) is there."""
@@ -97,13 +107,28 @@ class Storage:
             elif _s3().get_file_info(self._key(path)).type == pafs.FileType.File:
                 _s3().delete_file(self._key(path))
 
-    def delete_leftovers(self) -> None:
-        """Temporary files of writers that were killed are gone; only for a folder that nobody else is writing."""
-        if self.is_local:
-            for folder, _, names in os.walk(self.uri):
-                for name in names:
-                    if name.startswith(".") and name.endswith(_TEMPORARY):
-                        (Path(folder) / name).unlink(missing_ok=True)
+    def delete_tree(self) -> None:
+        """Everything in the place is gone, hidden files too."""
+        with self._named_errors("delete", ""):
+            if self.is_local:
+                for entry in Path(self.uri).iterdir() if Path(self.uri).is_dir() else ():
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            elif _s3().get_file_info(self._key("")).type == pafs.FileType.Directory:
+                _s3().delete_dir_contents(self._key(""))
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[IO[bytes]]:
+        """A file to write in sequence, which appears whole when the block ends, or not at all if it raises."""
+        with self._named_errors("write", path):
+            if self.is_local:
+                with _atomic_file(Path(self.join(path))) as file:
+                    yield file
+                return
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                with _s3().open_output_stream(self._key(path)) as stream:
+                    shutil.copyfileobj(file, stream, 16 * 2**20)
 
     def open_input(self, path: str) -> Any:
         """A random-access file for pyarrow."""
@@ -169,12 +194,13 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
