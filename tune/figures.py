@@ -1,0 +1,170 @@
+"""What a sweep over mask ratios found, drawn in the manner of the paper's Figure 5."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Measure = Literal["finetune", "probe"]
+Point = Mapping[str, Any]
+
+_TITLES: dict[Measure, str] = {"finetune": "fine-tuning", "probe": "linear probing"}
+_BASELINES: dict[Measure, str] = {"finetune": "from\nscratch", "probe": "random\nencoder"}
+_COLORS = ("#1f5fa8", "#c2571a", "#2f8f4e", "#7d4aa5", "#8a6d1f", "#444444")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GRAY = "#666666"
+_FONT_PT, _LABEL_WIDTH_PT, _LABEL_HEIGHT_PT, _MARKER_PT = 8.5, 25.0, 10.5, 10.0
+_CLUMP_PT, _SIDE_PT = 12.0, 20.0
+_LIFTS_PT = (10.0, 12.0, 14.0, 17.0, 20.0, 23.0, 26.0, 29.0, 32.0)
+_SMALLEST_PAD = 0.6
+"""Percent left free above and below, so that a flat line looks flat."""
+
+
+def masking_ratio_figure(
+    points: Sequence[Point], path: Path, baselines: Mapping[str, float | None] | None = None
+) -> None:
+    """A figure with fine-tuning above and linear probing below, against mask ratio, one line a decoder depth.
+
+    A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None where a trial did not measure
+    it) and optionally `finetune_std` and `probe_std`. `baselines` may give `finetune` (from scratch) and `probe` (a
+    random encoder), drawn as dashed lines. Raises ValueError where there is no point.
+    """
+    from matplotlib.figure import Figure
+
+    measures: list[Measure] = [m for m in _TITLES if any(p.get(m) is not None for p in points)]
+    if not measures:
+        raise ValueError("no trial has a result, so there is nothing to draw; look at the trials' errors")
+    figure = Figure(figsize=(7.2, 1.2 + 3.0 * len(measures)), dpi=150, layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0])
+    depths = sorted({p["decoder_depth"] for p in points if any(p.get(m) is not None for m in measures)})
+    for axes, measure in zip(panels, measures):
+        _draw(axes, points, measure, depths, (baselines or {}).get(measure))
+    _mark_ratios(panels[-1], sorted({100 * p["ratio"] for p in points}))
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
+    named = [f"decoder of {depth} block{'s' if depth > 1 else ''}" for depth in depths]
+    figure.legend(
+        [handles[name] for name in named], named, loc="outside upper center", ncols=min(3, len(named)), frameon=False
+    )
+    figure.draw_without_rendering()  # the layout is settled here; labels are then placed by distances on paper
+    for axes, measure in zip(panels, measures):
+        _write_values(axes, points, measure, depths, (baselines or {}).get(measure))
+    figure.savefig(path)
+
+
+def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baseline: float | None) -> None:
+    """Lines, spread and baseline of one measure."""
+    low, high = _range(points, measure, baseline)
+    for i, depth in enumerate(depths):
+        line = _line(points, measure, depth)
+        x, y = [100 * p["ratio"] for p in line], [p[measure] for p in line]
+        color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
+        name = f"decoder of {depth} block{'s' if depth > 1 else ''}"
+        axes.plot(x, y, color=color, marker=marker, markersize=5.5, linewidth=1.8, label=name)
+        spread = [p.get(f"{measure}_std") or 0.0 for p in line]
+        if any(spread):
+            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=1, capsize=3, alpha=0.6)
+    if baseline is not None:
+        axes.axhline(baseline, color=_GRAY, linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
+        # Beside the panel, where no line can cross it.
+        at = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+        text = f"{_BASELINES[measure]}\n{baseline:.1f}"
+        axes.annotate(text, (1, baseline), ha="left", va="center", fontsize=_FONT_PT, color=_GRAY, **at)
+    pad = max(0.28 * (high - low), _SMALLEST_PAD)
+    axes.set_ylim(low - pad, high + pad)
+    axes.set_title(_TITLES[measure], fontsize=11, loc="left")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_ratios(axes: "Axes", ratios: list[float]) -> None:
+    """The shared axis has a tick at every ratio that was tried, as far as there is room."""
+    width = max(ratios[-1] - ratios[0], 10.0)
+    axes.set_xlim(ratios[0] - 0.09 * width, ratios[-1] + 0.09 * width)
+    if min([b - a for a, b in itertools.pairwise(ratios)], default=width) > width / 24:
+        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    axes.set_xlabel("masking ratio (%)")
+
+
+def _write_values(
+    axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baseline: float | None
+) -> None:
+    """Every value stands near its marker and over no marker and no other value; what finds no room is left out."""
+    pt_per_dot = 72 / axes.figure.dpi
+
+    def on_paper(ratio: float, value: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((100 * ratio, value))
+        return x * pt_per_dot, y * pt_per_dot
+
+    lines = {depth: _line(points, measure, depth) for depth in depths}
+    markers = [on_paper(p["ratio"], p[measure]) for line in lines.values() for p in line]
+    middle = (min(markers)[0] + max(markers)[0]) / 2
+    dashes = None if baseline is None else on_paper(0, baseline)[1]
+    taken: list[tuple[float, float, float]] = []  # x and y of a value, y of its marker
+    for i, depth in enumerate(depths):
+        for point in lines[depth]:
+            at = on_paper(point["ratio"], point[measure])
+            place = _free_place(at, markers, taken, dashes, outwards=1 if at[0] > middle else -1)
+            if place is None:
+                continue
+            taken.append((*place, at[1]))
+            axes.annotate(
+                f"{point[measure]:.1f}",
+                (100 * point["ratio"], point[measure]),
+                (place[0] - at[0], place[1] - at[1]),
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=_FONT_PT,
+                color=_COLORS[i % len(_COLORS)],
+                zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
+            )
+
+
+def _free_place(
+    at: tuple[float, float],
+    markers: list[tuple[float, float]],
+    taken: list[tuple[float, float, float]],
+    dashes: float | None,
+    outwards: int,
+) -> tuple[float, float] | None:
+    """Where the value of the marker at `at` has room: above or below it, beside it, or None; all in points."""
+    x, y = at
+    near = [my for mx, my in markers if abs(mx - x) < _LABEL_WIDTH_PT / 2 + 3]
+    # The upper of two neighbours is labelled above, the lower below.
+    side = 1 if sum(my > y for my in near) <= sum(my < y for my in near) else -1
+    lifts = [direction * lift for lift, direction in itertools.product(_LIFTS_PT, (side, -side))]
+    # Beyond another marker a value would be taken for that one's, unless the two are all but one.
+    own = [lift for lift in lifts if not any(_CLUMP_PT < (my - y) * (1 if lift > 0 else -1) < abs(lift) for my in near)]
+    beside = [(x + outwards * _SIDE_PT, y), (x - outwards * _SIDE_PT, y)]
+    for place in [(x, y + lift) for lift in own] + beside:
+        is_free = (
+            all(abs(my - place[1]) >= _MARKER_PT - 0.5 or abs(mx - place[0]) >= _SIDE_PT - 4 for mx, my in markers)
+            and all(
+                abs(ty - place[1]) >= _LABEL_HEIGHT_PT or abs(tx - place[0]) >= _LABEL_WIDTH_PT for tx, ty, _ in taken
+            )
+            # Values of one ratio stand in the order of their markers.
+            and all((ty - place[1]) * (my - y) >= 0 for tx, ty, my in taken if abs(tx - place[0]) < 8)
+            and (dashes is None or abs(dashes - place[1]) >= _LABEL_HEIGHT_PT / 2)
+        )
+        if is_free:
+            return place
+    return None
+
+
+def _line(points: Sequence[Point], measure: Measure, depth: int) -> list[Point]:
+    return sorted(
+        (p for p in points if p["decoder_depth"] == depth and p.get(measure) is not None), key=lambda p: p["ratio"]
+    )
+
+
+def _range(points: Sequence[Point], measure: Measure, baseline: float | None) -> tuple[float, float]:
+    """Lowest and highest of all that the panel shows."""
+    measured = [(p[measure], p.get(f"{measure}_std") or 0.0) for p in points if p.get(measure) is not None]
+    extra = [] if baseline is None else [baseline]
+    return min([v - s for v, s in measured] + extra), max([v + s for v, s in measured] + extra)
