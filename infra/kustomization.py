@@ -59,28 +59,26 @@ def resolve(folder: Path) -> list[Object]:
 
 
 def _only(mapping: Object, known: set[str], where: Path) -> None:
-    unknown = set(mapping) - known
-    if unknown:
-        raise ValueError(
-            f"{where}: {sorted(unknown)[0]!r} is not understood here; known are {', '.join(sorted(known))}"
-        )
+    for key in sorted(set(mapping) - known):
+        raise ValueError(f"{where}: {key!r} is not understood here; known are {', '.join(sorted(known))}")
 
 
 def _patch(objects: list[Object], documents: list[Any], target: Object | None, where: Path) -> None:
-    operations = documents[0] if isinstance(documents[0], list) else None
-    if operations is not None and target is None:
+    patch = documents[0]
+    if target is None and not isinstance(patch, dict):
         raise ValueError(f"{where}: a list of operations needs a target; name its kind")
-    selector = target or {"kind": documents[0]["kind"], "name": documents[0]["metadata"]["name"]}
+    selector = target or {"kind": patch["kind"], "name": patch["metadata"]["name"]}
     _only(selector, {"group", "version", "kind", "name"}, where)
     matches = [item for item in objects if _matches(item, selector)]
     if not matches:
         raise ValueError(f"{where}: no object matches {selector}; correct the target")
     for item in matches:
-        if operations is None:
-            _merge(item, copy.deepcopy(documents[0]), where)
+        # A copy each, so that no two objects share what a patch brings.
+        if isinstance(patch, dict):
+            _merge(item, copy.deepcopy(patch), where)
         else:
-            for operation in operations:
-                _operate(item, copy.deepcopy(operation), where)
+            for operation in copy.deepcopy(patch):
+                _operate(item, operation, where)
 
 
 def _matches(item: Object, selector: Object) -> bool:

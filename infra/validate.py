@@ -21,7 +21,8 @@ OWN = (HERE / "compose/compose.yaml", HERE / "kuberay/base", HERE / "kuberay/ove
 def _sibling(name: str) -> Any:
     """infra is no package: its scripts are read where they lie."""
     spec = importlib.util.spec_from_file_location(f"infra_{name}", HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -63,10 +64,8 @@ def pods(ray_job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _schema_faults(document: Any, schema: Any, validator: Any) -> list[str]:
-    errors = sorted(
-        validator(schema).iter_errors(document), key=lambda error: [str(part) for part in error.absolute_path]
-    )
-    return [f"{'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}" for error in errors]
+    errors = validator(schema).iter_errors(document)
+    return sorted(f"{'.'.join(map(str, error.absolute_path)) or 'top level'}: {error.message}" for error in errors)
 
 
 def _core_faults(item: dict[str, Any]) -> list[str]:

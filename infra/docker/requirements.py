@@ -2,9 +2,9 @@
 
 import sys
 import tomllib
+from pathlib import Path
 
-with open(sys.argv[1], "rb") as file:
-    project = tomllib.load(file)["project"]
+project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
 
 extras = project.get("optional-dependencies", {})
 print("\n".join([*project["dependencies"], *(line for extra in sys.argv[2:] for line in extras[extra])]))

@@ -99,4 +99,6 @@ def test_builds_name_a_stage_of_the_dockerfile(compose, repository: Path) -> Non
     build = compose["services"]["ray-head"]["build"]
     context = repository / "infra/compose" / build["context"]
     stages = re.findall(r"^FROM \S+ AS (\S+)$", (context / build["dockerfile"]).read_text(), re.MULTILINE)
-    assert re.fullmatch(r"\$\{MAE_TARGET:-(\w+)\}", build["target"]).group(1) in stages
+    default = re.fullmatch(r"\$\{MAE_TARGET:-(\w+)\}", build["target"])
+    assert default is not None
+    assert default[1] in stages

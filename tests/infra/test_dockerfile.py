@@ -1,6 +1,5 @@
 """The Dockerfile passes hadolint and keeps our own laws; whether it builds needs a Docker engine."""
 
-import fnmatch
 import re
 import shutil
 import subprocess
@@ -113,8 +112,7 @@ def test_the_build_context_leaves_out_everything_else(repository: Path) -> None:
 def test_no_secret_is_baked_in(dockerfile: Path) -> None:
     for word, rest in instructions(dockerfile.read_text()):
         if word in ("ENV", "ARG"):
-            assert not fnmatch.filter(rest.upper().split(), "*SECRET*")
-            assert not re.search(r"TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", rest.upper()), rest
+            assert not re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", rest.upper()), rest
 
 
 def test_requirements_are_those_of_pyproject(repository: Path) -> None:

@@ -231,9 +231,7 @@ def test_a_patch_that_does_not_apply_is_refused(infra, tmp_path: Path, patch: st
     (tmp_path / "kustomization.yaml").write_text(
         "resources: [pod.yaml]\npatches: [{path: patch.yaml, target: {kind: Pod}}]"
     )
-    (tmp_path / "pod.yaml").write_text(
-        "{apiVersion: v1, kind: Pod, metadata: {name: p}, spec: {containers: [{name: c}]}}"
-    )
+    (tmp_path / "pod.yaml").write_text("{apiVersion: v1, kind: Pod, metadata: {name: p}, spec: {containers: []}}")
     (tmp_path / "patch.yaml").write_text(patch)
     (fault,) = infra.faults(tmp_path)
     assert words in fault

@@ -1,9 +1,6 @@
 """The servers of the compose file, started with its own command lines: the S3 store and MLflow."""
 
 import re
-import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
