@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -100,17 +101,16 @@ def _upload(run: Run, paths: dict[str, Path], model_name: str, tags: dict[str, s
 
 def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, folder: Path) -> None:
     """`folder` is an MLflow model from code: embedder.py, a copy of mae_core, and the files under artifacts/."""
-    import warnings
-
-    import mlflow.pyfunc
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types.schema import ColSpec, Schema
-
     decoder = folder.with_name("mae_decode.py")
     shutil.copyfile(Path(__file__).parents[1] / "decode.py", decoder)
     with warnings.catch_warnings():
-        # An input example would be validated by loading the model, which costs more than all the rest.
-        warnings.filterwarnings("ignore", message=".*input example.*")
+        # MLflow warns of its own type hints while it is imported, and of the input example that we leave out, since
+        # it would be checked by loading the model, which costs more than all the rest.
+        warnings.simplefilter("ignore", UserWarning)
+        import mlflow.pyfunc
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types.schema import ColSpec, Schema
+
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(Path(__file__).with_name("embedder.py")),
