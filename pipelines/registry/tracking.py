@@ -64,14 +64,17 @@ class Tracking:
         dataset: "Manifest | None" = None,
         dataset_uri: str = "",
         parent: Run | None = None,
+        fresh: bool = False,
     ) -> Run:
         """The experiment's run of that name, made where there is none, and running.
 
         A driver that was killed and started again gets the same run; its parameters stay those of the first start.
+        Say `fresh` where training starts at step 0: a new run is made, and is the one of that name from then on, while
+        an old one's points would be taken for those of the new.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
-        found = self.find_run(name)
+        found = None if fresh else self.find_run(name)
         if found is None:
             made = first_tags(name, kind, dataset, parent, tags or {})
             info = patiently(

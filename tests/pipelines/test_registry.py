@@ -171,6 +171,16 @@ class TestRuns:
         assert tracking.client.get_run(again.id).info.status == "FINISHED"
         assert tracking.run("night-8", "pretrain", {}).id != first.id
 
+    def test_a_fresh_start_is_another_run_and_the_one_found_from_then_on(self, tracking):
+        old = tracking.run("night-7", "pretrain", {})
+        old.log_points(points(1, 3))
+        old.finish()
+        time.sleep(0.01)
+        new = tracking.run("night-7", "pretrain", {}, fresh=True)
+        assert new.id != old.id
+        assert "loss" not in new.last_steps()
+        assert tracking.run("night-7", "pretrain", {}).id == new.id
+
     def test_a_run_says_what_it_is_and_what_it_read(self, tracking):
         parent = tracking.run("sweep", "sweep", {})
         run = tracking.run("a", "trial", {}, tags={"x": "y"}, dataset=MANIFEST, dataset_uri="s3://b/x", parent=parent)
