@@ -4,6 +4,9 @@ The header is read and judged first: a small file can claim more pixels than mem
 """
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,26 +45,39 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     empty or unknown files, more than `max_pixels`, animations, and pixels that have no meaning in 8 bits."""
     if not content:
         raise ValueError("empty file")
+    with _opened(content, "damaged header") as image:
+        return _header(image, max_pixels)
+
+
+@contextmanager
+def _opened(content: bytes, reason: str) -> Iterator[Image.Image]:
+    """The file as Pillow opens it; what it raises, of whatever kind, becomes ValueError, and its warnings nothing."""
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            return _header(image, max_pixels)
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            yield image
     except UnidentifiedImageError:
         raise ValueError("not a known image format") from None
-    except (OSError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"damaged header: {error}") from None
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        raise ValueError(f"{reason}: {error or type(error).__name__}") from None
+
+
+class _Refused(Exception):
+    """An image that is whole but not wanted."""
 
 
 def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
+        raise _Refused(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
     if width < 1 or height < 1:
-        raise ValueError(f"no pixels: {width} x {height}")
+        raise _Refused(f"no pixels: {width} x {height}")
     # Cameras write MPO, a JPEG with further pictures behind it: its first is the photograph.
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ValueError(f"animated or several pages: {getattr(image, 'n_frames', 2)} frames")
+        raise _Refused(f"animated or several pages: {getattr(image, 'n_frames', 2)} frames")
     if image.mode not in _MODES:
-        raise ValueError(f"unsupported pixels: mode {image.mode}")
+        raise _Refused(f"unsupported pixels: mode {image.mode}")
     orientation = _orientation(image)
     if orientation >= 5:
         width, height = height, width
@@ -109,16 +125,10 @@ def _decode_jpeg(content: bytes, channels: int) -> Pixels | None:
 
 
 def _decode_any(content: bytes, channels: int) -> Pixels:
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            mode = "L" if channels == 1 else "RGB"
-            pixels = np.asarray(
-                image if image.mode == mode and "transparency" not in image.info else _convert(image, mode)
-            )
-    except UnidentifiedImageError:
-        raise ValueError("not a known image format") from None
-    except (OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, MemoryError) as error:
-        raise ValueError(f"damaged image: {error}") from None
+    mode = "L" if channels == 1 else "RGB"
+    with _opened(content, "damaged image") as image:
+        plain = image.mode == mode and "transparency" not in image.info
+        pixels = np.asarray(image if plain else _convert(image, mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -158,8 +168,8 @@ def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
-    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not. The copy
-    # is that of the crop, and makes writable what Pillow lends.
+    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not.
+    # The copy is that of the crop, and makes writable what Pillow lends.
     height, width, channels = pixels.shape
     tensor = torch.from_numpy(pixels.copy()).reshape(1, height, width, channels).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)

