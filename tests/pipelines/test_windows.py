@@ -112,7 +112,10 @@ def test_training_pixels_are_the_keyed_crop_of_the_stored_image(
                 continue
             pixels = decode(contents[sample], channels)
             key: dict[str, Any] = {"seed": 9, "epoch": epoch, "sample_ids": np.array([sample])}
-            sizes = {"heights_px": np.array([pixels.shape[0]]), "widths_px": np.array([pixels.shape[1]])}
+            sizes: dict[str, Any] = {
+                "heights_px": np.array([pixels.shape[0]]),
+                "widths_px": np.array([pixels.shape[1]]),
+            }
             box, flip = crop_boxes(config, **key, **sizes)[0], flips(config, **key)[0]
             np.testing.assert_array_equal(image, crop_resize(pixels, tuple(box.tolist()), bool(flip), (16, 20)))
 
