@@ -35,6 +35,8 @@ def feed(segments: Sequence[Segment], num_workers: int) -> Any:
     """
     import ray.data
 
+    from pipelines.tasks import Numbers
+
     segments = list(segments)
     for segment in segments:
         if segment.plan.num_workers != num_workers:
@@ -50,7 +52,7 @@ def feed(segments: Sequence[Segment], num_workers: int) -> Any:
             segment = segments[place]
             yield from _rows(segment, segment.first_window + task - (stops[place] - segment.num_windows))
 
-    dataset = ray.data.range(num_tasks, override_num_blocks=num_tasks).map_batches(
+    dataset = ray.data.read_datasource(Numbers(num_tasks), override_num_blocks=num_tasks).map_batches(
         run, batch_size=None, batch_format="pyarrow", zero_copy_batch=True
     )
     _configure(dataset.context)
