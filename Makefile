@@ -12,3 +12,29 @@ setup: .venv/.done
 	$(BIN)/pip install --quiet --upgrade 'pip>=25'
 	$(BIN)/pip install --quiet --editable '.[dev,postgres]'
 	touch $@
+
+# The whole pipeline on the embedded sample: shards, pretraining, registry, fine-tuning, sweep, pictures.
+demo: setup
+	$(BIN)/mae demo
+
+# Every test that can run on this machine; those that cannot say what is missing.
+test: setup
+	$(BIN)/python -m pytest
+
+# Lint, types, import contracts and the tests that take seconds.
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow and not ray and not s3 and not gpu and not browser"
+
+bench: setup
+	$(BIN)/mae bench
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv mae-demo

@@ -105,7 +105,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         grid = self.grid
         num_patches = grid[0] * grid[1]
-        if num_visible(num_patches, self.mask.ratio) < 1:
+        if self.mask.kind != "grid" and self.num_visible < 1:
             raise ValueError(
                 f"mask ratio {self.mask.ratio} leaves none of {num_patches} patches visible; "
                 f"try {int(100 * (1 - 1 / num_patches)) / 100 if num_patches > 1 else 'a smaller patch'}"
@@ -143,6 +143,9 @@ class ModelConfig:
 
     @property
     def num_visible(self) -> int:
+        """Patches that stay visible under the mask."""
+        if self.mask.kind == "grid":
+            return self.num_patches // self.mask.grid_cell() ** 2
         return num_visible(self.num_patches, self.mask.ratio)
 
 
@@ -156,7 +159,7 @@ class OptimConfig:
     """Learning rate for a batch of 256; the rate used is base_lr x batch / 256."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
-    warmup_epochs: float = 40
+    warmup_epochs: float = 40.0
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
     """Decay of weights; biases, norms, tokens and other 1-D parameters are never decayed."""

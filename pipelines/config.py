@@ -1,4 +1,4 @@
-"""Every dict (YAML, sweep point, checkpoint metadata, train_loop_config) becomes an object here, or is refused in words."""
+"""Every dict (YAML, sweep point, checkpoint metadata, train_loop_config) becomes an object here, or is refused."""
 
 import dataclasses
 import difflib
@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,7 +23,7 @@ class PrepareConfig:
     """How a folder of images becomes shards and a manifest."""
 
     val_fraction: float = 0.1
-    """Share of images held out as split `val`, by a seeded hash of their content, where the source has no val/ folder."""
+    """Share of images held out as split `val`, by a hash of their content, where the source has no val/ folder."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """folder: the first folder below a split is the class; auto: so where every image lies just one folder deep."""
     rows_per_shard: int = 8192
@@ -87,6 +88,8 @@ class ComputeConfig:
     """CPU threads of one worker."""
     data_tasks: int = 2
     """CPUs declared for decoding beside the workers where Ray is embedded in this process."""
+    spread: bool = False
+    """Spread workers over nodes instead of filling one node after another."""
     max_failures: int = 3
     """Worker failures after which a run ends with an error."""
 
@@ -124,6 +127,15 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_epochs <= 0 or self.keep < 1:
             raise ValueError("every_epochs must be positive and keep at least 1; try 1 and 2")
+
+
+def _check_epochs(epochs: int, optim: OptimConfig) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs {epochs} is below 1; try 1")
+    if optim.warmup_epochs > epochs:
+        raise ValueError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +194,7 @@ class ClassifyConfig:
     """What learns, and what is classified."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            base_lr=5e-4, min_lr=1e-6, warmup_epochs=5, betas=(0.9, 0.999), layer_decay=0.65
+            base_lr=5e-4, min_lr=1e-6, warmup_epochs=5.0, betas=(0.9, 0.999), layer_decay=0.65
         )
     )
     """Optimizer and schedule."""
@@ -190,6 +202,8 @@ class ClassifyConfig:
     """Augmentation of training images."""
     eval_split: Literal["val", "test"] = "val"
     """Split on which the final accuracy is measured; test is for the end of a study, once."""
+    eval_every_epochs: int = 10
+    """Epochs between two evaluations on val while training."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Workers and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -199,6 +213,8 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs, self.optim)
+        if self.eval_every_epochs < 1:
+            raise ValueError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
         if self.backbone.startswith("random:"):
             parse_arch(self.backbone.removeprefix("random:"))
         elif not self.backbone.startswith("models:/"):
@@ -206,6 +222,35 @@ class ClassifyConfig:
                 f"backbone {self.backbone!r} is neither models:/NAME@ALIAS, models:/NAME/VERSION nor random:<arch>; "
                 "try models:/mae-vit_base_patch16@candidate"
             )
+
+
+def parse_space(words: list[str]) -> dict[str, list[Any]]:
+    """The space that words such as `model.mask.ratio=0.5,0.75` describe; values are read as YAML."""
+    space = {}
+    for word in words:
+        dotted, equals, values = word.partition("=")
+        if not equals or not values:
+            raise ValueError(f"space {word!r} is not FIELD=V1,V2; try model.mask.ratio=0.5,0.75")
+        space[dotted] = yaml.safe_load(f"[{values}]")
+    return space
+
+
+_SPACE_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="FIELD=V1,V2 ...",
+    instance_from_str=parse_space,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda space: [f"{k}={','.join(map(str, v))}" for k, v in space.items()],
+)
+
+PROBE = ClassifyConfig(
+    epochs=90,
+    data=DataConfig(batch=16384, micro_batch=512),
+    classifier=ClassifierConfig(method="probe", pool="token", head_std=0.01),
+    optim=OptimConfig(name="lars", base_lr=0.1, warmup_epochs=10.0, weight_decay=0.0),
+    augment=AugmentConfig(scale=(0.08, 1.0)),
+)
+"""Linear probing as in Table 10, what `mae probe` starts from where no preset is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +261,10 @@ class SweepConfig:
     """Name of the sweep; empty for the preset's name and a hash of the config."""
     output: str = "runs"
     """Folder or s3:// prefix under which the ledger, the table, the figure and the best preset are written."""
-    space: dict[str, list[Any]] = field(
+    space: Annotated[dict[str, list[Any]], _SPACE_FLAG] = field(
         default_factory=lambda: {"model.mask.ratio": [0.5, 0.75, 0.9], "model.decoder_depth": [1, 4]}
     )
-    """Dotted fields of `pretrain`, each with the values to try."""
+    """Dotted fields of `pretrain`, each with the values to try, such as model.mask.ratio=0.5,0.75."""
     search: Literal["grid", "random"] = "grid"
     """grid tries every combination; random draws num_trials of them without repetition."""
     num_trials: int = 8
@@ -232,29 +277,64 @@ class SweepConfig:
     """Accuracy on val that decides the best trial."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """What every trial pretrains, before the point of the space is applied."""
-    probe: ClassifyConfig = field(
-        default_factory=lambda: ClassifyConfig(classifier=ClassifierConfig(method="probe", pool="token"))
-    )
+    probe: ClassifyConfig = field(default_factory=lambda: PROBE)
     """How a trial is probed; data.uri, backbone and compute are the trial's own."""
     finetune: ClassifyConfig = field(default_factory=ClassifyConfig)
     """How a trial is fine-tuned; data.uri, backbone and compute are the trial's own."""
 
     def __post_init__(self) -> None:
         if not self.space or not all(isinstance(v, list) and v for v in self.space.values()):
-            raise ValueError("space must name at least one field with a list of values; try model.mask.ratio: [0.5, 0.75]")
+            raise ValueError(
+                "space must name at least one field with a list of values; try model.mask.ratio: [0.5, 0.75]"
+            )
         if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
             raise ValueError("probe.classifier.method must be probe and finetune.classifier.method finetune")
         if self.num_trials < 1 or self.max_concurrent < 1:
             raise ValueError("num_trials and max_concurrent must be at least 1; try 8 and 1")
 
 
-def _check_epochs(epochs: int, optim: OptimConfig) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs {epochs} is below 1; try 1")
-    if optim.warmup_epochs > epochs:
-        raise ValueError(
-            f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
-        )
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Pictures in the manner of Figures 2 and 3: masked | reconstruction | original."""
+
+    model: str = "models:/mae-vit_base_patch16@candidate"
+    """Registered backbone whose reconstructions are drawn."""
+    uri: str = ""
+    """Prepared dataset, or a folder of images."""
+    split: str = "test"
+    """Split of a prepared dataset that images are taken from."""
+    ratios: tuple[float, ...] = (0.75, 0.8)
+    """Mask ratios, one block of rows each."""
+    num_images: int = 12
+    """Images drawn, spread evenly over the split."""
+    seed: int = 0
+    """Seed of the masks."""
+    out: str = "reconstructions.png"
+    """File that is written."""
+
+    def __post_init__(self) -> None:
+        if not self.ratios or self.num_images < 1:
+            raise ValueError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """A checkpoint of a pretraining run becomes a version of a registered model."""
+
+    name: str = ""
+    """Registered model; empty for mae-<arch>."""
+    experiment: str = "mae"
+    """MLflow experiment that holds the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on the embedded sample, in minutes."""
+
+    output: str = "mae-demo"
+    """Folder for everything that the demo writes."""
+    seeds: int = 3
+    """Fine-tunings and trainings from scratch that are averaged."""
 
 
 T = TypeVar("T")
@@ -302,24 +382,37 @@ def load_preset(cls: type[T], preset: str) -> T:
     values = yaml.safe_load(path.read_text()) or {}
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind != KINDS[cls]:
-        raise ValueError(f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}")
+        raise ValueError(
+            f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}"
+        )
     return from_dict(cls, values)
 
 
 KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify", SweepConfig: "sweep"}
 
 
-def config_hash(config: Any) -> str:
-    """Twelve hex digits over what decides a run's result: every field but where it is written and what it is called."""
+def identity(config: Any) -> dict[str, Any]:
+    """What decides a run's result: not what it is called, where it is written or how many workers share the work."""
     values = to_dict(config)
-    for key in ("name", "output"):
-        values.pop(key, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
+        for key in ("name", "output", "tracking", "checkpoint"):
+            part.pop(key, None)
+        if "compute" in part:
+            part["precision"] = part.pop("compute")["precision"]
+        # Where the dataset lies does not matter either: its digest is its identity.
+        part.get("data", {}).pop("uri", None)
+    return values
 
 
-def run_name(config: Any, preset: str) -> str:
-    """The given name, or the preset's stem and the config's hash."""
-    return config.name or f"{Path(preset).stem}-{config_hash(config)}"
+def config_hash(config: Any, dataset_digest: str) -> str:
+    """Twelve hex digits over the config's identity and the dataset's."""
+    said = json.dumps([identity(config), dataset_digest], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
+
+
+def run_name(config: Any, preset: str, dataset_digest: str) -> str:
+    """The given name, or the preset's stem and a hash of config and dataset."""
+    return config.name or f"{Path(preset).stem}-{config_hash(config, dataset_digest)}"
 
 
 def _unknown_keys(cls: Any, values: dict[str, Any], prefix: str) -> Iterator[str]:

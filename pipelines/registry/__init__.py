@@ -3,11 +3,12 @@
 from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.patience import TrackingUnreachable
 from pipelines.registry.points import Point
-from pipelines.registry.runs import Run
+from pipelines.registry.runs import Kind, Run
 from pipelines.registry.tracking import Tracking, open_tracking, refuse_local_tracking
 from pipelines.registry.versions import ModelRef, Step
 
 __all__ = [
+    "Kind",
     "ModelRef",
     "Point",
     "Run",

@@ -1,0 +1,67 @@
+"""Ray is there while the block runs: a cluster where RAY_ADDRESS is set, otherwise one inside this process."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from pipelines.config import ComputeConfig
+
+# CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.
+_SPARE_CPUS = 2
+
+
+def ray_address() -> str:
+    """Address of the cluster in use; empty where Ray is embedded."""
+    return os.environ.get("RAY_ADDRESS", "")
+
+
+@contextmanager
+def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
+    """Ray runs, with CPUs enough for `groups` worker groups and their data tasks; an embedded Ray stops at the end.
+
+    Two 1-CPU workers on a machine declared as two CPUs leave Ray Data nothing, and the run stands still: so an
+    embedded Ray declares logical CPUs by what is asked of it, not by what the machine has.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Train's controller asks its workers this often; the default of 2 s makes every report() block for as long.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet_ray()
+    if ray_address():
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            # In every process: Train's placement group cleaner warns each second that there is no dashboard.
+            logging_config=ray.LoggingConfig(log_level="ERROR"),
+            object_store_memory=_object_store_bytes(),
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray() -> None:
+    """Ray's own libraries log errors only: their warnings are about progress bars and defaults that we chose."""
+    import ray.data  # noqa: F401  (sets its loggers up when it is imported, so they are turned down after that)
+
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _object_store_bytes() -> int:
+    """A fifth of memory or of /dev/shm, whichever is less, so that no spill to disk is provoked at start."""
+    import psutil
+
+    shm_bytes = psutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 2**31
+    return int(max(128 * 2**20, min(psutil.virtual_memory().available * 0.2, shm_bytes * 0.8)))

@@ -1,0 +1,153 @@
+"""What every driver does around its jobs: claim folders, run the group, follow it into MLflow, publish, remember."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipelines import registry
+from pipelines.cluster import ray_address, ray_session
+from pipelines.config import identity, to_dict
+from pipelines.jobs import Job, RunFolder, train_plan
+from pipelines.launch import launch
+from pipelines.manifest import Manifest
+from pipelines.report import MetricFollower, ProgressDisplay
+
+log = logging.getLogger(__name__)
+
+# (the job's MLflow run, its folder) -> what is added to the outcome, such as the model version
+Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A job with its name, what it reads, and what is done with what it leaves."""
+
+    name: str
+    kind: registry.Kind
+    job: Job
+    manifest: Manifest
+    publish: Publish
+    inputs: dict[str, bytes] = field(default_factory=dict)
+    """Files that the workers need in the job's folder."""
+    backbone: registry.ModelRef | None = None
+    parent: registry.Run | None = None
+
+
+def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fresh: bool) -> list[dict[str, Any]]:
+    """The outcome of every task, in one worker group; finished ones are not run again.
+
+    A driver that was killed goes on where it stopped: training from the newest checkpoint, publishing by finding
+    what was published. Raises RunFailed when the workers give up.
+    """
+    registry.refuse_local_tracking(ray_address())
+    folders = [RunFolder(task.job.folder) for task in tasks]
+    runs: dict[int, registry.Run] = {}
+    for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
+        if fresh:
+            folder.clear()
+        if folder.outcome() is None:
+            runs[i] = _start(task, folder, tracking)
+    try:
+        unfinished = [i for i in runs if folders[i].result() is None]
+        with ExitStack() as stack:
+            for i in runs:
+                stack.enter_context(_following(tasks[i], folders[i], runs[i], shows=len(runs) == 1))
+            if unfinished:
+                stack.enter_context(ray_session(tasks[0].job.config.compute))
+                launch([tasks[i].job for i in unfinished], group)
+        for i, run in runs.items():
+            _finish(tasks[i], folders[i], run)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        for i, run in runs.items():
+            if folders[i].outcome() is None:
+                run.finish(status)
+        raise
+    return [outcome for folder in folders if (outcome := folder.outcome()) is not None]
+
+
+def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> registry.Run:
+    """The folder is claimed and the MLflow run is there; a new folder gets a new run."""
+    is_new = folder.claim(
+        {
+            "kind": task.kind,
+            "config": identity(task.job.config),
+            "dataset": task.manifest.digest,
+            "job": _resolved(task.job),
+        }
+    )
+    for path, content in task.inputs.items():
+        folder.storage.write(path, content)
+    run = tracking.run(
+        task.name,
+        task.kind,
+        to_dict(task.job.config),
+        tags={"mae.folder": task.job.folder},
+        dataset=task.manifest,
+        dataset_uri=task.job.config.data.uri,
+        parent=task.parent,
+        fresh=is_new,
+    )
+    if task.backbone is not None:
+        run.log_model_input(task.backbone)
+    return run
+
+
+def _resolved(job: Job) -> dict[str, Any]:
+    """What the job fixed beyond its config, such as the pixels' mean; not where its files lie."""
+    values = to_dict(job)
+    for key in ("folder", "config", "backbone"):
+        values.pop(key, None)
+    return values
+
+
+@contextmanager
+def _following(task: Task, folder: RunFolder, run: registry.Run, *, shows: bool) -> Iterator[None]:
+    """What the workers spool arrives in MLflow, and on the terminal, while the block runs."""
+    with ExitStack() as stack:
+        display = None
+        if shows:
+            total = task.job.config.epochs * train_plan(task.job, task.manifest).steps_per_epoch
+            display = stack.enter_context(ProgressDisplay(task.name, total))
+        stack.enter_context(MetricFollower(folder.storage, run, display=display))
+        yield
+
+
+def _finish(task: Task, folder: RunFolder, run: registry.Run) -> None:
+    """Pictures and models are in MLflow, the run is finished, and the folder remembers the outcome."""
+    log_pictures(folder, run)
+    published = task.publish(run, folder)
+    run.finish("FINISHED")
+    folder.remember(
+        {"run": task.name, "run_id": run.id, "folder": task.job.folder, **(folder.result() or {}), **published}
+    )
+
+
+def log_pictures(folder: RunFolder, run: registry.Run) -> None:
+    """Every picture that the workers drew is in MLflow."""
+    with TemporaryDirectory() as scratch:
+        for path, _ in folder.storage.list("pictures", suffix=".png"):
+            local = Path(scratch) / Path(path).name
+            local.write_bytes(folder.storage.read(path))
+            run.log_file(local, "pictures")
+
+
+def exported(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:
+    """Files of the run's export/, by name."""
+    return {name: folder.storage.read(f"export/{name}") for name in names}
+
+
+def newest_picture(folder: RunFolder) -> dict[str, bytes | Path]:
+    """The last reconstructions that the workers drew, as reconstructions.png; empty where they drew none."""
+    found = folder.storage.list("pictures", suffix=".png")
+    return {"reconstructions.png": folder.storage.read(found[-1][0])} if found else {}
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The manifest as the registry keeps it."""
+    return json.dumps(to_dict(manifest), indent=1).encode()

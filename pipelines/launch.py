@@ -1,0 +1,65 @@
+"""Jobs go to a Ray Train worker group, and what they spool goes to MLflow while they run."""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.config import ComputeConfig
+from pipelines.jobs import Job, job_to_dict, remaining_segments
+
+log = logging.getLogger(__name__)
+
+
+class RunFailed(RuntimeError):
+    """A worker group gave up; the message names the cause."""
+
+
+def launch(jobs: Sequence[Job], name: str) -> None:
+    """Every job is finished. Raises RunFailed when workers fail more often than compute.max_failures allows.
+
+    Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
+    that starts again finds in it what is left to do.
+    """
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.ingest import data_config, feed
+    from pipelines.worker import work
+
+    jobs = list(jobs)
+    compute = jobs[0].config.compute
+    with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"jobs": [job_to_dict(job) for job in jobs]},
+            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo"),
+            scaling_config=scaling(compute),
+            run_config=RunConfig(
+                name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=compute.max_failures)
+            ),
+            datasets={"feed": lambda: feed(remaining_segments(jobs), compute.num_workers)},
+            dataset_config=data_config(),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise RunFailed(_cause(error)) from error
+
+
+def scaling(compute: ComputeConfig) -> Any:
+    """Ray Train's view of the worker group."""
+    from ray.train import ScalingConfig
+
+    return ScalingConfig(
+        num_workers=compute.num_workers,
+        use_gpu=compute.gpu,
+        resources_per_worker={"CPU": 1, **({"GPU": 1} if compute.gpu else {})},
+        placement_strategy="SPREAD" if compute.spread else "PACK",
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong on a worker, without Ray's wrapping."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

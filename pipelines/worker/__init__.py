@@ -1,0 +1,55 @@
+"""What runs on one rank: the jobs of a worker group, one after another, on one feed."""
+
+import logging
+from typing import Any
+
+import torch
+
+from pipelines.ingest import micro_batches
+from pipelines.jobs import Job, PretrainJob, RunFolder, job_from_dict
+from pipelines.worker import finetuning, pretraining, probing
+from pipelines.worker.rank import Feed, Rank, join_group
+
+log = logging.getLogger(__name__)
+
+
+def work(config: dict[str, Any]) -> None:
+    """Every unfinished job of the group is finished; called by Ray Train on each rank."""
+    import ray.train
+
+    speak_up()
+    jobs = [job_from_dict(values) for values in config["jobs"]]
+    rank = join_group(jobs[0].config.compute)
+    feed = Feed(micro_batches(ray.train.get_dataset_shard("feed")))
+    for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
+        run_job(job, rank, feed)
+
+
+def speak_up() -> None:
+    """Our messages reach the driver's terminal, while Ray's own processes say errors only."""
+    ours = logging.getLogger("pipelines")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        ours.addHandler(handler)
+
+
+def run_job(job: Job, rank: Rank, feed: Feed) -> None:
+    """The job is finished, from its newest checkpoint on, and its folder says so."""
+    folder = RunFolder(job.folder)
+    checkpoint = folder.checkpoints.latest()
+    first_step = rank.agree(checkpoint.step if checkpoint else 0)
+    if checkpoint and checkpoint.step != first_step:
+        checkpoint = folder.checkpoints.load(first_step)
+    if first_step:
+        rank.log(log, "resuming %s at step %d", job.folder, first_step)
+    torch.manual_seed(job.config.seed)
+    if isinstance(job, PretrainJob):
+        pretraining.run(job, rank, feed, folder, checkpoint)
+    elif job.config.classifier.method == "finetune":
+        finetuning.run(job, rank, feed, folder, checkpoint)
+    else:
+        probing.run(job, rank, feed, folder, checkpoint)
+    rank.barrier()

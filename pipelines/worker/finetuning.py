@@ -1,0 +1,154 @@
+"""Fine-tuning, partial fine-tuning and training from scratch on one rank."""
+
+import copy
+import json
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.augment import erase, mixup, pixels_to_input
+from mae_core.classifier import build_classifier, load_encoder
+from mae_core.config import parse_arch
+from mae_core.optim import build_optimizer
+from mae_core.randomness import Purpose, seed_of
+from mae_core.schedule import peak_lr
+from mae_core.state import model_tensors, pack, unpack
+from mae_core.step import classify_loss
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import to_dict
+from pipelines.ingest import MicroBatch
+from pipelines.jobs import ClassifyJob, Phase, RunFolder, phases, read_plan, train_plan
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.storage import open_storage
+from pipelines.worker.loop import Due, LossOf, Recorder, TrainState, schedule, train, warm_up
+from pipelines.worker.rank import Feed, Rank, bare
+
+
+def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """The classifier is trained and evaluated, and the folder holds weights and result."""
+    config = job.config
+    manifest = read_manifest(open_storage(config.data.uri))
+    plan = train_plan(job, manifest)
+    state = _start(job, rank, plan.steps_per_epoch)
+    loss_of = _loss_of(job, plan.steps_per_epoch, rank)
+    warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    if checkpoint:
+        state.restore(checkpoint)
+    recorder = Recorder(
+        state=state,
+        rank=rank,
+        plan=plan,
+        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+        folder=folder,
+        checkpoint=config.checkpoint,
+    )
+    accuracy = {}
+    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
+        if phase.kind == "train":
+            train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
+        else:
+            accuracy = evaluate(job, rank, feed, manifest, phase, state.ema or bare(state.model))
+            if rank.is_main:
+                recorder.spool.add(phase.first_step, accuracy)
+    if rank.is_main:
+        recorder.spool.close()
+        export(job, state.ema or bare(state.model), folder)
+        folder.finish(result_of(job, accuracy, state.step))
+
+
+def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
+    config = job.config
+    torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
+    model = build_classifier(parse_arch(job.arch), job.image_px, job.channels, len(job.classes), config.classifier)
+    if job.backbone:
+        load_encoder(model, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+    peak = peak_lr(config.optim.base_lr, config.data.batch)
+    decay = config.classifier.ema_decay
+    parallel = rank.parallel(model)
+    return TrainState(
+        model=parallel,
+        optimizer=build_optimizer(model, config.optim, peak),
+        schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs),
+        ema=None if decay is None else copy.deepcopy(model).requires_grad_(False).eval(),
+        ema_decay=decay or 0.0,
+    )
+
+
+def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
+    config, num_classes = job.config, len(job.classes)
+
+    def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+        epoch = step // steps_per_epoch
+        images = pixels_to_input(batch.images, job.pixels)
+        images = erase(images, config.augment.erase, seed=config.seed, epoch=epoch, sample_ids=batch.ids)
+        images, targets = mixup(
+            images, batch.labels, num_classes, config.augment, seed=config.seed, step=step, micro=index
+        )
+        torch.manual_seed(seed_of(config.seed, Purpose.DROP_PATH, step, index))
+        with rank.autocast():
+            logits = model(images)
+        return classify_loss(logits.float(), targets, batch.weights)
+
+    return loss_of
+
+
+@torch.inference_mode()
+def evaluate(
+    job: ClassifyJob, rank: Rank, feed: Feed, manifest: Manifest, phase: Phase, model: nn.Module
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent over the phase's whole split, whatever the number of ranks."""
+    plan = read_plan(job, manifest, phase.split)
+    counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
+    training = model.training
+    model.eval()
+    for step in range(plan.steps_per_epoch):
+        for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
+            counts += count_hits(rank, model, batch.to(rank.device), job)
+    model.train(training)
+    return accuracy_of(rank, counts, phase.split)
+
+
+def count_hits(rank: Rank, model: nn.Module, batch: MicroBatch, job: ClassifyJob) -> Tensor:
+    """(top-1 hits, top-5 hits, samples) of a micro-batch, placeholders not counted."""
+    with rank.autocast():
+        logits = model(pixels_to_input(batch.images, job.pixels))
+    return hits(logits, batch.labels, batch.weights)
+
+
+def hits(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """(top-1 hits, top-5 hits, samples), each weighted."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack([(best[:, 0] * weights).sum(), (best.any(1) * weights).sum(), weights.sum()]).double()
+
+
+def accuracy_of(rank: Rank, counts: Tensor, split: str) -> dict[str, float]:
+    """Percentages from hits summed over ranks."""
+    top1, top5, total = rank.sum(counts).tolist()
+    return {f"{split}/top1": 100 * top1 / max(1, total), f"{split}/top5": 100 * top5 / max(1, total)}
+
+
+def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
+    """export/ holds what the registry takes: weights, classes and preprocessing."""
+    config = {
+        "kind": "classifier",
+        "arch": job.arch,
+        "image_px": list(job.image_px),
+        "channels": job.channels,
+        "classes": list(job.classes),
+        "classifier": to_dict(job.config.classifier),
+        "pixels": to_dict(job.pixels),
+    }
+    folder.storage.write("export/classifier.safetensors", pack(model_tensors(model)))
+    folder.storage.write("export/config.json", json.dumps(config, indent=1).encode())
+
+
+def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int) -> dict[str, object]:
+    """What the run found, in percent."""
+    split = job.config.eval_split
+    return {
+        "kind": job.config.classifier.method,
+        "split": split,
+        "top1": round(accuracy[f"{split}/top1"], 3),
+        "top5": round(accuracy[f"{split}/top5"], 3),
+        "steps": steps,
+    }

@@ -1,0 +1,89 @@
+"""Pretraining on one rank."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+
+from mae_core.augment import pixels_to_input
+from mae_core.masking import sample_masks
+from mae_core.model import MAE, build_mae
+from mae_core.optim import build_optimizer
+from mae_core.schedule import peak_lr
+from mae_core.state import model_tensors, pack
+from mae_core.step import pretrain_loss
+from pipelines.checkpoints import Checkpoint
+from pipelines.ingest import MicroBatch
+from pipelines.jobs import PretrainJob, RunFolder, train_plan
+from pipelines.manifest import read_manifest
+from pipelines.pictures import reconstruction_rows
+from pipelines.reconstruct import Backbone, picture_block, sample_images
+from pipelines.storage import open_storage
+from pipelines.worker.export import backbone_files
+from pipelines.worker.loop import Due, LossOf, Recorder, TrainState, schedule, train, warm_up
+from pipelines.worker.rank import Feed, Rank
+
+_NUM_PICTURED = 8
+
+
+def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """The model is pretrained and exported, and the folder holds the result."""
+    config = job.config
+    plan = train_plan(job, read_manifest(open_storage(config.data.uri)))
+    mae = build_mae(config.model, config.seed)
+    total = config.epochs * plan.steps_per_epoch
+    peak = peak_lr(config.optim.base_lr, config.data.batch)
+    model = rank.parallel(mae)
+    state = TrainState(
+        model=model,
+        optimizer=build_optimizer(mae, config.optim, peak),
+        schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
+    )
+    loss_of = _loss_of(job, plan.steps_per_epoch, rank)
+    warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    if checkpoint:
+        state.restore(checkpoint)
+    recorder = Recorder(
+        state=state,
+        rank=rank,
+        plan=plan,
+        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+        folder=folder,
+        checkpoint=config.checkpoint,
+        picture=lambda step: _save_picture(job, mae, folder, step),
+    )
+    train(state, rank, plan, feed, total, loss_of, recorder.after_step)
+    if rank.is_main:
+        recorder.spool.close()
+        for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
+            folder.storage.write(f"export/{name}", content)
+        folder.finish({"kind": "pretrain", "steps": total, "loss": recorder.last["train/loss"]})
+
+
+def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
+    config = job.config.model
+
+    def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+        images = pixels_to_input(batch.images, job.pixels)
+        mask = sample_masks(
+            config.mask, config.grid, seed=job.config.seed, epoch=step // steps_per_epoch, sample_ids=batch.ids
+        )
+        with rank.autocast():
+            return pretrain_loss(model, images, mask, batch.weights)
+
+    return loss_of
+
+
+def _save_picture(job: PretrainJob, mae: MAE, folder: RunFolder, step: int) -> None:
+    """Reconstructions of the same few held-out images, as the model is after `step` steps."""
+    manifest = read_manifest(open_storage(job.config.data.uri))
+    split = "val" if "val" in manifest.splits else "train"
+    images = sample_images(job.config.data.uri, split, _NUM_PICTURED, *job.input)
+    mae.eval()
+    backbone = Backbone(mae=mae, config=job.config.model, pixels=job.pixels)
+    block = picture_block(backbone, images, job.config.model.mask.ratio, job.config.seed)
+    mae.train()
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "picture.png"
+        reconstruction_rows([block], path)
+        folder.storage.write(f"pictures/reconstructions-{step:010d}.png", path.read_bytes())

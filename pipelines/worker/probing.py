@@ -1,0 +1,193 @@
+"""Linear probing on one rank: a linear layer behind a BatchNorm, on frozen features (Table 9)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.augment import pixels_to_input, soft_targets
+from mae_core.classifier import ProbeHead, features, load_encoder
+from mae_core.config import parse_arch
+from mae_core.encoder import build_encoder
+from mae_core.optim import build_optimizer
+from mae_core.randomness import Purpose, seed_of
+from mae_core.schedule import peak_lr
+from mae_core.state import unpack
+from mae_core.step import classify_loss
+from pipelines.checkpoints import Checkpoint
+from pipelines.ingest import MicroBatch
+from pipelines.jobs import ClassifyJob, Phase, RunFolder, phases, read_plan, train_plan
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.plan import EpochPlan
+from pipelines.storage import open_storage
+from pipelines.worker.finetuning import accuracy_of, hits, result_of
+from pipelines.worker.loop import Due, Recorder, TrainState, schedule
+from pipelines.worker.rank import Feed, Rank
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Frozen features [n d] with their labels [n] and weights [n]."""
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+# step -> this rank's examples of that step
+ExamplesOf = Callable[[int], Examples]
+
+
+def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """The head is trained and evaluated, and the folder holds the result."""
+    config = job.config
+    manifest = read_manifest(open_storage(config.data.uri))
+    plan = train_plan(job, manifest)
+    encode = _frozen_encoder(job, rank)
+    torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
+    head = ProbeHead(parse_arch(job.arch).width, len(job.classes), head_std=config.classifier.head_std)
+    head.to(rank.device)
+    peak = peak_lr(config.optim.base_lr, config.data.batch)
+    state = TrainState(
+        model=head,
+        optimizer=build_optimizer(head, config.optim, peak),
+        schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
+    )
+    if checkpoint and not job.caches_features:
+        state.restore(checkpoint)
+    recorder = Recorder(
+        state=state,
+        rank=rank,
+        plan=plan,
+        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+        folder=folder,
+        checkpoint=config.checkpoint,
+    )
+    total = config.epochs * plan.steps_per_epoch
+    accuracy: dict[str, float] = {}
+    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
+        if phase.split == "train" and phase.kind == "read":
+            table = _read_table(job, rank, feed, manifest, encode)
+            _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
+        elif phase.kind == "train":
+            _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
+        else:
+            accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
+            if rank.is_main:
+                recorder.spool.add(phase.first_step, accuracy)
+    if rank.is_main:
+        recorder.spool.close()
+        folder.finish(result_of(job, accuracy, state.step))
+
+
+def _frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tensor]:
+    torch.manual_seed(seed_of(job.config.seed, Purpose.INIT, 0))
+    vit = build_encoder(parse_arch(job.arch), job.image_px, job.channels)
+    if job.backbone:
+        load_encoder(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+    vit.requires_grad_(False).eval().to(rank.device)
+
+    @torch.no_grad()
+    def encode(batch: MicroBatch) -> Tensor:
+        with rank.autocast():
+            return features(vit, pixels_to_input(batch.images, job.pixels), job.config.classifier.pool).float()
+
+    return encode
+
+
+def _fit(
+    job: ClassifyJob,
+    rank: Rank,
+    plan: EpochPlan,
+    state: TrainState,
+    recorder: Recorder,
+    last_step: int,
+    examples_of: ExamplesOf,
+) -> None:
+    """Steps up to `last_step` are done. BatchNorm sees the whole global batch, however it is dealt to ranks."""
+    smoothing, num_classes = job.config.augment.label_smoothing, len(job.classes)
+    while state.step < last_step:
+        examples = examples_of(state.step)
+        planned = plan.planned(state.step % plan.steps_per_epoch)
+        logits = state.model(examples.features, examples.weights, rank.sum)
+        targets = soft_targets(examples.labels, num_classes, smoothing)
+        loss = classify_loss(logits, targets, examples.weights) / planned
+        loss.backward()
+        for parameter in state.model.parameters():
+            if parameter.grad is not None:
+                rank.sum(parameter.grad)
+        state.update()
+        recorder.after_step(state.step, loss.detach())
+
+
+def _live_examples(rank: Rank, plan: EpochPlan, feed: Feed, encode: Callable[[MicroBatch], Tensor]) -> ExamplesOf:
+    def examples_of(step: int) -> Examples:
+        batches = [b.to(rank.device) for b in feed.take(step, plan.micro_batches_per_step // rank.world)]
+        return Examples(
+            torch.cat([encode(batch) for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            torch.cat([batch.weights for batch in batches]),
+        )
+
+    return examples_of
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features of a whole split on every rank, by ascending sample id; what the plan then draws batches from."""
+
+    ids: Tensor
+    features: Tensor
+    labels: Tensor
+
+    def take(self, plan: EpochPlan, rank: Rank, step: int) -> Examples:
+        """This rank's examples of a step, as if they had come through the feed."""
+        ids = torch.from_numpy(plan.step_ids(step, rank.index)).to(self.ids.device)
+        rows = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
+        # A placeholder has id -1; a sample that did not decode has no row either, and counts as little.
+        real = self.ids[rows] == ids
+        return Examples(self.features[rows], self.labels[rows], real.float())
+
+
+def _read_table(
+    job: ClassifyJob, rank: Rank, feed: Feed, manifest: Manifest, encode: Callable[[MicroBatch], Tensor]
+) -> FeatureTable:
+    """Every rank holds the features of the whole training split."""
+    plan = read_plan(job, manifest, "train")
+    ids, found, labels = [], [], []
+    for batch in _read(rank, plan, feed):
+        ids.append(torch.where(batch.weights > 0, batch.ids, -1))
+        found.append(encode(batch))
+        labels.append(batch.labels)
+    all_ids = torch.cat(rank.gather(torch.cat(ids)))
+    all_features = torch.cat(rank.gather(torch.cat(found)))
+    all_labels = torch.cat(rank.gather(torch.cat(labels)))
+    order = torch.argsort(all_ids, stable=True)
+    order = order[all_ids[order] >= 0]
+    return FeatureTable(all_ids[order], all_features[order], all_labels[order])
+
+
+def _read(rank: Rank, plan: EpochPlan, feed: Feed) -> Iterator[MicroBatch]:
+    for step in range(plan.steps_per_epoch):
+        for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
+            yield batch.to(rank.device)
+
+
+@torch.inference_mode()
+def _evaluate(
+    job: ClassifyJob,
+    rank: Rank,
+    feed: Feed,
+    manifest: Manifest,
+    phase: Phase,
+    encode: Callable[[MicroBatch], Tensor],
+    head: nn.Module,
+) -> dict[str, float]:
+    counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
+    head.eval()
+    for batch in _read(rank, read_plan(job, manifest, phase.split), feed):
+        counts += hits(head(encode(batch), batch.weights, None), batch.labels, batch.weights)
+    head.train()
+    return accuracy_of(rank, counts, phase.split)
