@@ -32,6 +32,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     # Train's controller asks its workers this often; the default of 2 s makes every report() block for as long.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet_ray()
     if ray_address():

@@ -21,7 +21,7 @@ def launch(jobs: Sequence[Job], name: str) -> None:
     Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
     that starts again finds in it what is left to do.
     """
-    from ray.train import FailureConfig, RunConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.ingest import data_config, feed
@@ -36,7 +36,10 @@ def launch(jobs: Sequence[Job], name: str) -> None:
             torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo"),
             scaling_config=scaling(compute),
             run_config=RunConfig(
-                name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=compute.max_failures)
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=compute.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
             ),
             datasets={"feed": lambda: feed(remaining_segments(jobs), compute.num_workers)},
             dataset_config=data_config(),
