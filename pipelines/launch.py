@@ -24,7 +24,7 @@ def launch(jobs: Sequence[Job], name: str) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.ingest import data_config, feed
+    from pipelines.ingest import data_config
     from pipelines.worker import work
 
     jobs = list(jobs)
@@ -41,13 +41,23 @@ def launch(jobs: Sequence[Job], name: str) -> None:
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
-            datasets={"feed": lambda: feed(remaining_segments(jobs), compute.num_workers)},
+            datasets={"feed": lambda: _feed_of(jobs)},
             dataset_config=data_config(),
         )
         try:
             trainer.fit()
         except Exception as error:
             raise RunFailed(_cause(error)) from error
+
+
+def _feed_of(jobs: list[Job]) -> Any:
+    """The feed of what is left of the jobs now; one that nobody reads where only results are left to be written."""
+    import ray.data
+
+    from pipelines.ingest import feed
+
+    left = remaining_segments(jobs)
+    return feed(left, jobs[0].config.compute.num_workers) if left else ray.data.range(1)
 
 
 def scaling(compute: ComputeConfig) -> Any:

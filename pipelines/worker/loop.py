@@ -203,6 +203,7 @@ class Recorder:
         self._meter = Meter(rank)
         self.spool = MetricSpool(folder.storage)
         self.last: dict[str, float] = {}
+        """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
 
     def after_step(self, step: int, loss: Tensor) -> None:
         """Everything that is due after `step` steps has happened."""
@@ -219,6 +220,7 @@ class Recorder:
                 self.spool.add(step, point)
         if self._due.save(step) and self._rank.is_main:
             self.spool.flush()
-            self._state.save(self._folder, self._checkpoint, {"steps_per_epoch": self._plan.steps_per_epoch})
+            meta = {"steps_per_epoch": self._plan.steps_per_epoch, "last": self.last}
+            self._state.save(self._folder, self._checkpoint, meta)
         if self._picture and self._due.picture(step) and self._rank.is_main:
             self._picture(step)

@@ -52,6 +52,8 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         checkpoint=config.checkpoint,
         picture=lambda step: _save_picture(job, mae, folder, step),
     )
+    if checkpoint:
+        recorder.last = checkpoint.meta["last"]
     train(state, rank, plan, feed, total, loss_of, recorder.after_step)
     if rank.is_main:
         recorder.spool.close()
