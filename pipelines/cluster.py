@@ -38,6 +38,8 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     if ray_address():
         ray.init(logging_level=logging.WARNING)
     else:
+        # No one takes this machine away with notice, and the watcher is one process more to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
             include_dashboard=False,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines import registry
@@ -15,7 +14,8 @@ from pipelines.config import identity, to_dict
 from pipelines.jobs import Job, RunFolder, train_plan
 from pipelines.launch import launch
 from pipelines.manifest import Manifest
-from pipelines.report import MetricFollower, ProgressDisplay
+from pipelines.progress import ProgressDisplay
+from pipelines.report import MetricFollower, PictureFollower
 
 log = logging.getLogger(__name__)
 
@@ -115,26 +115,17 @@ def _following(task: Task, folder: RunFolder, run: registry.Run, *, shows: bool)
             total = task.job.config.epochs * train_plan(task.job, task.manifest).steps_per_epoch
             display = stack.enter_context(ProgressDisplay(task.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
+        stack.enter_context(PictureFollower(folder.storage, run))
         yield
 
 
 def _finish(task: Task, folder: RunFolder, run: registry.Run) -> None:
-    """Pictures and models are in MLflow, the run is finished, and the folder remembers the outcome."""
-    log_pictures(folder, run)
+    """The model is registered, the run is finished, and the folder remembers the outcome."""
     published = task.publish(run, folder)
     run.finish("FINISHED")
     folder.remember(
         {"run": task.name, "run_id": run.id, "folder": task.job.folder, **(folder.result() or {}), **published}
     )
-
-
-def log_pictures(folder: RunFolder, run: registry.Run) -> None:
-    """Every picture that the workers drew is in MLflow."""
-    with TemporaryDirectory() as scratch:
-        for path, _ in folder.storage.list("pictures", suffix=".png"):
-            local = Path(scratch) / Path(path).name
-            local.write_bytes(folder.storage.read(path))
-            run.log_file(local, "pictures")
 
 
 def exported(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:

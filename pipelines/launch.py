@@ -25,13 +25,12 @@ def launch(jobs: Sequence[Job], name: str) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.ingest import data_config
-    from pipelines.worker import work
 
     jobs = list(jobs)
     compute = jobs[0].config.compute
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
-            work,
+            _work,
             train_loop_config={"jobs": [job_to_dict(job) for job in jobs]},
             torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo"),
             scaling_config=scaling(compute),
@@ -48,6 +47,13 @@ def launch(jobs: Sequence[Job], name: str) -> None:
             trainer.fit()
         except Exception as error:
             raise RunFailed(_cause(error)) from error
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every rank does; only ranks import the models, which costs each of Ray's other processes seconds."""
+    from pipelines.worker import work
+
+    work(config)
 
 
 def _feed_of(jobs: list[Job]) -> Any:

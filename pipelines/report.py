@@ -2,17 +2,18 @@
 
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
 from pipelines.registry.points import Point
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from pipelines.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,6 @@ _OBJECT_BYTES = 65536
 _FLUSH_EVERY_S = 5.0
 _POLL_EVERY_S = 2.0
 _MAX_WAITING = 50_000
-_LINE_EVERY_S = 30.0
-_SHOWN = {"train/loss": "loss {:.4f}", "lr": "lr {:.2e}", "images_per_s": "{:,.0f} images/s"}
 
 
 class MetricSpool:
@@ -182,6 +181,57 @@ class MetricFollower:
                 return
 
 
+class PictureSink(Protocol):
+    """What pictures are delivered to; a run of MLflow is one."""
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        """The file is stored in that folder."""
+        ...
+
+
+class PictureFollower:
+    """A thread of the driver that delivers the workers' pictures as they are drawn; all of them by the end."""
+
+    def __init__(
+        self, storage: Storage, sink: PictureSink, *, prefix: str = "pictures", poll_every_s: float = 5 * _POLL_EVERY_S
+    ) -> None:
+        self._storage, self._sink, self._prefix, self._poll_every_s = storage, sink, prefix, poll_every_s
+        self._delivered: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="picture-follower", daemon=True)
+
+    def __enter__(self) -> "PictureFollower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            self.poll()
+        except Exception as error:
+            if failure[0] is None:
+                raise
+            log.warning("the last pictures were not delivered: %s", error)
+
+    def poll(self) -> None:
+        """Every picture in the storage is delivered. Delivering one twice replaces it by itself."""
+        for path, _ in self._storage.list(self._prefix, suffix=".png"):
+            if path not in self._delivered:
+                with TemporaryDirectory(prefix="mae-picture-") as scratch:
+                    local = Path(scratch) / Path(path).name
+                    local.write_bytes(self._storage.read(path))
+                    self._sink.log_file(local, self._prefix)
+                self._delivered.add(path)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._poll_every_s):
+            try:
+                self.poll()
+            except Exception as error:  # a picture can wait; the end of the run delivers it or says why not
+                log.warning("pictures wait: %s", error)
+
+
 def read_points(content: bytes, path: str) -> Iterator[Point]:
     """The points of one spooled object, in order. Raises ValueError that names the object and line if it is damaged."""
     for number, line in enumerate(content.splitlines(), 1):
@@ -191,55 +241,3 @@ def read_points(content: bytes, path: str) -> Iterator[Point]:
                 yield Point(key, float(value), int(entry["step"]), int(entry["time_ms"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"metrics object {path} is damaged at line {number}; delete it and run again") from None
-
-
-class ProgressDisplay:
-    """Loss, lr, images/s and the time left, on stderr: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, title: str, total_steps: int) -> None:
-        self._title, self._total = title, total_steps
-        self._values: dict[str, float] = {}
-        self._first: Point | None = None
-        self._line_due_s = 0.0
-        self._bar = _bar(title, total_steps) if sys.stderr.isatty() else None
-
-    def __enter__(self) -> "ProgressDisplay":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, points: Sequence[Point]) -> None:
-        """The display is that of the newest point."""
-        newest = points[-1]
-        self._first = self._first or points[0]
-        self._values.update((point.key, point.value) for point in points)
-        text = self._text(newest)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=newest.step, text=text)
-        elif time.monotonic() >= self._line_due_s or newest.step >= self._total:
-            log.info("%s: step %d of %d, %s", self._title, newest.step, self._total, text)
-            self._line_due_s = time.monotonic() + _LINE_EVERY_S
-
-    def _text(self, newest: Point) -> str:
-        values = self._values
-        parts = [text.format(values[key]) for key, text in _SHOWN.items() if key in values]
-        assert self._first is not None
-        steps, seconds = newest.step - self._first.step, (newest.time_ms - self._first.time_ms) / 1000
-        if steps > 0 and newest.step < self._total:
-            left_s = round(seconds / steps * (self._total - newest.step))
-            parts.append(f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d} left")
-        return ", ".join(parts)
-
-
-def _bar(title: str, total_steps: int) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    bar = Progress(*columns, console=Console(stderr=True))
-    bar.add_task(title, total=total_steps, text="")
-    return bar

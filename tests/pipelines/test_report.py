@@ -1,14 +1,17 @@
 """Every point of a spool reaches the sink once and in order, whatever restarts and whatever is away meanwhile."""
 
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.progress import ProgressDisplay
 from pipelines.registry import Point
-from pipelines.report import MetricFollower, MetricSpool, ProgressDisplay, read_points
+from pipelines.report import MetricFollower, MetricSpool, PictureFollower, read_points
 from pipelines.storage import Storage, open_storage
 
 
@@ -219,3 +222,23 @@ def test_on_a_terminal_the_display_is_a_bar_on_stderr(monkeypatch, capsys, no_co
     assert "20/100" in shown.err
     assert "0:00:40 left" in shown.err
     assert ("\x1b[38;5" in shown.err or "\x1b[3" in shown.err.replace("\x1b[38", "")) != no_color
+
+
+class Album:
+    """A picture sink that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, bytes] = {}
+
+    def log_file(self, path: Path, folder: str = "") -> None:
+        self.pictures[f"{folder}/{path.name}"] = path.read_bytes()
+
+
+def test_pictures_are_delivered_once_drawn_and_all_by_the_end(tmp_path: Path) -> None:
+    storage, album = open_storage(tmp_path), Album()
+    storage.write("pictures/one.png", b"1")
+    with PictureFollower(storage, album, poll_every_s=0.01):
+        while not album.pictures:
+            time.sleep(0.01)
+        storage.write("pictures/two.png", b"2")
+    assert album.pictures == {"pictures/one.png": b"1", "pictures/two.png": b"2"}
