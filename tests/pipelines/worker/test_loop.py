@@ -1,0 +1,295 @@
+"""The number of workers and the micro-batch share the work out, and change nothing else: in float64, to 1e-9."""
+
+import dataclasses
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from mae_core.augment import pixels_to_input
+from mae_core.classifier import ProbeHead
+from mae_core.config import ModelConfig, OptimConfig, Pixels
+from mae_core.masking import sample_masks
+from mae_core.model import build_mae
+from mae_core.optim import build_optimizer
+from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, tensors_digest, unpack
+from mae_core.step import pretrain_loss
+from pipelines.config import CheckpointConfig, ComputeConfig, TrackingConfig
+from pipelines.ingest import MicroBatch
+from pipelines.jobs import RunFolder
+from pipelines.plan import EpochPlan, Index
+from pipelines.worker import probing
+from pipelines.worker.loop import Due, Recorder, TrainState, schedule, train, train_step, warm_up
+from pipelines.worker.rank import Feed, Rank, bare
+
+MODEL = ModelConfig(
+    arch="vit_pico_patch4", image_px=(8, 8), channels=1, decoder_depth=1, decoder_width=16, decoder_heads=2
+)
+OPTIM = OptimConfig(base_lr=1e-2, warmup_epochs=0.0)
+PIXELS = Pixels(mean=(0.5,), std=(0.25,))
+NUM_SAMPLES, BATCH, EPOCHS = 26, 16, 3
+
+
+def plan_of(num_workers: int, micro_batch: int = 4) -> EpochPlan:
+    """Two steps an epoch, the second of ten samples: placeholders in it, and with three workers in both."""
+    groups = np.arange(-(-NUM_SAMPLES // 5))
+    index = Index(
+        paths=("part",),
+        shard=np.zeros_like(groups, dtype=np.int32),
+        group=groups.astype(np.int32),
+        first_id=groups.astype(np.int64) * 5,
+        num_rows=np.minimum(5, NUM_SAMPLES - groups * 5).astype(np.int32),
+    )
+    return EpochPlan(
+        index=index, seed=3, batch=BATCH, micro_batch=micro_batch, num_workers=num_workers, window=BATCH, shuffle=True
+    )
+
+
+def rank_of(index: int, world: int) -> Rank:
+    return Rank(index=index, world=world, device=torch.device("cpu"), compute=ComputeConfig(num_workers=world))
+
+
+def images_of(ids: np.ndarray) -> Tensor:
+    """An image that its id decides; placeholders are black."""
+    found = torch.zeros(len(ids), 8, 8, 1, dtype=torch.uint8)
+    for row, number in zip(found, ids.tolist()):
+        if number >= 0:
+            row[:] = torch.randint(0, 256, row.shape, generator=torch.Generator().manual_seed(number))
+    return found
+
+
+def batches_of(plan: EpochPlan, step: int, rank: Rank) -> list[MicroBatch]:
+    """What the feed would give this rank."""
+    ids = plan.step_ids(step, rank.index).reshape(-1, plan.micro_batch)
+    return [
+        MicroBatch(
+            images=images_of(some),
+            ids=torch.from_numpy(some),
+            labels=torch.from_numpy(np.where(some >= 0, some % 3, -1)),
+            weights=torch.from_numpy((some >= 0).astype(np.float32)),
+            step=step,
+            index=i * rank.world + rank.index,
+        )
+        for i, some in enumerate(ids)
+    ]
+
+
+def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+    images = pixels_to_input(batch.images, PIXELS).double()
+    mask = sample_masks(MODEL.mask, MODEL.grid, seed=1, epoch=step // 2, sample_ids=batch.ids)
+    return pretrain_loss(model, images, mask, batch.weights.double())
+
+
+def state_of(rank: Rank) -> TrainState:
+    mae = build_mae(MODEL, seed=0).double()
+    return TrainState(
+        model=rank.parallel(mae),
+        optimizer=build_optimizer(mae, OPTIM, 1e-2),
+        schedule=schedule(OPTIM, 1e-2, 2, EPOCHS),
+    )
+
+
+def pretrained(rank: Rank, micro_batch: int = 4) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights after three epochs, and this rank's share of each step's loss."""
+    plan, state = plan_of(rank.world, micro_batch), state_of(rank)
+    warm_up(state, rank, MicroBatch.blank(micro_batch, MODEL.image_px, MODEL.channels), loss_of)
+    losses = []
+    while state.step < EPOCHS * plan.steps_per_epoch:
+        batches = batches_of(plan, state.step, rank)
+        loss = train_step(state, rank, plan, batches, loss_of)
+        losses.append(rank.sum(loss.double()).item())
+    return model_tensors(bare(state.model)), losses
+
+
+def probed(rank: Rank) -> tuple[dict[str, Tensor], list[float]]:
+    """A probe's head after three epochs on features that are the first twelve pixels."""
+    plan = plan_of(rank.world)
+    torch.manual_seed(0)
+    head = ProbeHead(12, 3, head_std=0.5).double()
+    optim = OptimConfig(name="lars", base_lr=0.1, warmup_epochs=0.0, weight_decay=0.0)
+    state = TrainState(
+        model=head, optimizer=build_optimizer(head, optim, 0.1), schedule=schedule(optim, 0.1, 2, EPOCHS)
+    )
+    losses: list[float] = []
+    recorder = SimpleNamespace(after_step=lambda step, loss: losses.append(rank.sum(loss.clone()).item()))
+    job = SimpleNamespace(config=SimpleNamespace(augment=SimpleNamespace(label_smoothing=0.1)), classes=("a", "b", "c"))
+
+    def examples_of(step: int) -> probing.Examples:
+        batches = batches_of(plan, step, rank)
+        return probing.Examples(
+            torch.cat([b.images.reshape(len(b.images), -1)[:, :12].double() / 255 for b in batches]),
+            torch.cat([b.labels for b in batches]),
+            torch.cat([b.weights for b in batches]).double(),
+        )
+
+    fit: Any = probing._fit
+    fit(job, rank, plan, state, recorder, EPOCHS * plan.steps_per_epoch, examples_of)
+    return model_tensors(head), losses
+
+
+def assert_equal(found: tuple[dict[str, Tensor], list[float]], wanted: tuple[dict[str, Tensor], list[float]]) -> None:
+    """All weights as one vector differ by 1e-9 of its length at most.
+
+    Taken one by one, they need not: a key's bias has no gradient but rounding, which Adam makes as large as any.
+    """
+    assert found[0].keys() == wanted[0].keys()
+    one, other = (
+        torch.cat([tensors[name].double().flatten() for name in wanted[0]]) for tensors in (found[0], wanted[0])
+    )
+    assert ((one - other).norm() / other.norm()).item() < 1e-9
+    assert found[1] == pytest.approx(wanted[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8, 16])
+def test_accumulated_gradients_are_those_of_one_large_batch(micro_batch: int) -> None:
+    assert_equal(pretrained(rank_of(0, 1), micro_batch), pretrained(rank_of(0, 1)))
+
+
+def _on_rank(index: int, folder: str) -> None:
+    """Pretrains and probes on three ranks, then on two of them; rank 0 leaves what came out in the folder."""
+    torch.set_num_threads(1)
+    for world in (3, 2):
+        if index >= world:
+            return
+        store = dist.FileStore(f"{folder}/store-{world}", world)
+        dist.init_process_group("gloo", store=store, rank=index, world_size=world, timeout=timedelta(seconds=120))
+        rank = rank_of(index, world)
+        try:
+            found = {"pretrain": pretrained(rank), "probe": probed(rank)}
+        except BaseException:
+            traceback.print_exc()
+            raise
+        if rank.is_main:
+            torch.save(found, f"{folder}/{world}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_worker_equals_two_and_three_in_pretraining_and_probing(tmp_path: Path) -> None:
+    mp.spawn(_on_rank, (str(tmp_path),), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
+    one = rank_of(0, 1)
+    wanted = {"pretrain": pretrained(one), "probe": probed(one)}
+    for world in (2, 3):
+        found = torch.load(tmp_path / f"{world}.pt", weights_only=True)
+        for name in wanted:
+            assert_equal(found[name], wanted[name])
+
+
+def test_the_weights_of_placeholders_are_nothing() -> None:
+    """Three ranks' micro-batches of a step on one rank: the two that were padded change no bit."""
+    plan, padded = plan_of(1), plan_of(3)
+    weights = []
+    for each, world in ((plan, 1), (padded, 3)):
+        state, batches = state_of(rank_of(0, 1)), []
+        for batch in zip(*(batches_of(each, 1, rank_of(r, world)) for r in range(world)), strict=True):
+            batches += batch
+        state.step = 1
+        train_step(state, rank_of(0, 1), each, batches, loss_of)
+        weights.append(tensors_digest(model_tensors(state.model)))
+    assert weights[0] == weights[1]
+
+
+def test_a_restored_state_goes_on_as_the_saved_one_would_have(tmp_path: Path) -> None:
+    rank, plan = rank_of(0, 1), plan_of(1)
+    folder = RunFolder(str(tmp_path))
+    state = state_of(rank)
+    feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
+    train(state, rank, plan, feed, 3, loss_of, lambda step, loss: None)
+    state.save(folder, CheckpointConfig(), {})
+    train(state, rank, plan, feed, 6, loss_of, lambda step, loss: None)
+
+    again = state_of(rank)
+    checkpoint = folder.checkpoints.latest()
+    assert checkpoint is not None
+    again.restore(checkpoint)
+    assert again.step == 3
+    feed = Feed(batch for step in range(3, 6) for batch in batches_of(plan, step, rank))
+    train(again, rank, plan, feed, 6, loss_of, lambda step, loss: None)
+    for one, other in ((state, again),):
+        assert tensors_digest(model_tensors(one.model)) == tensors_digest(model_tensors(other.model))
+        assert tensors_digest(optimizer_tensors(one.optimizer, one.model)) == tensors_digest(
+            optimizer_tensors(other.optimizer, other.model)
+        )
+
+
+def test_optimizer_state_of_another_model_is_refused() -> None:
+    state = state_of(rank_of(0, 1))
+    train_step(state, rank_of(0, 1), plan_of(1), batches_of(plan_of(1), 0, rank_of(0, 1)), loss_of)
+    tensors = unpack(pack(optimizer_tensors(state.optimizer, state.model)))
+    other = build_mae(dataclasses.replace(MODEL, decoder_width=32), seed=0).double()
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load_optimizer_tensors(build_optimizer(other, OPTIM, 1e-2), other, tensors)
+
+
+def test_a_feed_at_another_step_is_noticed() -> None:
+    rank, plan = rank_of(0, 1), plan_of(1)
+    feed = Feed(iter(batches_of(plan, 1, rank)))
+    with pytest.raises(AssertionError, match="the feed is at step 1, the training state at 0"):
+        list(feed.take(0, 4))
+    with pytest.raises(AssertionError, match="ended before step 0"):
+        list(Feed(iter([])).take(0, 1))
+
+
+def test_gradients_are_shortened_where_the_config_says_so() -> None:
+    rank, plan = rank_of(0, 1), plan_of(1)
+    state = state_of(rank)
+    state.clip_norm = 1e-3
+    norms: list[float] = []
+    step = state.optimizer.step
+
+    def watched(*args: Any) -> Any:
+        norms.append(
+            torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]).norm().item()
+        )
+        return step(*args)
+
+    state.optimizer.step = watched
+    train_step(state, rank, plan, batches_of(plan, 0, rank), loss_of)
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_what_is_due_is_due_at_the_last_step_too() -> None:
+    due = Due.of(CheckpointConfig(every_epochs=0.5), TrackingConfig(log_every_steps=4, pictures_every_epochs=2), 9, 3)
+    assert [s for s in range(1, 28) if due.log(s)] == [4, 8, 12, 16, 20, 24, 27]
+    assert [s for s in range(1, 28) if due.save(s)] == [4, 8, 12, 16, 20, 24, 27]
+    assert [s for s in range(1, 28) if due.picture(s)] == [18, 27]
+
+
+def recorder_of(state: TrainState, folder: RunFolder, log_every_steps: int = 1) -> Recorder:
+    checkpoint = CheckpointConfig(every_epochs=0.5, keep=2)
+    return Recorder(
+        state=state,
+        rank=rank_of(0, 1),
+        plan=plan_of(1),
+        due=Due.of(checkpoint, TrackingConfig(log_every_steps=log_every_steps), 2, EPOCHS),
+        folder=folder,
+        checkpoint=checkpoint,
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    rank, plan, folder = rank_of(0, 1), plan_of(1), RunFolder(str(tmp_path))
+    state = state_of(rank)
+    recorder = recorder_of(state, folder)
+
+    def loss_then_nan(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+        return loss_of(model, batch, step, index) * (float("nan") if step == 3 else 1.0)
+
+    feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; try a lower optim\.base_lr"):
+        train(state, rank, plan, feed, 6, loss_then_nan, recorder.after_step)
+    recorder.spool.close()
+    newest = folder.checkpoints.latest()
+    assert newest is not None
+    assert newest.step == 3
+    weights = unpack(newest.files["model.safetensors"])
+    assert all(tensor.isfinite().all() for tensor in weights.values())
