@@ -56,7 +56,7 @@ class CheckpointStore:
         folder = self._folder(step)
         try:
             manifest = json.loads(self._storage.read(f"{folder}/{_MANIFEST}"))
-            expected, meta = manifest["sha256"], manifest["meta"]
+            expected, meta = dict(manifest["sha256"]), dict(manifest["meta"])
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise ValueError(f"{folder}/{_MANIFEST} is missing or damaged ({type(error).__name__})") from None
         files = {}

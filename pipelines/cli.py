@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import (
+    KINDS,
     PROBE,
     ClassifyConfig,
     DemoConfig,
@@ -117,7 +118,7 @@ def _doctor(call: Invocation) -> dict[str, Any]:
 
 
 def _config(call: Invocation) -> dict[str, Any]:
-    return to_dict(call.config)
+    return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
 
 
 COMMANDS: dict[str, Command] = {
@@ -297,8 +298,11 @@ def _tyro_in_words(text: str, name: str) -> str:
         hint = f"did you mean {near[1]}?" if near else f"`mae {name} --help` lists all"
         return f"unknown option {unknown[1]}; {hint}"
     sentence = re.sub(r" (Argument helptext|For full helptext).*", "", body)
-    sentence = re.sub(r"^(Value error|Parsing error|Required options) ", "", sentence)
-    return f"{sentence}; see `mae {name} --help`"
+    sentence = re.sub(r"^(Value error|Parsing error|Required options|Missing argument) ", "", sentence)
+    sentence = re.sub(r"^Error parsing ([^:]+): ", lambda found: found[1] + ": " if "-" in found[1] else "", sentence)
+    sentence = re.sub(r"invalid literal for int\(\) with base 10: (\S+)", r"\1 is not a whole number", sentence)
+    sentence = re.sub(r"could not convert string to float: (\S+)", r"\1 is not a number", sentence)
+    return sentence if "; try " in sentence else f"{sentence.rstrip('.')}; see `mae {name} --help`"
 
 
 def _overview() -> str:

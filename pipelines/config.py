@@ -379,7 +379,10 @@ def load_preset(cls: type[T], preset: str) -> T:
         names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         near = difflib.get_close_matches(preset, names, 1)
         raise ValueError(f"no preset {preset!r}; {f'did you mean {near[0]}?' if near else 'try ' + ', '.join(names)}")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; mend it there") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind != KINDS[cls]:
         raise ValueError(

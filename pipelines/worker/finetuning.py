@@ -69,6 +69,7 @@ def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
         model=parallel,
         optimizer=build_optimizer(model, config.optim, peak),
         schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs),
+        clip_norm=config.optim.clip_norm,
         ema=None if decay is None else copy.deepcopy(model).requires_grad_(False).eval(),
         ema_decay=decay or 0.0,
     )

@@ -38,6 +38,7 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         model=model,
         optimizer=build_optimizer(mae, config.optim, peak),
         schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
+        clip_norm=config.optim.clip_norm,
     )
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)

@@ -54,6 +54,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         model=head,
         optimizer=build_optimizer(head, config.optim, peak),
         schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
+        clip_norm=config.optim.clip_norm,
     )
     if checkpoint and not job.caches_features:
         state.restore(checkpoint)
