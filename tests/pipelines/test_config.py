@@ -1,0 +1,217 @@
+"""Every dict enters through one function: what it describes, or a refusal that names the key and the remedy."""
+
+import dataclasses
+import string
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae_core.config import AugmentConfig, ClassifierConfig, MaskConfig, ModelConfig, OptimConfig
+from pipelines.config import (
+    KINDS,
+    PROBE,
+    CheckpointConfig,
+    ClassifyConfig,
+    ComputeConfig,
+    DataConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SweepConfig,
+    TrackingConfig,
+    config_hash,
+    from_dict,
+    identity,
+    load_preset,
+    parse_space,
+    run_name,
+    to_dict,
+    with_overrides,
+)
+
+words = st.text(string.ascii_letters + string.digits + "_-", max_size=12)
+positive = st.floats(1e-8, 1e3)
+
+
+@st.composite
+def pretrain_configs(draw: st.DrawFn) -> PretrainConfig:
+    micro, patch = draw(st.integers(1, 64)), draw(st.sampled_from([4, 7, 14, 16]))
+    heads = draw(st.sampled_from([1, 2, 4, 8]))
+    epochs = draw(st.integers(1, 2000))
+    return PretrainConfig(
+        name=draw(words),
+        seed=draw(st.integers(0, 2**40)),
+        epochs=epochs,
+        data=DataConfig(
+            uri=draw(words),
+            batch=micro * draw(st.integers(1, 64)),
+            micro_batch=micro,
+            labels_per_class=draw(st.none() | st.integers(1, 100)),
+        ),
+        model=ModelConfig(
+            arch=f"vit_{draw(st.sampled_from(['pico', 'nano', 'base', 'huge']))}_patch{patch}",
+            image_px=(patch * draw(st.integers(4, 20)), patch * draw(st.integers(4, 20))),
+            channels=draw(st.integers(1, 13)),
+            mask=MaskConfig(kind=draw(st.sampled_from(["random", "block"])), ratio=draw(st.floats(0.05, 0.9))),
+            decoder_width=heads * 4 * draw(st.integers(1, 16)),
+            decoder_heads=heads,
+            target=draw(st.sampled_from(["pixels", "norm_pixels"])),
+        ),
+        optim=OptimConfig(
+            base_lr=draw(positive),
+            warmup_epochs=draw(st.floats(0, epochs)),
+            betas=(draw(st.floats(0, 0.99)), draw(st.floats(0, 0.999))),
+            clip_norm=draw(st.none() | positive),
+        ),
+        augment=AugmentConfig(crop=draw(st.sampled_from(["random_resized", "none"])), flip=draw(st.booleans())),
+        compute=ComputeConfig(num_workers=draw(st.integers(1, 512)), gpu=draw(st.booleans())),
+        checkpoint=CheckpointConfig(every_epochs=draw(positive), keep=draw(st.integers(1, 9))),
+        tracking=TrackingConfig(experiment=draw(words), register=draw(st.booleans())),
+    )
+
+
+@settings(deadline=None)
+@given(pretrain_configs())
+def test_a_config_survives_yaml(config: PretrainConfig) -> None:
+    assert from_dict(PretrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("config", [PrepareConfig(), PretrainConfig(), ClassifyConfig(), PROBE, SweepConfig()])
+def test_defaults_survive_yaml(config: Any) -> None:
+    assert from_dict(type(config), yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert from_dict(type(config), {}) == type(config)()
+
+
+def test_numbers_that_yaml_takes_for_words_are_numbers() -> None:
+    values = yaml.safe_load("{optim: {base_lr: 1e-3, warmup_epochs: 1e0}, model: {mask: {ratio: 5e-1}}}")
+    assert values["optim"]["base_lr"] == "1e-3"
+    config = from_dict(PretrainConfig, values)
+    assert config.optim.base_lr == 1e-3
+    assert config.model.mask.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"epoch": 3}, "unknown key epoch; did you mean epochs?"),
+        ({"data": {"bacth": 3}}, "unknown key data.bacth; did you mean data.batch?"),
+        ({"model": {"mask": {"ration": 3}}}, "unknown key model.mask.ration; did you mean model.mask.ratio?"),
+        ({"zzz": 1}, "unknown key zzz; known are name, output"),
+        ({"data": {"batch": 33}}, "data: batch 33 is not a multiple of micro_batch 64; try 64"),
+        ({"epochs": "many"}, "epochs: Input should be a valid integer.*got 'many'"),
+        ({"epochs": 0}, "epochs 0 is below 1; try 1"),
+        ({"data": 3}, "data: .*got 3"),
+        ({"model": {"mask": {"ratio": 1.5}}}, r"mask ratio 1.5 is outside \(0, 1\); try 0.75"),
+        ({"augment": {"mixup": 0.8}}, "augment.mixup is for classifiers"),
+        ({"epochs": 3}, "warmup_epochs 40 exceeds epochs 3; try 0"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_remedy(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        from_dict(PretrainConfig, values)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_unknown_keys_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"unknown key epoch;.*; unknown key data\.bacth"):
+        from_dict(PretrainConfig, {"epoch": 1, "data": {"bacth": 1}})
+
+
+def test_unknown_keys_of_a_sweeps_parts_are_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown key pretrain\.model\.arhc; did you mean pretrain\.model\.arch\?"):
+        from_dict(SweepConfig, {"pretrain": {"model": {"arhc": "vit_base_patch16"}}})
+
+
+@pytest.mark.parametrize("values", [None, [], "text", 3])
+def test_what_is_no_dict_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="expected fields of PretrainConfig"):
+        from_dict(PretrainConfig, values)
+
+
+def test_overrides_replace_dotted_fields_and_nothing_else() -> None:
+    config = with_overrides(PretrainConfig(), {"model.mask.ratio": 0.5, "epochs": 100})
+    assert config.model.mask.ratio == 0.5
+    assert config.epochs == 100
+    back = with_overrides(config, {"model.mask.ratio": 0.75, "epochs": 800})
+    assert back == PretrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("dotted", "said"),
+    [
+        ("model.mask.ration", "did you mean model.mask.ratio"),
+        ("epochs.count", "epochs has no fields"),
+        ("modell.arch", "unknown key modell; did you mean model"),
+    ],
+)
+def test_overrides_of_unknown_fields_are_refused(dotted: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        with_overrides(PretrainConfig(), {dotted: 1})
+
+
+def test_configs_cannot_be_changed_after_they_were_validated() -> None:
+    config: Any = PretrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.epochs = 3
+
+
+def test_a_runs_identity_is_what_decides_its_result() -> None:
+    base = PretrainConfig()
+    same = dataclasses.replace(
+        base,
+        name="other",
+        output="elsewhere",
+        data=dataclasses.replace(base.data, uri="s3://bucket/moved"),
+        compute=ComputeConfig(num_workers=8, threads=2),
+        tracking=TrackingConfig(experiment="another"),
+        checkpoint=CheckpointConfig(keep=9),
+    )
+    assert config_hash(base, "d") == config_hash(same, "d")
+    assert config_hash(base, "d") != config_hash(base, "e")
+    for other in ({"seed": 1}, {"epochs": 900}, {"compute.precision": "bfloat16"}, {"data.batch": 8192}):
+        assert config_hash(with_overrides(base, other), "d") != config_hash(base, "d"), other
+    assert "uri" not in identity(SweepConfig())["pretrain"]["data"]
+
+
+def test_a_run_is_called_as_asked_or_after_preset_and_config() -> None:
+    assert run_name(PretrainConfig(name="mine"), "vit_base", "d") == "mine"
+    named = run_name(PretrainConfig(), "/some/where/small.yaml", "d")
+    assert named == f"small-{config_hash(PretrainConfig(), 'd')}"
+
+
+def test_a_space_is_read_as_yaml() -> None:
+    assert parse_space(["model.mask.ratio=0.5,0.75", "model.target=pixels,norm_pixels", "augment.flip=true"]) == {
+        "model.mask.ratio": [0.5, 0.75],
+        "model.target": ["pixels", "norm_pixels"],
+        "augment.flip": [True],
+    }
+    for word in ("model.mask.ratio", "model.mask.ratio="):
+        with pytest.raises(ValueError, match=r"is not FIELD=V1,V2; try model\.mask\.ratio"):
+            parse_space([word])
+
+
+def test_a_preset_of_another_command_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="is for `mae classify`, not for pretrain"):
+        load_preset(PretrainConfig, "vit_base_probe")
+    for text in ("", "epochs: 3", "[]", "- kind: pretrain", "kind: pretrian"):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match="its first key must be kind: pretrain"):
+            load_preset(PretrainConfig, str(path))
+
+
+def test_a_preset_that_is_no_yaml_or_absent_is_refused(tmp_path: Any) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: [pretrain")
+    with pytest.raises(ValueError, match=r"mine\.yaml.*is not YAML.*line 1") as caught:
+        load_preset(PretrainConfig, str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no preset 'vit_bsae'; did you mean vit_base"):
+        load_preset(PretrainConfig, "vit_bsae")
+
+
+def test_every_kind_of_preset_has_a_config() -> None:
+    assert set(KINDS.values()) == {"pretrain", "classify", "sweep"}
+    assert to_dict(ClassifierConfig())["method"] == "finetune"
