@@ -103,10 +103,13 @@ def join_group(compute: ComputeConfig) -> Rank:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return Rank(
         index=context.get_world_rank(),
         world=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=device,
         compute=compute,
     )
 
