@@ -1,0 +1,203 @@
+"""Ray Tune runs the trials, and each is followed into a child run of MLflow from its start to its end."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune import Callback
+
+from pipelines import registry
+from pipelines.cluster import quiet_ray
+from pipelines.config import to_dict
+from pipelines.jobs import RunFolder
+from pipelines.manifest import read_manifest
+from pipelines.registry import Point
+from pipelines.report import MetricFollower, PictureFollower
+from pipelines.storage import open_storage
+from tune.space import said
+from tune.trial import MEASURES, Trial, run
+
+log = logging.getLogger(__name__)
+
+_PREFIXES = {"pretrain": "", "probe": "probe/", "finetune": "finetune/"}
+_CLOSED = "closed.json"
+_ENVIRONMENT = {
+    # Tune's tables, loggers and hints are for a person at Tune; ours are the table, MLflow and the log.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Ctrl-C ends the sweep, where Tune would end the search and carry on with what it has.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def search(trials: Sequence[Trial], children: "Children", max_concurrent: int) -> None:
+    """Every trial has ended and is in the ledger and in MLflow; so many run at the same time.
+
+    The ledger is ours, so Tune's own state is thrown away: a sweep that starts again is a search over what is left.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
+    from ray import tune
+
+    quiet_ray()
+    with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children:
+        tuner = tune.Tuner(
+            # A trial's driver only waits for its worker group, which asks for CPUs itself; Tune refuses an empty
+            # request, so it asks for a byte.
+            tune.with_resources(
+                tune.with_parameters(_run_one, trials={trial.key: trial for trial in trials}), {"CPU": 0, "memory": 1}
+            ),
+            param_space={"key": tune.grid_search([trial.key for trial in trials])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Watch({t.key: t for t in trials}, children)]
+            ),
+        )
+        tuner.fit()
+
+
+def _run_one(config: dict[str, Any], trials: dict[str, Trial]) -> dict[str, Any]:
+    quiet_ray()
+    return {"failed": bool(run(trials[config["key"]])["error"])}
+
+
+class _Watch(Callback):
+    """Tells the driver of a trial's start and end. Tune pickles it for a restoring that never happens."""
+
+    def __init__(self, trials: dict[str, Trial], children: "Children") -> None:
+        self._trials, self._children = trials, children
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._children.open(self._trials[trial.config["key"]])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._children.close(self._trials[trial.config["key"]])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # The trial's driver process died, so nobody wrote what happened.
+        found = self._trials[trial.config["key"]]
+        if not found.is_finished():
+            found.enter(duration_s=0.0, error="the trial's driver process died; look for a lack of memory")
+        self._children.close(found)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """A run of MLflow to which one job of a trial gives its points under a prefix of their own."""
+
+    run: registry.Run
+    prefix: str
+
+    @property
+    def num_waiting(self) -> int:
+        """Points that MLflow has not confirmed."""
+        return self.run.num_waiting
+
+    def last_steps(self) -> dict[str, int]:
+        """The last stored step of the job's metrics, by their names without the prefix."""
+        found = self.run.last_steps().items()
+        return {key.removeprefix(self.prefix): step for key, step in found if key.startswith(self.prefix)}
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """The points will be stored under the prefix."""
+        self.run.log_points([point._replace(key=self.prefix + point.key) for point in points])
+
+
+class Children:
+    """The trials' runs in MLflow, below the sweep's: each is opened, followed while its trial runs, and closed once."""
+
+    def __init__(self, tracking: registry.Tracking, parent: registry.Run, trials: Sequence[Trial]) -> None:
+        self._tracking, self._parent = tracking, parent
+        self._number = {trial.key: i for i, trial in enumerate(trials, 1)}
+        # A folder that is empty when the sweep starts means a new run, whatever MLflow remembers under that name.
+        self._new = {trial.key for trial in trials if trial.storage.is_empty()}
+        self._open: dict[str, tuple[registry.Run, ExitStack]] = {}
+
+    def __enter__(self) -> "Children":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Runs of trials that were cut short are marked as such."""
+        for child, following in self._open.values():
+            following.close()
+            child.finish("KILLED")
+        self._open.clear()
+
+    def name(self, trial: Trial) -> str:
+        """The trial's name in MLflow."""
+        return f"{self._parent.name}/{trial.key}"
+
+    def open(self, trial: Trial) -> None:
+        """The trial's run is there, and what its jobs spool arrives in it."""
+        if trial.key in self._open:
+            return
+        config = trial.pretrain.config
+        child = self._tracking.run(
+            self.name(trial),
+            "trial",
+            to_dict(config),
+            tags={"mae.folder": trial.folder, "mae.point": json.dumps(trial.point)},
+            dataset=read_manifest(open_storage(config.data.uri)),
+            dataset_uri=config.data.uri,
+            parent=self._parent,
+            fresh=trial.key in self._new,
+        )
+        self._new.discard(trial.key)
+        following = ExitStack()
+        for name, prefix in _PREFIXES.items():
+            storage = RunFolder(trial.jobs[name].folder).storage
+            following.enter_context(MetricFollower(storage, Prefixed(child, prefix)))
+        following.enter_context(PictureFollower(RunFolder(trial.pretrain.folder).storage, child))
+        self._open[trial.key] = child, following
+        log.info("trial %s: %s", self._place(trial), said(trial.point))
+
+    def close(self, trial: Trial) -> None:
+        """The trial's run has every point, picture and final number, and has ended as the ledger says."""
+        self.open(trial)
+        child, following = self._open.pop(trial.key)
+        following.close()
+        entry = trial.entry() or {"error": "unknown"}
+        if entry["error"]:
+            child.set_tags({"mae.error": entry["error"][:500]})
+            child.finish("FAILED")
+            log.warning("trial %s failed: %s", self._place(trial), entry["error"])
+            return
+        now_ms = int(time.time() * 1000)
+        child.log_points([Point(f"{m}_top1", entry[m], 0, now_ms) for m in MEASURES])
+        child.finish("FINISHED")
+        trial.storage.write(_CLOSED, json.dumps({"run_id": child.id}).encode())
+        log.info(
+            "trial %s: probe %.2f, fine-tuned %.2f (%.0f s)",
+            self._place(trial),
+            *(entry[measure] for measure in MEASURES),
+            entry["duration_s"],
+        )
+
+    def catch_up(self, trials: Sequence[Trial]) -> None:
+        """Finished trials whose driver was killed before it had told MLflow are told now."""
+        with self:
+            for trial in trials:
+                if trial.is_finished() and not trial.storage.exists(_CLOSED):
+                    self.close(trial)
+
+    def find(self, trial: Trial) -> registry.Run:
+        """The run of a finished trial; told again where MLflow does not know it."""
+        found = self._tracking.find_run(self.name(trial))
+        if found is None:
+            self.close(trial)
+            found = self._tracking.find_run(self.name(trial))
+        assert found is not None, "a run that was just made is found"
+        return found
+
+    def _place(self, trial: Trial) -> str:
+        return f"{self._number[trial.key]} of {len(self._number)}"

@@ -1,0 +1,120 @@
+"""What a sweep found: a table for people, the figure, and the best configuration as a preset."""
+
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from pipelines.config import KINDS, PretrainConfig, to_dict
+from tune.figures import masking_ratio_figure
+from tune.space import said, value_text
+from tune.trial import MEASURES, Measure, Trial
+
+RATIO = "model.mask.ratio"
+Entry = dict[str, Any]
+
+
+def best_of(entries: Sequence[Entry], select_by: Measure) -> Entry:
+    """The finished trial with the highest accuracy on val; the other measure, then the order, decides between equals.
+
+    Raises ValueError where none has finished.
+    """
+    finished = [entry for entry in entries if not entry["error"]]
+    if not finished:
+        raise ValueError("no trial has finished, so none is the best; look at the trials' errors")
+    other = next(measure for measure in MEASURES if measure != select_by)
+    return max(finished, key=lambda entry: (entry[select_by], entry[other]))
+
+
+def table(entries: Sequence[Entry], best_key: str) -> str:
+    """One aligned row a trial: its point, what stays visible, what it reached on val; `*` marks the best."""
+    names = _short_names(list(entries[0]["point"]))
+    head = ["", *names.values(), "visible", "probe", "fine-tuned", "loss", "minutes"]
+    rows = [head]
+    for entry in entries:
+        mark = "*" if entry["key"] == best_key else ""
+        visible = f"{entry['visible']}/{entry['patches']}"
+        cells = [mark, *(value_text(entry["point"][field]) for field in names), visible]
+        if entry["error"]:
+            rows.append([*cells, "failed", "failed", "", ""])
+        else:
+            found = [f"{entry[measure]:.2f}" for measure in MEASURES]
+            rows.append([*cells, *found, f"{entry['loss']:.4f}", f"{entry['duration_s'] / 60:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # The mark stands left, every value right, where digits align.
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The whole result as a person reads it on a terminal."""
+    best = next(entry for entry in result["trials"] if entry["key"] == result["best_key"])
+    lines = [table(result["trials"], result["best_key"]), ""]
+    lines.append(f"best by {result['select_by']} on val: {said(best['point'])}")
+    if result["finetune_test"] is not None:
+        lines.append(f"its test accuracy: probe {result['probe_test']:.2f}, fine-tuned {result['finetune_test']:.2f}")
+    failed = [entry for entry in result["trials"] if entry["error"]]
+    lines += [f"failed: {said(entry['point'])}: {entry['error']}" for entry in failed]
+    if failed:
+        lines.append("the same command tries failed trials again")
+    labels = {"model": "model", "figure": "figure", "best_preset": "preset"}
+    lines += [f"{label}: {result[key]}" for key, label in labels.items() if result[key]]
+    lines.append(f"next: mae pretrain --preset {shlex.quote(result['best_preset'])}")
+    return "\n".join(lines)
+
+
+def preset_of(config: PretrainConfig, sweep: str, best: Entry, tests: Mapping[Measure, float | None]) -> bytes:
+    """A preset file that `mae pretrain` takes; its header says where it comes from and what it reached."""
+    reached = [f"val: probe {best['probe']:.2f}, fine-tuned {best['finetune']:.2f}"]
+    if tests["finetune"] is not None:
+        reached.append(f"test: probe {tests['probe']:.2f}, fine-tuned {tests['finetune']:.2f}")
+    header = [
+        f"The best of sweep {sweep}: {said(best['point'])}.",
+        "Run:     mae pretrain --preset best.yaml",
+        f"Cost:    {best['duration_s'] / 60:.1f} minutes in the sweep, with probe and fine-tuning.",
+        f"Reached: top-1 in percent on {'; on '.join(reached)}.",
+    ]
+    values = {"kind": KINDS[PretrainConfig], **to_dict(config)}
+    comments = "".join(f"# {line}\n" for line in header)
+    return (comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode()
+
+
+def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
+    """masking_ratio.png of the finished trials; empty where mask ratio is not what was varied.
+
+    Trials of one ratio and decoder depth that differ otherwise, such as in their seed, are a mean and a spread.
+    """
+    groups: dict[tuple[float, int], list[Entry]] = {}
+    for trial, entry in zip(trials, entries, strict=True):
+        model = trial.pretrain.config.model
+        if RATIO in trial.point and not entry["error"]:
+            groups.setdefault((model.mask.ratio, model.decoder_depth), []).append(entry)
+    if not groups:
+        return b""
+    points = []
+    for (ratio, depth), found in groups.items():
+        point: dict[str, Any] = {"ratio": ratio, "decoder_depth": depth}
+        for measure in MEASURES:
+            values = [entry[measure] for entry in found]
+            point |= {measure: statistics.mean(values), f"{measure}_std": statistics.pstdev(values)}
+        points.append(point)
+    with TemporaryDirectory(prefix="mae-figure-") as scratch:
+        path = Path(scratch) / "masking_ratio.png"
+        masking_ratio_figure(points, path)
+        return path.read_bytes()
+
+
+def _short_names(fields: Sequence[str]) -> dict[str, str]:
+    """Every field with the fewest last words that no other field ends with."""
+    names = {}
+    for field in fields:
+        parts = field.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        names[field] = next(
+            end for end in ends if sum(other == end or other.endswith(f".{end}") for other in fields) == 1
+        )
+    return names

@@ -1,0 +1,232 @@
+"""A sweep: every point is pretrained, probed and fine-tuned; the best on val is registered, then tested once."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipelines import registry
+from pipelines.cluster import ray_address, ray_session
+from pipelines.config import SweepConfig, identity, run_name, to_dict
+from pipelines.jobs import ClassifyJob, RunFolder
+from pipelines.launch import launch
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.pretrain import pretrain_task
+from pipelines.registry import Point
+from pipelines.storage import Storage, open_storage
+from tune.space import at
+from tune.summary import Entry, best_of, figure_of, preset_of, report
+from tune.trial import MEASURES, Measure, Trial, classify_job, of_trial, plan, settled
+
+log = logging.getLogger(__name__)
+
+_SUMMARY, _MARKER = "summary.json", "sweep.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sweep:
+    """A sweep that has been checked and not yet run."""
+
+    config: SweepConfig
+    name: str
+    storage: Storage
+    manifest: Manifest
+    trials: list[Trial]
+    identity: str
+
+
+def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+    """What the sweep found: table, best point and preset, test accuracy, model version.
+
+    The same command goes on with an unfinished sweep, tries failed trials again, and repeats a finished result.
+    Raises ValueError for what the user can mend, before anything is written, and RuntimeError when every trial failed.
+    """
+    checked = _check(config, preset)
+    if fresh:
+        _clear(checked.storage)
+    known = _summary(checked)
+    if known is not None:
+        log.info("sweep %s is finished; --fresh runs it again", checked.name)
+        return known
+    registry.refuse_local_tracking(ray_address())
+    tracking = registry.open_tracking(checked.config.pretrain.tracking.experiment)
+    is_new = not checked.storage.exists(_MARKER)
+    checked.storage.write(_MARKER, json.dumps(to_dict(checked.config), indent=1).encode())
+    parent = tracking.run(
+        checked.name,
+        "sweep",
+        to_dict(checked.config),
+        tags={"mae.folder": checked.storage.uri},
+        dataset=checked.manifest,
+        dataset_uri=checked.config.pretrain.data.uri,
+        fresh=is_new,
+    )
+    try:
+        result = _run(checked, tracking, parent)
+    except BaseException as error:
+        parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    parent.finish("FINISHED")
+    checked.storage.write(_SUMMARY, _json(result | {"identity": checked.identity}))
+    return result
+
+
+def _check(config: SweepConfig, preset: str) -> _Sweep:
+    """The sweep with its trials. Raises ValueError for every mistake that can be seen without training."""
+    config, manifest = settled(config)
+    # Neither how many trials run at once nor by what the best is chosen makes other trials.
+    lasting = dataclasses.replace(
+        config,
+        max_concurrent=1,
+        select_by="finetune",
+        **{measure: of_trial(getattr(config, measure), config.pretrain) for measure in MEASURES},
+    )
+    name = run_name(lasting, preset, manifest.digest)
+    storage = open_storage(open_storage(config.output).join(name))
+    trials = plan(config, storage)
+    said = json.dumps([identity(lasting), config.select_by, [trial.key for trial in trials]], sort_keys=True)
+    return _Sweep(
+        config=config,
+        name=name,
+        storage=storage,
+        manifest=manifest,
+        trials=trials,
+        identity=hashlib.sha256(said.encode()).hexdigest(),
+    )
+
+
+def _clear(storage: Storage) -> None:
+    """Everything that an earlier sweep left is gone, its summary first; a folder of something else is left alone."""
+    if storage.exists(_MARKER):
+        storage.delete(_SUMMARY)
+        for path, _ in storage.list():
+            storage.delete(path)
+
+
+def _summary(checked: _Sweep) -> dict[str, Any] | None:
+    """The result of the finished sweep; None where it is unfinished, was another, or has failed trials to repeat."""
+    if not checked.storage.exists(_SUMMARY):
+        return None
+    found = json.loads(checked.storage.read(_SUMMARY))
+    if found.pop("identity") != checked.identity or any(entry["error"] for entry in found["trials"]):
+        return None
+    return found
+
+
+def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> dict[str, Any]:
+    """All trials have ended; the best is registered, tested, drawn and written down."""
+    from tune.search import Children, search
+
+    config, trials = checked.config, checked.trials
+    children = Children(tracking, parent, trials)
+    children.catch_up(trials)
+    unfinished = [trial for trial in trials if not trial.is_finished()]
+    if len(unfinished) < len(trials):
+        log.info("%d of %d trials are finished already", len(trials) - len(unfinished), len(trials))
+    with ExitStack() as stack:
+        if unfinished:
+            # Points may differ in workers: Ray is sized for the largest group.
+            largest = max((t.pretrain.config.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
+            groups = min(config.max_concurrent, len(unfinished))
+            stack.enter_context(ray_session(largest, groups))
+            search(unfinished, children, config.max_concurrent)
+        entries = [trial.entry() or _lost(trial) for trial in trials]
+        if all(entry["error"] for entry in entries):
+            raise RuntimeError(f"every trial of sweep {checked.name} failed; the first: {entries[0]['error']}")
+        best = best_of(entries, config.select_by)
+        winner = next(trial for trial in trials if trial.key == best["key"])
+        model = _register(winner, children)
+        tests = _test(checked, winner, stack)
+    result = _write(checked, entries, best, tests) | {"model": model, "run_id": parent.id}
+    result["text"] = report(result)
+    _tell(parent, checked.storage, result, best, tests)
+    return result
+
+
+def _lost(trial: Trial) -> Entry:
+    return trial.enter(duration_s=0.0, error="the trial ended without a result")
+
+
+def _register(winner: Trial, children: Any) -> str:
+    """The winner's model version, made by the winner's own run, so that lineage leads to its dataset and commit."""
+    config = winner.pretrain.config
+    if not config.tracking.register:
+        return ""
+    task = pretrain_task(config, "pretrain", read_manifest(open_storage(config.data.uri)))
+    return task.publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
+
+
+def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:
+    """The winner's top-1 on test, by the very classifiers that were measured on val; None without such a split."""
+    config = winner.pretrain.config
+    manifest = read_manifest(open_storage(config.data.uri))
+    if "test" not in manifest.splits:
+        return dict.fromkeys(MEASURES)
+    jobs: dict[Measure, ClassifyJob] = {}
+    for measure in MEASURES:
+        on_val: ClassifyJob = getattr(winner, measure)
+        on_test = dataclasses.replace(
+            on_val.config, eval_split="test", output=checked.storage.join(f"test/{winner.key}")
+        )
+        jobs[measure] = classify_job(on_test, measure, winner.pretrain, manifest)
+        _hand_over(on_val, jobs[measure])
+    unread = [job for job in jobs.values() if RunFolder(job.folder).result() is None]
+    if unread:
+        log.info("reading test once, for the best trial")
+        stack.enter_context(ray_session(config.compute))
+        launch(unread, f"{checked.name}-test")
+    return {measure: (RunFolder(job.folder).result() or {})["top1"] for measure, job in jobs.items()}
+
+
+def _hand_over(source: ClassifyJob, target: ClassifyJob) -> None:
+    """The target has the source's last checkpoint, after which nothing is left to it but to evaluate."""
+    trained, folder = RunFolder(source.folder).checkpoints.latest(), RunFolder(target.folder)
+    if trained is not None and not folder.checkpoints.steps():
+        folder.checkpoints.save(trained, keep=1)
+
+
+def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measure, float | None]) -> dict[str, Any]:
+    """Preset and figure lie in the sweep's folder."""
+    storage, config = checked.storage, checked.config
+    storage.write("best.yaml", preset_of(at(config.pretrain, best["point"]), checked.name, best, tests))
+    figure = figure_of(checked.trials, entries)
+    if figure:
+        storage.write("masking_ratio.png", figure)
+    return {
+        "run": checked.name,
+        "folder": storage.uri,
+        "best": best["point"],
+        "best_key": best["key"],
+        "select_by": config.select_by,
+        "best_preset": storage.join("best.yaml"),
+        "figure": storage.join("masking_ratio.png") if figure else "",
+        **{f"{measure}_val": best[measure] for measure in MEASURES},
+        **{f"{measure}_test": tests[measure] for measure in MEASURES},
+        "trials": entries,
+    }
+
+
+def _tell(
+    parent: registry.Run, storage: Storage, result: dict[str, Any], best: Entry, tests: dict[Measure, float | None]
+) -> None:
+    """The sweep's run has table, summary, figure, preset and the final numbers."""
+    storage.write("table.txt", result["text"].encode() + b"\n")
+    with TemporaryDirectory(prefix="mae-sweep-") as scratch:
+        (Path(scratch) / _SUMMARY).write_bytes(_json(result))
+        for name in ("table.txt", "best.yaml", *(["masking_ratio.png"] if result["figure"] else [])):
+            (Path(scratch) / name).write_bytes(storage.read(name))
+        for path in sorted(Path(scratch).iterdir()):
+            parent.log_file(path)
+    now_ms = int(time.time() * 1000)
+    values = {f"{m}_top1": best[m] for m in MEASURES} | {f"{m}_test_top1": tests[m] for m in MEASURES}
+    parent.log_points([Point(key, value, 0, now_ms) for key, value in values.items() if value is not None])
+    parent.set_tags({"mae.best": json.dumps(result["best"]), "mae.model": result["model"]})
+
+
+def _json(result: dict[str, Any]) -> bytes:
+    return json.dumps(result, indent=1).encode()
