@@ -45,6 +45,8 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
     what was published. Raises RunFailed when the workers give up.
     """
     registry.refuse_local_tracking(ray_address())
+    for task in tasks:
+        train_plan(task.job, task.manifest)  # refuses what the data cannot give, before anything is written
     folders = [RunFolder(task.job.folder) for task in tasks]
     runs: dict[int, registry.Run] = {}
     for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):

@@ -161,8 +161,8 @@ def test_an_output_folder_that_holds_something_else(place: Path, capsys: pytest.
 
 
 def test_a_dataset_that_is_not_prepared_or_damaged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images(place / "images", "a.png")
-    said = refusal(place, capsys, "pretrain", "--data.uri", "images")
+    images(place / "others", "a.png")
+    said = refusal(place, capsys, "pretrain", "--data.uri", "others")
     assert "is not a prepared dataset" in said
     assert "run `mae prepare SOURCE" in said
     labelled(place)
