@@ -1,0 +1,178 @@
+"""What a job reads in which order, and the folder that remembers it."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, Pixels
+from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
+from pipelines.jobs import (
+    ClassifyJob,
+    PretrainJob,
+    RunFolder,
+    job_from_dict,
+    job_to_dict,
+    phases,
+    read_plan,
+    train_plan,
+)
+from pipelines.manifest import Manifest, Shard, Split
+
+PIXELS = Pixels(mean=(0.3,), std=(0.4,))
+BOTH = frozenset({"train", "val"})
+
+
+def pretrain_job(**changes: Any) -> PretrainJob:
+    config = PretrainConfig(epochs=4, optim=OptimConfig(warmup_epochs=0.0), model=ModelConfig(channels=1))
+    return PretrainJob(folder="/runs/a", config=dataclasses.replace(config, **changes), pixels=PIXELS)
+
+
+def classify_job(method: Any = "finetune", **changes: Any) -> ClassifyJob:
+    config = ClassifyConfig(
+        epochs=5,
+        eval_every_epochs=2,
+        backbone="random:vit_pico_patch7",
+        classifier=ClassifierConfig(method=method),
+        optim=OptimConfig(warmup_epochs=0.0),
+    )
+    return ClassifyJob(
+        folder="/runs/b",
+        config=dataclasses.replace(config, **changes),
+        arch="vit_pico_patch7",
+        image_px=(28, 28),
+        channels=1,
+        pixels=PIXELS,
+        classes=("cat", "dog"),
+        backbone="",
+    )
+
+
+def spans(job: Any, first_step: int, splits: frozenset[str] = BOTH) -> list[tuple[str, str, int, int]]:
+    return [(p.kind, p.split, p.first_step, p.last_step) for p in phases(job, 10, first_step, splits)]
+
+
+@pytest.mark.parametrize("job", [pretrain_job(), classify_job(), classify_job("probe")])
+def test_a_job_survives_the_way_to_its_workers(job: Any) -> None:
+    assert job_from_dict(job_to_dict(job)) == job
+
+
+def test_pretraining_is_one_stretch() -> None:
+    assert spans(pretrain_job(), 0) == [("train", "train", 0, 40)]
+    assert spans(pretrain_job(), 13) == [("train", "train", 13, 40)]
+    assert spans(pretrain_job(), 40) == []
+
+
+def test_a_classifier_is_evaluated_now_and_then_and_at_the_end() -> None:
+    assert spans(classify_job(), 0) == [
+        ("train", "train", 0, 20),
+        ("read", "val", 20, 20),
+        ("train", "train", 20, 40),
+        ("read", "val", 40, 40),
+        ("train", "train", 40, 50),
+        ("read", "val", 50, 50),
+    ]
+    assert spans(classify_job(eval_split="test"), 30, frozenset({"train", "test"})) == [
+        ("train", "train", 30, 40),
+        ("train", "train", 40, 50),
+        ("read", "test", 50, 50),
+    ]
+
+
+@pytest.mark.parametrize("first_step", range(51))
+def test_what_remains_of_a_classifier_is_the_end_of_the_whole(first_step: int) -> None:
+    whole, rest = spans(classify_job(), 0), spans(classify_job(), first_step)
+    steps = [step for kind, _, first, last in rest if kind == "train" for step in range(first, last)]
+    assert steps == list(range(first_step, 50))
+    reads = [span for span in whole if span[0] == "read" and span[2] >= first_step]
+    assert [span for span in rest if span[0] == "read"] == reads
+
+
+def test_a_probe_of_images_that_never_vary_reads_them_once() -> None:
+    still = AugmentConfig(crop="none", flip=False)
+    job = classify_job("probe", augment=still)
+    assert job.caches_features
+    assert spans(job, 0) == spans(job, 7) == [("read", "train", 0, 0), ("read", "val", 50, 50)]
+    assert not classify_job("probe", augment=AugmentConfig()).caches_features
+    assert not classify_job("finetune", augment=still).caches_features
+
+
+def manifest() -> Manifest:
+    def split(rows: int, first: int) -> Split:
+        shard = Shard(path=f"{first}.parquet", num_rows=rows, num_bytes=1, first_id=first, sha256="", rows_per_group=4)
+        return Split(num_rows=rows, num_bytes=1, shards=[shard])
+
+    return Manifest(
+        channels=1,
+        image_px=(28, 28),
+        classes=["cat", "dog"],
+        splits={"train": split(50, 0), "val": split(7, 50)},
+        num_found=57,
+        num_ok=57,
+        num_quarantined=0,
+        num_duplicates=0,
+        quarantine_reasons={},
+        mean=[0.3],
+        std=[0.4],
+        config={},
+        source_digest="",
+    )
+
+
+def test_plans_are_made_of_the_config_alone() -> None:
+    job = pretrain_job(
+        data=DataConfig(batch=16, micro_batch=4, window=32), compute=ComputeConfig(num_workers=3), seed=5
+    )
+    plan = train_plan(job, manifest())
+    assert (plan.steps_per_epoch, plan.micro_batches_per_step, plan.seed, plan.shuffle) == (4, 6, 5, True)
+    reading = read_plan(job, manifest(), "val")
+    assert (reading.num_samples, reading.shuffle, reading.batch) == (7, False, 12)
+    assert reading.step_ids(0).tolist() == [*range(50, 57), *[-1] * 5]
+
+
+@pytest.fixture
+def folder(tmp_path: Any) -> RunFolder:
+    return RunFolder(str(tmp_path / "run"))
+
+
+def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
+    mine = {"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "a"}}}
+    assert folder.described() is None
+    assert folder.claim(mine) is True
+    assert folder.claim(mine) is False
+    assert folder.described() == mine
+    with pytest.raises(ValueError, match=r"with another config\.model\.arch; try another --name, or --fresh"):
+        folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
+    assert folder.described() == mine
+
+
+def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
+    assert folder.result() is folder.outcome() is None
+    folder.finish({"loss": 0.5})
+    assert folder.result() == {"loss": 0.5}
+    assert folder.outcome() is None
+    folder.remember({"model": "models:/x/1"})
+    assert folder.outcome() == {"model": "models:/x/1"}
+
+
+def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.claim({"kind": "pretrain"})
+    folder.storage.write("checkpoints/step-0000000001/model.safetensors", b"x")
+    folder.finish({})
+    folder.remember({})
+    deleted: list[str] = []
+    storage = folder.storage
+
+    def delete(path: str) -> None:
+        deleted.append(path)
+        storage.delete(path)
+
+    folder.storage = SimpleNamespace(list=storage.list, delete=delete)  # pyright: ignore[reportAttributeAccessIssue]
+    folder.clear()
+    assert set(deleted[:2]) == {"outcome.json", "result.json"}
+    folder.storage = storage
+    assert storage.list() == []
+    assert folder.claim({"kind": "finetune"}) is True
