@@ -40,6 +40,9 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     else:
         # No one takes this machine away with notice, and the watcher is one process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Train asks the state API each second whether its controller lives. We have no dashboard to answer, and any
+        # other Ray of this machine would answer that there is no such actor: the worker group would be removed.
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         ray.init(
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
             include_dashboard=False,
