@@ -5,7 +5,6 @@ workers (the driver starts both again), then the driver with everything it start
 """
 
 import contextlib
-import logging
 import os
 import random
 import shutil
@@ -83,9 +82,7 @@ def _config(folder: Path, dataset: str, num_workers: int, name: str) -> Pretrain
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
     """Undisturbed runs of both sizes, made in one Ray session of this process."""
-    import ray
-
-    from pipelines.cluster import quiet_ray
+    from pipelines.cluster import ray_session
     from pipelines.prepare import prepare
     from pipelines.pretrain import pretrain
 
@@ -93,19 +90,14 @@ def place() -> Iterator[Place]:
         folder = Path(scratch)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "600")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.chdir(folder)
         _copy_images(folder / "images")
-        quiet_ray()
-        ray.init(num_cpus=8, include_dashboard=False, logging_level=logging.ERROR, object_store_memory=256 * 2**20)
-        try:
+        with ray_session(ComputeConfig(num_workers=max(SIZES))):
             dataset = str(folder / "data")
             prepare(
                 str(folder / "images"), dataset, PrepareConfig(val_fraction=0.0, rows_per_shard=48, rows_per_group=16)
             )
             outcomes = {w: pretrain(_config(folder, dataset, w, f"undisturbed-{w}"), "resume") for w in SIZES}
-        finally:
-            ray.shutdown()
         yield Place(folder, dataset, outcomes)
 
 
