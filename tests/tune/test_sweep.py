@@ -1,0 +1,147 @@
+"""A sweep for real: killed after its first trial and started again, it repeats nothing and ends as it should."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines import sample
+from pipelines.config import PretrainConfig, load_preset
+
+MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+PRESET = {
+    "kind": "sweep",
+    "space": {"model.mask.ratio": [0.5, 0.75]},
+    "pretrain": {
+        "epochs": 1,
+        "data": {"uri": "prepared", "batch": 64, "micro_batch": 32},
+        "model": {
+            "arch": "vit_pico_patch4",
+            "image_px": [28, 28],
+            "channels": 1,
+            "decoder_depth": 1,
+            "decoder_width": 32,
+            "decoder_heads": 4,
+        },
+        "optim": {"warmup_epochs": 0},
+        "compute": {"data_tasks": 1},
+        "tracking": {"log_every_steps": 1},
+    },
+    "probe": {
+        "backbone": "random:vit_pico_patch4",
+        "epochs": 2,
+        "data": {"batch": 64, "micro_batch": 32},
+        "classifier": {"method": "probe", "pool": "avg", "head_std": 0.01},
+        "optim": {"name": "lars", "base_lr": 1.0, "warmup_epochs": 0, "weight_decay": 0},
+        "augment": {"crop": "none", "flip": False},
+    },
+    "finetune": {
+        "backbone": "random:vit_pico_patch4",
+        "epochs": 1,
+        "data": {"batch": 64, "micro_batch": 32},
+        "classifier": {"method": "finetune", "pool": "avg"},
+        "optim": {"warmup_epochs": 0},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 260 prepared images of the sample and the preset."""
+    home = tmp_path_factory.mktemp("sweep")
+    images = sample.unpack(home / "images")
+    for split, count in (("train", 20), ("test", 6)):
+        for folder in (images / split).iterdir():
+            for path in sorted(folder.iterdir())[count:]:
+                path.unlink()
+    subprocess.run([*MAE, "prepare", "images", "prepared"], cwd=home, env=environment(home), check=True, timeout=300)
+    shutil.rmtree(images)
+    (home / "tiny.yaml").write_text(yaml.safe_dump(PRESET))
+    return home
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+
+
+def run(home: Path, *flags: str, timeout_s: float = 540) -> dict[str, Any]:
+    command = [*MAE, "sweep", "--preset", "tiny.yaml", "--json", *flags]
+    done = subprocess.run(command, cwd=home, env=environment(home), capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kill_after_first_trial(home: Path) -> Path:
+    """The ledger's entry of the only trial that had finished when the driver was killed."""
+    command = [*MAE, "sweep", "--preset", "tiny.yaml"]
+    with (home / "killed.log").open("wb") as log:
+        driver = subprocess.Popen(command, cwd=home, env=environment(home), stdout=log, stderr=log)
+    try:
+        deadline_s = time.monotonic() + 400
+        while not (entries := list(home.glob("runs/*/trials/*/trial.json"))):
+            assert driver.poll() is None, (home / "killed.log").read_text()
+            assert time.monotonic() < deadline_s, (home / "killed.log").read_text()
+            time.sleep(0.1)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    [entry] = entries
+    return entry
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
+    entry = kill_after_first_trial(home)
+    before, content = entry.stat().st_mtime_ns, entry.read_bytes()
+    assert not json.loads(content)["error"]
+
+    result = run(home)
+    assert (entry.stat().st_mtime_ns, entry.read_bytes()) == (before, content)
+    assert json.loads(content) in result["trials"]
+    assert [trial["point"]["model.mask.ratio"] for trial in result["trials"]] == [0.5, 0.75]
+    assert [(trial["visible"], trial["patches"]) for trial in result["trials"]] == [(24, 49), (12, 49)]
+    best = max(result["trials"], key=lambda trial: (trial["finetune"], trial["probe"]))
+    assert result["best"] == best["point"]
+    assert (best["probe"], best["finetune"]) == (result["probe_val"], result["finetune_val"])
+    assert result["probe_test"] is not None
+    assert result["finetune_test"] is not None
+    assert Path(result["figure"]).stat().st_size > 10_000
+    winner = load_preset(PretrainConfig, result["best_preset"])
+    assert winner.model.mask.ratio == result["best"]["model.mask.ratio"]
+
+    again = run(home, timeout_s=120)
+    assert again == result
+    assert run(home, "--max-concurrent", "2", timeout_s=120) == result
+    check_mlflow(home, result)
+
+
+def check_mlflow(home: Path, result: dict[str, Any]) -> None:
+    """One parent, a finished child a trial with both numbers, and one version, made by the winner's run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    [experiment] = [e.experiment_id for e in client.search_experiments() if e.name == "mae"]
+    runs = client.search_runs([experiment])
+    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == result["run_id"]}
+    assert len(runs) == 1 + len(result["trials"]) == 1 + len(children)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for trial in result["trials"]:
+        child = children[f"{result['run']}/{trial['key']}"]
+        assert child.data.metrics["probe_top1"] == trial["probe"]
+        assert child.data.metrics["finetune_top1"] == trial["finetune"]
+        assert {"train/loss", "probe/train/loss", "finetune/train/loss"} <= child.data.metrics.keys()
+        assert child.data.params["model.mask.ratio"] == str(trial["point"]["model.mask.ratio"])
+    [version] = client.search_model_versions("name = 'mae-vit_pico_patch4'")
+    assert version.run_id == children[f"{result['run']}/{result['best_key']}"].info.run_id
+    names = {file.path for file in client.list_artifacts(result["run_id"])}
+    assert {"best.yaml", "masking_ratio.png", "summary.json", "table.txt"} <= names
