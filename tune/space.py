@@ -22,9 +22,18 @@ def points(config: SweepConfig) -> list[Point]:
     """
     for field in config.space:
         _check_field(field, config.pretrain)
-    drawn = list(_grid(config.space) if config.search == "grid" else _random(config))
-    found = [_as_taken(config.pretrain, point) for point in drawn]
-    _refuse_repetition(config.pretrain, found)
+    found: list[Point] = []
+    first: dict[str, Point] = {}
+    for point in _grid(config.space) if config.search == "grid" else _random(config):
+        pretrain = at(config.pretrain, point)
+        found.append(_as_taken(pretrain, point))
+        key = json.dumps(identity(pretrain), sort_keys=True)
+        if key in first:
+            raise ValueError(
+                f"space points {said(first[key])} and {said(point)} are the same trial; leave one out (names, outputs, "
+                "tracking, checkpoints and workers change no result)"
+            )
+        first[key] = point
     return found
 
 
@@ -72,8 +81,8 @@ def _point_at(place: int, space: dict[str, list[Any]]) -> Point:
 
 
 def _as_taken(config: PretrainConfig, point: Point) -> Point:
-    """The point with its values as the config has them: YAML's "1e-3" is a number there."""
-    values = to_dict(at(config, point))
+    """The point with its values as the config made from it has them: YAML's "1e-3" is a number there."""
+    values = to_dict(config)
     return {field: _look_up(values, field) for field in point}
 
 
@@ -99,15 +108,3 @@ def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{key}.")
-
-
-def _refuse_repetition(config: PretrainConfig, found: list[Point]) -> None:
-    first: dict[str, Point] = {}
-    for point in found:
-        key = json.dumps(identity(at(config, point)), sort_keys=True)
-        if key in first:
-            raise ValueError(
-                f"space points {said(first[key])} and {said(point)} are the same trial; leave one out (names, outputs, "
-                "tracking, checkpoints and workers change no result)"
-            )
-        first[key] = point

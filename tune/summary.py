@@ -114,7 +114,6 @@ def _short_names(fields: Sequence[str]) -> dict[str, str]:
     for field in fields:
         parts = field.split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        names[field] = next(
-            end for end in ends if sum(other == end or other.endswith(f".{end}") for other in fields) == 1
-        )
+        rivals = [f".{other}" for other in fields if other != field]
+        names[field] = next((end for end in ends if not any(rival.endswith(f".{end}") for rival in rivals)), field)
     return names
