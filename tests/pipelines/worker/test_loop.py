@@ -153,8 +153,40 @@ def test_accumulated_gradients_are_those_of_one_large_batch(micro_batch: int) ->
     assert_equal(pretrained(rank_of(0, 1), micro_batch), pretrained(rank_of(0, 1)))
 
 
+def resumed(rank: Rank, folder: RunFolder, stop: int) -> tuple[str, str]:
+    """Digests of weights and optimizer state, in float32, of an undisturbed run and of one that starts anew at `stop`.
+
+    As after a kill, the second has another DDP wrapper and optimizer and knows the checkpoint alone.
+    """
+    plan, digests = plan_of(rank.world), []
+    last = EPOCHS * plan.steps_per_epoch
+    for first in (0, stop):
+        mae = build_mae(MODEL, seed=0)
+        state = TrainState(
+            model=rank.parallel(mae),
+            optimizer=build_optimizer(mae, OPTIM, 1e-2),
+            schedule=schedule(OPTIM, 1e-2, 2, EPOCHS),
+        )
+        warm_up(state, rank, MicroBatch.blank(4, MODEL.image_px, MODEL.channels), single_loss_of)
+        if first:
+            state.restore(folder.checkpoints.load(first))
+        while state.step < last:
+            train_step(state, rank, plan, batches_of(plan, state.step, rank), single_loss_of)
+            if not first and state.step == stop and rank.is_main:
+                state.save(folder, CheckpointConfig(), {})
+        rank.barrier()
+        digests.append(tensors_digest(model_tensors(mae) | optimizer_tensors(state.optimizer, mae)))
+    return digests[0], digests[1]
+
+
+def single_loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+    images = pixels_to_input(batch.images, PIXELS)
+    mask = sample_masks(MODEL.mask, MODEL.grid, seed=1, epoch=step // 2, sample_ids=batch.ids)
+    return pretrain_loss(model, images, mask, batch.weights)
+
+
 def _on_rank(index: int, folder: str) -> None:
-    """Pretrains and probes on three ranks, then on two of them; rank 0 leaves what came out in the folder."""
+    """Pretrains, resumes and probes on three ranks, then on two of them; rank 0 leaves what came out in the folder."""
     torch.set_num_threads(1)
     for world in (3, 2):
         if index >= world:
@@ -163,7 +195,12 @@ def _on_rank(index: int, folder: str) -> None:
         dist.init_process_group("gloo", store=store, rank=index, world_size=world, timeout=timedelta(seconds=120))
         rank = rank_of(index, world)
         try:
-            found = {"pretrain": pretrained(rank), "probe": probed(rank)}
+            run = RunFolder(f"{folder}/run-{world}")
+            found = {
+                "pretrain": pretrained(rank),
+                "probe": probed(rank),
+                "resumed": [resumed(rank, run, stop) for stop in (1, 4)],
+            }
         except BaseException:
             traceback.print_exc()
             raise
@@ -173,15 +210,26 @@ def _on_rank(index: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What real gloo groups of two and three processes found, by their size."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_on_rank, (str(folder),), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
+    return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in (2, 3)}
+
+
 @pytest.mark.slow
-def test_one_worker_equals_two_and_three_in_pretraining_and_probing(tmp_path: Path) -> None:
-    mp.spawn(_on_rank, (str(tmp_path),), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
-    one = rank_of(0, 1)
-    wanted = {"pretrain": pretrained(one), "probe": probed(one)}
-    for world in (2, 3):
-        found = torch.load(tmp_path / f"{world}.pt", weights_only=True)
-        for name in wanted:
-            assert_equal(found[name], wanted[name])
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_worker_equals_several_in_pretraining_and_probing(together: dict[int, Any], world: int) -> None:
+    assert_equal(together[world]["pretrain"], pretrained(rank_of(0, 1)))
+    assert_equal(together[world]["probe"], probed(rank_of(0, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_resumed_group_equals_an_undisturbed_one_bit_for_bit(together: dict[int, Any], world: int) -> None:
+    for undisturbed, again in together[world]["resumed"]:
+        assert undisturbed == again
 
 
 def test_the_weights_of_placeholders_are_nothing() -> None:
