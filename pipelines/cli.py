@@ -170,7 +170,9 @@ def _main(argv: list[str]) -> int:
     set_up_logging()
     try:
         call = parse(argv)
-        result = COMMANDS[call.command].run(call)
+        # Ray's own warnings go to stdout, where only the result belongs.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = COMMANDS[call.command].run(call)
     except (ValueError, OSError) as error:
         print(f"mae: {_one_line(error)}", file=sys.stderr)
         return 2

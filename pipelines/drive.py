@@ -83,6 +83,7 @@ def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> regist
             "job": _resolved(task.job),
         }
     )
+    folder.storage.write("config.json", json.dumps(to_dict(task.job.config), indent=1).encode())
     for path, content in task.inputs.items():
         folder.storage.write(path, content)
     run = tracking.run(

@@ -82,7 +82,8 @@ class Phase:
 
 
 class RunFolder:
-    """What one run leaves behind: run.json, checkpoints/, metrics/, pictures/, export/, and result.json at its end."""
+    """What one run leaves: run.json (what it is), config.json (how it is run), checkpoints/, metrics/, pictures/,
+    export/, result.json when it is trained and outcome.json when it is published."""
 
     def __init__(self, uri: str) -> None:
         self.storage: Storage = open_storage(uri)

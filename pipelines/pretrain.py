@@ -1,12 +1,13 @@
 """The driver of pretraining: shards become a pretrained, registered MAE."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from mae_core.config import ModelConfig, Pixels
+from mae_core.config import Pixels
 from pipelines import registry
-from pipelines.config import PretrainConfig, RegisterConfig, from_dict, run_name
+from pipelines.config import PretrainConfig, RegisterConfig, from_dict, run_name, to_dict
 from pipelines.drive import Task, drive, exported, manifest_json, newest_picture
 from pipelines.jobs import PretrainJob, RunFolder
 from pipelines.manifest import Manifest, read_manifest
@@ -105,16 +106,17 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
             f"run {uri} has no checkpoint {step_text or 'at all'}; it has steps {', '.join(map(str, steps)) or 'none'}"
         )
     checkpoint = folder.checkpoints.load(int(step_text or steps[-1]))
-    model = from_dict(ModelConfig, values["config"]["model"])
+    config_of_run = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
+    model = config_of_run.model
     files: dict[str, bytes | Path] = dict(
         backbone_files(model, from_dict(Pixels, values["job"]["pixels"]), checkpoint.files["model.safetensors"])
     )
-    dataset = values["config"]["data"]["uri"]
+    dataset = config_of_run.data.uri
     manifest = read_manifest(open_storage(dataset))
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     tracking = registry.open_tracking(config.experiment)
     name = Path(uri.rstrip("/")).name
-    run = tracking.run(name, "pretrain", values["config"], dataset=manifest, dataset_uri=dataset)
+    run = tracking.run(name, "pretrain", to_dict(config_of_run), dataset=manifest, dataset_uri=dataset)
     ref = registry.register_backbone(
         run, files, config.name or f"mae-{model.arch}", tags={"mae.step": str(checkpoint.step)}
     )
