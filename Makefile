@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test test-long check format clean
 
 setup: .venv/.done
 
@@ -21,6 +21,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The kills and restarts that take many minutes.
+test-long: setup
+	$(BIN)/python -m pytest -m long
+
 # Lint, types, import contracts and the tests that take seconds.
 check: setup
 	$(BIN)/ruff check .
@@ -28,9 +32,6 @@ check: setup
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not slow and not ray and not s3 and not gpu and not browser"
-
-bench: setup
-	$(BIN)/mae bench
 
 format: setup
 	$(BIN)/ruff check --fix .

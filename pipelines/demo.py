@@ -30,7 +30,7 @@ from pipelines.pretrain import pretrain
 log = logging.getLogger(__name__)
 
 _PICTURED = 12
-_CONCURRENT_TRIALS = 3
+_CONCURRENT_TRIALS = 2
 
 
 def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:

@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
 
