@@ -89,8 +89,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
 
     log.info("6/6  keeping the pictures in MLflow, beside the run that they are of")
     tracking = registry.open_tracking("mae")
-    run = tracking.find_run(pretrained["run"])
-    assert run is not None, "the pretraining run is in MLflow"
+    run = tracking.known_run(pretrained["run_id"])
     for path in (picture, figure):
         run.log_file(path, "demo")
     return {

@@ -75,15 +75,7 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
 
 def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> registry.Run:
     """The folder is claimed and the MLflow run is there; a new folder gets a new run."""
-    is_new = folder.claim(
-        {
-            "kind": task.kind,
-            "config": identity(task.job.config),
-            "dataset": task.manifest.digest,
-            "job": _resolved(task.job),
-        }
-    )
-    folder.storage.write("config.json", json.dumps(to_dict(task.job.config), indent=1).encode())
+    key = claim(task.job, task.kind, task.manifest)
     for path, content in task.inputs.items():
         folder.storage.write(path, content)
     run = tracking.run(
@@ -94,11 +86,24 @@ def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> regist
         dataset=task.manifest,
         dataset_uri=task.job.config.data.uri,
         parent=task.parent,
-        fresh=is_new,
+        key=key,
     )
     if task.backbone is not None:
         run.log_model_input(task.backbone)
     return run
+
+
+def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
+    """The job's folder says what it is and how it is run; returns the folder's id, by which MLflow's run is found.
+
+    Raises ValueError where the folder holds another run.
+    """
+    folder = RunFolder(job.folder)
+    key = folder.claim(
+        {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
+    )
+    folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
+    return key
 
 
 def _resolved(job: Job) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,22 +110,24 @@ class RunFolder:
         """What the run's driver claimed the folder with; None where there is no run."""
         return json.loads(self.storage.read("run.json")) if self.storage.exists("run.json") else None
 
-    def claim(self, identity: dict[str, Any]) -> bool:
-        """The folder belongs to the run so described; True where it did not before.
+    def claim(self, identity: dict[str, Any]) -> str:
+        """The folder belongs to the run so described; returns the id that it has had since it was claimed first.
 
         Raises ValueError where it belongs to another.
         """
         found = self.described()
         if found is not None:
-            differing = [key for key in _differing(found, identity) if key]
+            key = found.pop("id")
+            differing = list(_differing(found, identity))
             if differing:
                 raise ValueError(
                     f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; "
                     "try another --name, or --fresh to replace it"
                 )
-            return False
-        self.storage.write("run.json", json.dumps(identity, indent=1, sort_keys=True).encode())
-        return True
+            return key
+        key = uuid.uuid4().hex
+        self.storage.write("run.json", json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode())
+        return key
 
     def clear(self) -> None:
         """Everything that the run left is gone; result.json first, so that a half-cleared run is not a finished one."""

@@ -116,9 +116,11 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     tracking = registry.open_tracking(config.experiment)
     name = Path(uri.rstrip("/")).name
-    run = tracking.run(name, "pretrain", to_dict(config_of_run), dataset=manifest, dataset_uri=dataset)
+    run = tracking.run(
+        name, "pretrain", to_dict(config_of_run), dataset=manifest, dataset_uri=dataset, key=values["id"]
+    )
     ref = registry.register_backbone(
         run, files, config.name or f"mae-{model.arch}", tags={"mae.step": str(checkpoint.step)}
     )
-    run.finish("FINISHED" if folder.outcome() else "KILLED")
+    run.finish("FINISHED" if folder.result() else "KILLED")
     return {"model": ref.uri, "step": checkpoint.step, "run_id": run.id}

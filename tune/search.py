@@ -15,6 +15,7 @@ from ray.tune import Callback
 from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
+from pipelines.drive import claim
 from pipelines.jobs import RunFolder
 from pipelines.manifest import read_manifest
 from pipelines.registry import Point
@@ -119,8 +120,6 @@ class Children:
     def __init__(self, tracking: registry.Tracking, parent: registry.Run, trials: Sequence[Trial]) -> None:
         self._tracking, self._parent = tracking, parent
         self._number = {trial.key: i for i, trial in enumerate(trials, 1)}
-        # A folder that is empty when the sweep starts means a new run, whatever MLflow remembers under that name.
-        self._new = {trial.key for trial in trials if trial.storage.is_empty()}
         self._open: dict[str, tuple[registry.Run, ExitStack]] = {}
 
     def __enter__(self) -> "Children":
@@ -142,17 +141,18 @@ class Children:
         if trial.key in self._open:
             return
         config = trial.pretrain.config
+        manifest = read_manifest(open_storage(config.data.uri))
+        key = claim(trial.pretrain, "pretrain", manifest)
         child = self._tracking.run(
             self.name(trial),
             "trial",
             to_dict(config),
             tags={"mae.folder": trial.folder, "mae.point": json.dumps(trial.point)},
-            dataset=read_manifest(open_storage(config.data.uri)),
+            dataset=manifest,
             dataset_uri=config.data.uri,
             parent=self._parent,
-            fresh=trial.key in self._new,
+            key=key,
         )
-        self._new.discard(trial.key)
         following = ExitStack()
         for name, prefix in _PREFIXES.items():
             storage = RunFolder(trial.jobs[name].folder).storage
@@ -192,10 +192,11 @@ class Children:
 
     def find(self, trial: Trial) -> registry.Run:
         """The run of a finished trial; told again where MLflow does not know it."""
-        found = self._tracking.find_run(self.name(trial))
+        key = claim(trial.pretrain, "pretrain", read_manifest(open_storage(trial.pretrain.config.data.uri)))
+        found = self._tracking.find_run(key)
         if found is None:
             self.close(trial)
-            found = self._tracking.find_run(self.name(trial))
+            found = self._tracking.find_run(key)
         assert found is not None, "a run that was just made is found"
         return found
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import time
+import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,8 +56,6 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
         return known
     registry.refuse_local_tracking(ray_address())
     tracking = registry.open_tracking(checked.config.pretrain.tracking.experiment)
-    is_new = not checked.storage.exists(_MARKER)
-    checked.storage.write(_MARKER, json.dumps(to_dict(checked.config), indent=1).encode())
     parent = tracking.run(
         checked.name,
         "sweep",
@@ -64,7 +63,7 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
         tags={"mae.folder": checked.storage.uri},
         dataset=checked.manifest,
         dataset_uri=checked.config.pretrain.data.uri,
-        fresh=is_new,
+        key=_claim(checked),
     )
     try:
         result = _run(checked, tracking, parent)
@@ -100,11 +99,20 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
     )
 
 
+def _claim(checked: _Sweep) -> str:
+    """The id that the sweep's folder has had since it was first started, by which MLflow's run is found."""
+    if checked.storage.exists(_MARKER):
+        return json.loads(checked.storage.read(_MARKER))["id"]
+    key = uuid.uuid4().hex
+    content = {"id": key, "config": to_dict(checked.config)}
+    checked.storage.write(_MARKER, json.dumps(content, indent=1).encode())
+    return key
+
+
 def _clear(storage: Storage) -> None:
-    """Everything that an earlier sweep left is gone, its summary first; a folder of something else is left alone."""
+    """An earlier sweep is gone, its summary first and its marker last; a folder of something else is left alone."""
     if storage.exists(_MARKER):
-        storage.delete(_SUMMARY)
-        for path, _ in storage.list():
+        for path in sorted((path for path, _ in storage.list()), key=lambda path: (path != _SUMMARY, path == _MARKER)):
             storage.delete(path)
 
 

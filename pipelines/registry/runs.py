@@ -187,10 +187,10 @@ class MachineSampler:
 
 
 def first_tags(
-    name: str, kind: Kind, dataset: "Manifest | None", parent: Run | None, tags: dict[str, str]
+    key: str, kind: Kind, dataset: "Manifest | None", parent: Run | None, tags: dict[str, str]
 ) -> dict[str, str]:
     """Tags that a new run is made with; `mae.run_key` is what a restarted driver finds it by."""
-    found = {"mae.run_key": name, "mae.kind": kind, **commit_tags(), **tags}
+    found = {"mae.run_key": key, "mae.kind": kind, **commit_tags(), **tags}
     if dataset is not None:
         found["mae.dataset_digest"] = dataset.digest
     if parent is not None:

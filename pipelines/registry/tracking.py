@@ -14,6 +14,7 @@ from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
 
     from pipelines.manifest import Manifest
 
@@ -64,40 +65,46 @@ class Tracking:
         dataset: "Manifest | None" = None,
         dataset_uri: str = "",
         parent: Run | None = None,
-        fresh: bool = False,
+        key: str = "",
     ) -> Run:
-        """The experiment's run of that name, made where there is none, and running.
+        """The experiment's run of that key (its name where none is given), made where there is none, and running.
 
-        A driver that was killed and started again gets the same run; its parameters stay those of the first start.
-        Say `fresh` where training starts at step 0: a new run is made, and is the one of that name from then on, while
-        an old one's points would be taken for those of the new.
+        A driver that was killed and started again says the same key and gets the same run, whose parameters stay those
+        of the first start. Training that starts anew needs a new key: an old run's points would be taken for its own.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
-        found = None if fresh else self.find_run(name)
+        found = self.find_run(key or name)
         if found is None:
-            made = first_tags(name, kind, dataset, parent, tags or {})
-            info = patiently(
+            made = first_tags(key or name, kind, dataset, parent, tags or {})
+            created = patiently(
                 lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run"
-            ).info
-            found = Run(self.client, id=info.run_id, name=name, experiment_id=self.experiment_id)
+            )
+            found = self._of(created.info)
         else:
             found.set_tags(tags or {})
         found.start(config, dataset, dataset_uri)
         return found
 
-    def find_run(self, name: str) -> Run | None:
-        """The newest run that was started under that name, if any; nothing about it changes."""
+    def find_run(self, key: str) -> Run | None:
+        """The run that was started with that key, if any; nothing about it changes."""
         runs = patiently(
             lambda: self.client.search_runs(
                 [self.experiment_id],
-                f"tags.`mae.run_key` = '{name}'",
+                f"tags.`mae.run_key` = '{key}'",
                 max_results=1,
                 order_by=["attributes.start_time DESC"],
             ),
             "the search for a run",
         )
-        return Run(self.client, id=runs[0].info.run_id, name=name, experiment_id=self.experiment_id) if runs else None
+        return self._of(runs[0].info) if runs else None
+
+    def known_run(self, run_id: str) -> Run:
+        """The run of that id; nothing about it changes."""
+        return self._of(patiently(lambda: self.client.get_run(run_id), "the run").info)
+
+    def _of(self, info: "RunInfo") -> Run:
+        return Run(self.client, id=info.run_id, name=info.run_name or "", experiment_id=self.experiment_id)
 
     def resolve(self, model_uri: str) -> ModelRef:
         """The version that models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises ValueError for none."""

@@ -138,7 +138,7 @@ def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
         run = patiently(lambda run_id=run_id: client.get_run(run_id), "the run")
         tags = run.data.tags
         facts = {
-            "name": tags.get("mae.run_key", run.info.run_name or ""),
+            "name": run.info.run_name or "",
             "kind": tags.get("mae.kind", ""),
             "dataset": tags.get("mae.dataset_digest", ""),
             "commit": tags.get("mlflow.source.git.commit", ""),

@@ -236,7 +236,7 @@ def _mlflow_run(place: Place, name: str) -> tuple[Any, Any]:
     client = MlflowClient(tracking_uri=f"sqlite:///{place.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("mae")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`mae.run_key` = '{name}'")
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
     return client, run
 
 

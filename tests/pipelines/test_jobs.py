@@ -139,12 +139,12 @@ def folder(tmp_path: Any) -> RunFolder:
 def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
     mine = {"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "a"}}}
     assert folder.described() is None
-    assert folder.claim(mine) is True
-    assert folder.claim(mine) is False
-    assert folder.described() == mine
+    key = folder.claim(mine)
+    assert folder.claim(mine) == key
+    assert folder.described() == {"id": key} | mine
     with pytest.raises(ValueError, match=r"with another config\.model\.arch; try another --name, or --fresh"):
         folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
-    assert folder.described() == mine
+    assert folder.described() == {"id": key} | mine
 
 
 def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
@@ -159,7 +159,7 @@ def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
 def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.claim({"kind": "pretrain"})
+    key = folder.claim({"kind": "pretrain"})
     folder.storage.write("checkpoints/step-0000000001/model.safetensors", b"x")
     folder.finish({})
     folder.remember({})
@@ -175,4 +175,4 @@ def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
     assert set(deleted[:2]) == {"outcome.json", "result.json"}
     folder.storage = storage
     assert storage.list() == []
-    assert folder.claim({"kind": "finetune"}) is True
+    assert folder.claim({"kind": "finetune"}) != key

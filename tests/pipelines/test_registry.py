@@ -171,15 +171,15 @@ class TestRuns:
         assert tracking.client.get_run(again.id).info.status == "FINISHED"
         assert tracking.run("night-8", "pretrain", {}).id != first.id
 
-    def test_a_fresh_start_is_another_run_and_the_one_found_from_then_on(self, tracking):
-        old = tracking.run("night-7", "pretrain", {})
+    def test_another_key_is_another_run_whatever_it_is_called(self, tracking):
+        old = tracking.run("night-7", "pretrain", {}, key="first")
         old.log_points(points(1, 3))
         old.finish()
-        time.sleep(0.01)
-        new = tracking.run("night-7", "pretrain", {}, fresh=True)
+        new = tracking.run("night-7", "pretrain", {}, key="second")
         assert new.id != old.id
         assert "loss" not in new.last_steps()
-        assert tracking.run("night-7", "pretrain", {}).id == new.id
+        assert tracking.run("night-7", "pretrain", {}, key="second").id == new.id
+        assert tracking.known_run(old.id).name == "night-7"
 
     def test_a_run_says_what_it_is_and_what_it_read(self, tracking):
         parent = tracking.run("sweep", "sweep", {})
