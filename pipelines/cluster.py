@@ -10,6 +10,9 @@ import ray
 
 from pipelines.config import ComputeConfig
 
+_EMBEDDED = "MAE_RAY_EMBEDDED"
+"""Set in the processes of an embedded Ray, which inherit the driver's environment."""
+
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.
 _SPARE_CPUS = 2
 
@@ -17,6 +20,14 @@ _SPARE_CPUS = 2
 def ray_address() -> str:
     """Address of the cluster in use; empty where Ray is embedded."""
     return os.environ.get("RAY_ADDRESS", "")
+
+
+def data_tasks_at_once(compute: ComputeConfig) -> int | None:
+    """How many data tasks a feed may run at a time; None where a cluster's free CPUs decide.
+
+    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for.
+    """
+    return compute.data_tasks if os.environ.get(_EMBEDDED) else None
 
 
 @contextmanager
@@ -43,6 +54,9 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         # Train asks the state API each second whether its controller lives. We have no dashboard to answer, and any
         # other Ray of this machine would answer that there is no such actor: the worker group would be removed.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        # Ray lets its workers stand back for whatever else this machine does; here they are what it is to do.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ[_EMBEDDED] = "1"
         ray.init(
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
             include_dashboard=False,
@@ -55,6 +69,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        os.environ.pop(_EMBEDDED, None)
 
 
 def quiet_ray() -> None:

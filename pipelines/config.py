@@ -87,7 +87,7 @@ class ComputeConfig:
     threads: int = 1
     """CPU threads of one worker."""
     data_tasks: int = 2
-    """CPUs declared for decoding beside the workers where Ray is embedded in this process."""
+    """Tasks that decode at the same time where Ray is embedded in this process; a cluster uses all free CPUs."""
     spread: bool = False
     """Spread workers over nodes instead of filling one node after another."""
     max_failures: int = 3
@@ -272,7 +272,9 @@ class SweepConfig:
     seed: int = 0
     """Seed of a random search."""
     max_concurrent: int = 1
-    """Trials that run at the same time."""
+    """Worker groups that run at the same time."""
+    trials_per_group: int = 1
+    """Trials that one worker group runs in turn; more save the start of a group where trials take seconds."""
     select_by: Literal["finetune", "probe"] = "finetune"
     """Accuracy on val that decides the best trial."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -289,8 +291,8 @@ class SweepConfig:
             )
         if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
             raise ValueError("probe.classifier.method must be probe and finetune.classifier.method finetune")
-        if self.num_trials < 1 or self.max_concurrent < 1:
-            raise ValueError("num_trials and max_concurrent must be at least 1; try 8 and 1")
+        if min(self.num_trials, self.max_concurrent, self.trials_per_group) < 1:
+            raise ValueError("num_trials, max_concurrent and trials_per_group must be at least 1; try 8, 1 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.cluster import data_tasks_at_once
 from pipelines.config import ComputeConfig
 from pipelines.jobs import Job, job_to_dict, remaining_segments
 
@@ -63,7 +64,8 @@ def _feed_of(jobs: list[Job]) -> Any:
     from pipelines.ingest import feed
 
     left = remaining_segments(jobs)
-    return feed(left, jobs[0].config.compute.num_workers) if left else ray.data.range(1)
+    compute = jobs[0].config.compute
+    return feed(left, compute.num_workers, data_tasks_at_once(compute)) if left else ray.data.range(1)
 
 
 def scaling(compute: ComputeConfig) -> Any:

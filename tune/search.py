@@ -39,8 +39,8 @@ _ENVIRONMENT = {
 }
 
 
-def search(trials: Sequence[Trial], children: "Children", max_concurrent: int) -> None:
-    """Every trial has ended and is in the ledger and in MLflow; so many run at the same time.
+def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurrent: int) -> None:
+    """Every trial has ended and is in the ledger and in MLflow; so many groups run at the same time.
 
     The ledger is ours, so Tune's own state is thrown away: a sweep that starts again is a search over what is left.
     """
@@ -52,44 +52,45 @@ def search(trials: Sequence[Trial], children: "Children", max_concurrent: int) -
         tuner = tune.Tuner(
             # A trial's driver only waits for its worker group, which asks for CPUs itself; Tune refuses an empty
             # request, so it asks for a byte.
-            tune.with_resources(
-                tune.with_parameters(_run_one, trials={trial.key: trial for trial in trials}), {"CPU": 0, "memory": 1}
-            ),
-            param_space={"key": tune.grid_search([trial.key for trial in trials])},
+            tune.with_resources(tune.with_parameters(_run_group, groups=groups), {"CPU": 0, "memory": 1}),
+            param_space={"group": tune.grid_search(list(range(len(groups))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Watch({t.key: t for t in trials}, children)]
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Watch(groups, children)]
             ),
         )
         tuner.fit()
 
 
-def _run_one(config: dict[str, Any], trials: dict[str, Trial]) -> dict[str, Any]:
+def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Trial]]) -> dict[str, Any]:
     quiet_ray()
-    return {"failed": bool(run(trials[config["key"]])["error"])}
+    run(groups[config["group"]])
+    return {"done": True}
 
 
 class _Watch(Callback):
-    """Tells the driver of a trial's start and end. Tune pickles it for a restoring that never happens."""
+    """Tells the driver of a group's start and end. Tune pickles it for a restoring that never happens."""
 
-    def __init__(self, trials: dict[str, Trial], children: "Children") -> None:
-        self._trials, self._children = trials, children
+    def __init__(self, groups: Sequence[Sequence[Trial]], children: "Children") -> None:
+        self._groups, self._children = groups, children
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._children.open(self._trials[trial.config["key"]])
+        for one in self._groups[trial.config["group"]]:
+            self._children.open(one)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._children.close(self._trials[trial.config["key"]])
+        for one in self._groups[trial.config["group"]]:
+            self._children.close(one)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # The trial's driver process died, so nobody wrote what happened.
-        found = self._trials[trial.config["key"]]
-        if not found.is_finished():
-            found.enter(duration_s=0.0, error="the trial's driver process died; look for a lack of memory")
-        self._children.close(found)
+        # The group's driver process died, so nobody wrote what happened.
+        for one in self._groups[trial.config["group"]]:
+            if not one.is_finished():
+                one.enter("the trial's driver process died; look for a lack of memory")
+            self._children.close(one)
 
 
 @dataclass(frozen=True)

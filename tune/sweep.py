@@ -22,7 +22,7 @@ from pipelines.registry import Point
 from pipelines.storage import Storage, open_storage
 from tune.space import at
 from tune.summary import Entry, best_of, figure_of, preset_of, report
-from tune.trial import MEASURES, Measure, Trial, classify_job, of_trial, plan, settled
+from tune.trial import MEASURES, Measure, Trial, classify_job, grouped, of_trial, plan, settled
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
     lasting = dataclasses.replace(
         config,
         max_concurrent=1,
+        trials_per_group=1,
         select_by="finetune",
         **{measure: of_trial(getattr(config, measure), config.pretrain) for measure in MEASURES},
     )
@@ -140,9 +141,9 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
         if unfinished:
             # Points may differ in workers: Ray is sized for the largest group.
             largest = max((t.pretrain.config.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
-            groups = min(config.max_concurrent, len(unfinished))
-            stack.enter_context(ray_session(largest, groups))
-            search(unfinished, children, config.max_concurrent)
+            groups = grouped(unfinished, config.trials_per_group)
+            stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
+            search(groups, children, config.max_concurrent)
         entries = [trial.entry() or _lost(trial) for trial in trials]
         if all(entry["error"] for entry in entries):
             raise RuntimeError(f"every trial of sweep {checked.name} failed; the first: {entries[0]['error']}")
@@ -157,7 +158,7 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
 
 
 def _lost(trial: Trial) -> Entry:
-    return trial.enter(duration_s=0.0, error="the trial ended without a result")
+    return trial.enter("the trial ended without a result")
 
 
 def _register(winner: Trial, children: Any) -> str:

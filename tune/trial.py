@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,8 +54,8 @@ class Trial:
         entry = self.entry()
         return entry is not None and not entry["error"]
 
-    def enter(self, *, duration_s: float, error: str = "") -> dict[str, Any]:
-        """The ledger says how the trial ended; returns the entry."""
+    def enter(self, error: str = "") -> dict[str, Any]:
+        """The ledger says how the trial ended; returns the entry. What was killed counts from its last start."""
         found = {} if error else {name: RunFolder(job.folder).result() or {} for name, job in self.jobs.items()}
         model = self.pretrain.config.model
         entry = {
@@ -65,7 +66,7 @@ class Trial:
             "probe": found.get("probe", {}).get("top1"),
             "finetune": found.get("finetune", {}).get("top1"),
             "loss": found.get("pretrain", {}).get("loss"),
-            "duration_s": round(duration_s, 1),
+            "duration_s": round(sum(result.get("duration_s", 0.0) for result in found.values()), 1),
             "error": error,
         }
         self.storage.write(_ENTRY, json.dumps(entry, indent=1).encode())
@@ -77,19 +78,40 @@ def plan(config: SweepConfig, folder: Storage) -> list[Trial]:
     return [_trial(config, point, folder) for point in points(config)]
 
 
-def run(trial: Trial) -> dict[str, Any]:
-    """The trial is in the ledger, with its results or with what stopped it; returns the entry.
+def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
+    """The trials in groups of at most so many, each group of one kind of worker group."""
+    alike = itertools.groupby(
+        sorted(trials, key=lambda trial: repr(trial.pretrain.config.compute)),
+        key=lambda trial: trial.pretrain.config.compute,
+    )
+    kinds = [list(kind) for _, kind in alike]
+    return [kind[i : i + per_group] for kind in kinds for i in range(0, len(kind), per_group)]
 
-    What an earlier start left undone goes on from its newest checkpoint; the duration is that of this start.
+
+def run(trials: Sequence[Trial]) -> None:
+    """The trials, run in turn by one worker group, are in the ledger with their results or with what stopped them.
+
+    What an earlier start left undone goes on from its newest checkpoint. One trial's failure is not the others': a
+    group that fails is started again for each of its unfinished trials alone.
     """
-    started_s = time.monotonic()
+    unfinished = [job for trial in trials for job in trial.jobs.values() if RunFolder(job.folder).result() is None]
+    error = _failure(unfinished, f"trial-{trials[0].key}") if unfinished else ""
+    for trial in trials:
+        if all(RunFolder(job.folder).result() for job in trial.jobs.values()):
+            trial.enter()
+        elif len(trials) > 1:
+            run([trial])
+        else:
+            trial.enter(error)
+
+
+def _failure(jobs: list[Job], name: str) -> str:
+    """What stopped the jobs, in one line; empty where nothing did."""
     try:
-        unfinished = [job for job in trial.jobs.values() if RunFolder(job.folder).result() is None]
-        if unfinished:
-            launch(unfinished, f"trial-{trial.key}")
+        launch(jobs, name)
     except Exception as error:
-        return trial.enter(duration_s=time.monotonic() - started_s, error=" ".join(str(error).split()) or repr(error))
-    return trial.enter(duration_s=time.monotonic() - started_s)
+        return " ".join(str(error).split()) or repr(error)
+    return ""
 
 
 def settled(config: SweepConfig) -> tuple[SweepConfig, Manifest]:

@@ -77,9 +77,7 @@ class Tracking:
         found = self.find_run(key or name)
         if found is None:
             made = first_tags(key or name, kind, dataset, parent, tags or {})
-            created = patiently(
-                lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run"
-            )
+            created = patiently(lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run")
             found = self._of(created.info)
         else:
             found.set_tags(tags or {})

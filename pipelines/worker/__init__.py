@@ -1,6 +1,7 @@
 """What runs on one rank: the jobs of a worker group, one after another, on one feed."""
 
 import logging
+import time
 import warnings
 from typing import Any
 
@@ -41,6 +42,7 @@ def speak_up() -> None:
 
 def run_job(job: Job, rank: Rank, feed: Feed) -> None:
     """The job is finished, from its newest checkpoint on, and its folder says so."""
+    started_s = time.monotonic()
     folder = RunFolder(job.folder)
     checkpoint = folder.checkpoints.latest()
     first_step = rank.agree(checkpoint.step if checkpoint else 0)
@@ -50,9 +52,11 @@ def run_job(job: Job, rank: Rank, feed: Feed) -> None:
         rank.log(log, "resuming %s at step %d", job.folder, first_step)
     torch.manual_seed(job.config.seed)
     if isinstance(job, PretrainJob):
-        pretraining.run(job, rank, feed, folder, checkpoint)
+        found = pretraining.run(job, rank, feed, folder, checkpoint)
     elif job.config.classifier.method == "finetune":
-        finetuning.run(job, rank, feed, folder, checkpoint)
+        found = finetuning.run(job, rank, feed, folder, checkpoint)
     else:
-        probing.run(job, rank, feed, folder, checkpoint)
+        found = probing.run(job, rank, feed, folder, checkpoint)
+    if rank.is_main:
+        folder.finish(found | {"duration_s": round(time.monotonic() - started_s, 1)})
     rank.barrier()

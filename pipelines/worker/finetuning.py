@@ -1,7 +1,7 @@
 """Fine-tuning, partial fine-tuning and training from scratch on one rank."""
 
-import copy
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from mae_core.augment import erase, mixup, pixels_to_input
 from mae_core.classifier import build_classifier, load_encoder
 from mae_core.config import parse_arch
-from mae_core.optim import build_optimizer
 from mae_core.randomness import Purpose, seed_of
-from mae_core.schedule import peak_lr
 from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import classify_loss
 from pipelines.checkpoints import Checkpoint
@@ -20,12 +18,12 @@ from pipelines.ingest import MicroBatch
 from pipelines.jobs import ClassifyJob, Phase, RunFolder, phases, read_plan, train_plan
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.storage import open_storage
-from pipelines.worker.loop import Due, LossOf, Recorder, TrainState, schedule, train, warm_up
+from pipelines.worker.loop import LossOf, Recorder, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
 
 
-def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """The classifier is trained and evaluated, and the folder holds weights and result."""
+def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The classifier is trained, evaluated and exported; returns what the run found."""
     config = job.config
     manifest = read_manifest(open_storage(config.data.uri))
     plan = train_plan(job, manifest)
@@ -34,14 +32,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
     if checkpoint:
         state.restore(checkpoint)
-    recorder = Recorder(
-        state=state,
-        rank=rank,
-        plan=plan,
-        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
-        folder=folder,
-        checkpoint=config.checkpoint,
-    )
+    recorder = Recorder.of(config, state, rank, plan, folder)
     accuracy = {}
     for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
         if phase.kind == "train":
@@ -53,7 +44,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     if rank.is_main:
         recorder.spool.close()
         export(job, state.ema or bare(state.model), folder)
-        folder.finish(result_of(job, accuracy, state.step))
+    return result_of(job, accuracy, state.step)
 
 
 def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
@@ -62,17 +53,7 @@ def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
     model = build_classifier(parse_arch(job.arch), job.image_px, job.channels, len(job.classes), config.classifier)
     if job.backbone:
         load_encoder(model, unpack(open_storage(job.backbone).read("encoder.safetensors")))
-    peak = peak_lr(config.optim.base_lr, config.data.batch)
-    decay = config.classifier.ema_decay
-    parallel = rank.parallel(model)
-    return TrainState(
-        model=parallel,
-        optimizer=build_optimizer(model, config.optim, peak),
-        schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs),
-        clip_norm=config.optim.clip_norm,
-        ema=None if decay is None else copy.deepcopy(model).requires_grad_(False).eval(),
-        ema_decay=decay or 0.0,
-    )
+    return TrainState.of(config, model, rank.parallel(model), steps_per_epoch, config.classifier.ema_decay)
 
 
 def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
@@ -143,7 +124,7 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
     folder.storage.write("export/config.json", json.dumps(config, indent=1).encode())
 
 
-def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int) -> dict[str, object]:
+def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int) -> dict[str, Any]:
     """What the run found, in percent."""
     split = job.config.eval_split
     return {

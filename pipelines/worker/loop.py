@@ -1,5 +1,6 @@
 """What pretraining and fine-tuning share: steps with accumulation, metrics, checkpoints, resuming."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae_core.config import OptimConfig
-from mae_core.schedule import Schedule, apply_lr
+from mae_core.optim import build_optimizer
+from mae_core.schedule import Schedule, apply_lr, peak_lr
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
 from mae_core.step import ema_update
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import CheckpointConfig, TrackingConfig
+from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig, TrackingConfig
 from pipelines.ingest import MicroBatch
 from pipelines.jobs import RunFolder
 from pipelines.plan import EpochPlan
@@ -36,6 +38,26 @@ class TrainState:
     ema_decay: float = 0.0
     clip_norm: float | None = None
     step: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainConfig | ClassifyConfig,
+        model: nn.Module,
+        parallel: nn.Module,
+        steps_per_epoch: int,
+        ema_decay: float | None = None,
+    ) -> "TrainState":
+        """The state before the first step; `parallel` is the model as the ranks share it, already on their devices."""
+        peak = peak_lr(config.optim.base_lr, config.data.batch)
+        return cls(
+            model=parallel,
+            optimizer=build_optimizer(model, config.optim, peak),
+            schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs),
+            clip_norm=config.optim.clip_norm,
+            ema=None if ema_decay is None else copy.deepcopy(model).requires_grad_(False).eval(),
+            ema_decay=ema_decay or 0.0,
+        )
 
     def update(self) -> None:
         """The gradients that lie ready have been applied, at this step's learning rate."""
@@ -204,6 +226,27 @@ class Recorder:
         self.spool = MetricSpool(folder.storage)
         self.last: dict[str, float] = {}
         """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainConfig | ClassifyConfig,
+        state: TrainState,
+        rank: Rank,
+        plan: EpochPlan,
+        folder: RunFolder,
+        picture: Callable[[int], None] | None = None,
+    ) -> "Recorder":
+        """A recorder that does what the run's config asks for."""
+        return cls(
+            state=state,
+            rank=rank,
+            plan=plan,
+            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+            folder=folder,
+            checkpoint=config.checkpoint,
+            picture=picture,
+        )
 
     def after_step(self, step: int, loss: Tensor) -> None:
         """Everything that is due after `step` steps has happened."""

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.masking import sample_masks
 from mae_core.model import MAE, build_mae
-from mae_core.optim import build_optimizer
-from mae_core.schedule import peak_lr
 from mae_core.state import model_tensors, pack
 from mae_core.step import pretrain_loss
 from pipelines.checkpoints import Checkpoint
@@ -20,38 +19,25 @@ from pipelines.pictures import reconstruction_rows
 from pipelines.reconstruct import Backbone, picture_block, sample_images
 from pipelines.storage import open_storage
 from pipelines.worker.export import backbone_files
-from pipelines.worker.loop import Due, LossOf, Recorder, TrainState, schedule, train, warm_up
+from pipelines.worker.loop import LossOf, Recorder, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
 
 _NUM_PICTURED = 8
 
 
-def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """The model is pretrained and exported, and the folder holds the result."""
+def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The model is pretrained and exported; returns what the run found."""
     config = job.config
     plan = train_plan(job, read_manifest(open_storage(config.data.uri)))
     mae = build_mae(config.model, config.seed)
     total = config.epochs * plan.steps_per_epoch
-    peak = peak_lr(config.optim.base_lr, config.data.batch)
-    model = rank.parallel(mae)
-    state = TrainState(
-        model=model,
-        optimizer=build_optimizer(mae, config.optim, peak),
-        schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
-        clip_norm=config.optim.clip_norm,
-    )
+    state = TrainState.of(config, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
     if checkpoint:
         state.restore(checkpoint)
-    recorder = Recorder(
-        state=state,
-        rank=rank,
-        plan=plan,
-        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
-        folder=folder,
-        checkpoint=config.checkpoint,
-        picture=lambda step: _save_picture(job, mae, folder, step),
+    recorder = Recorder.of(
+        config, state, rank, plan, folder, picture=lambda step: _save_picture(job, mae, folder, step)
     )
     if checkpoint:
         recorder.last = checkpoint.meta["last"]
@@ -60,7 +46,7 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         recorder.spool.close()
         for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
             folder.storage.write(f"export/{name}", content)
-        folder.finish({"kind": "pretrain", "steps": total, "loss": recorder.last["train/loss"]})
+    return {"kind": "pretrain", "steps": total, "loss": recorder.last["train/loss"]}
 
 
 def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:

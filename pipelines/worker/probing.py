@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from mae_core.augment import pixels_to_input, soft_targets
 from mae_core.classifier import ProbeHead, features, load_encoder
 from mae_core.config import parse_arch
 from mae_core.encoder import build_encoder
-from mae_core.optim import build_optimizer
 from mae_core.randomness import Purpose, seed_of
-from mae_core.schedule import peak_lr
 from mae_core.state import unpack
 from mae_core.step import classify_loss
 from pipelines.checkpoints import Checkpoint
@@ -23,7 +22,7 @@ from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import EpochPlan
 from pipelines.storage import open_storage
 from pipelines.worker.finetuning import accuracy_of, hits, result_of
-from pipelines.worker.loop import Due, Recorder, TrainState, schedule
+from pipelines.worker.loop import Recorder, TrainState
 from pipelines.worker.rank import Feed, Rank
 
 
@@ -40,8 +39,8 @@ class Examples:
 ExamplesOf = Callable[[int], Examples]
 
 
-def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """The head is trained and evaluated, and the folder holds the result."""
+def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The head is trained and evaluated; returns what the run found."""
     config = job.config
     manifest = read_manifest(open_storage(config.data.uri))
     plan = train_plan(job, manifest)
@@ -49,23 +48,11 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
     head = ProbeHead(parse_arch(job.arch).width, len(job.classes), head_std=config.classifier.head_std)
     head.to(rank.device)
-    peak = peak_lr(config.optim.base_lr, config.data.batch)
-    state = TrainState(
-        model=head,
-        optimizer=build_optimizer(head, config.optim, peak),
-        schedule=schedule(config.optim, peak, plan.steps_per_epoch, config.epochs),
-        clip_norm=config.optim.clip_norm,
-    )
+    # No DDP: BatchNorm's statistics and the gradients are summed over ranks in _fit.
+    state = TrainState.of(config, head, head, plan.steps_per_epoch)
     if checkpoint and not job.caches_features:
         state.restore(checkpoint)
-    recorder = Recorder(
-        state=state,
-        rank=rank,
-        plan=plan,
-        due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
-        folder=folder,
-        checkpoint=config.checkpoint,
-    )
+    recorder = Recorder.of(config, state, rank, plan, folder)
     total = config.epochs * plan.steps_per_epoch
     accuracy: dict[str, float] = {}
     for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
@@ -80,7 +67,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
                 recorder.spool.add(phase.first_step, accuracy)
     if rank.is_main:
         recorder.spool.close()
-        folder.finish(result_of(job, accuracy, state.step))
+    return result_of(job, accuracy, state.step)
 
 
 def _frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tensor]:
