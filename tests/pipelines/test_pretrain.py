@@ -50,7 +50,7 @@ class Place:
 
     def versions(self, run_id: str) -> list[str]:
         """The registered versions that a run of MLflow made."""
-        return [v.version for v in self.client().search_model_versions(f"name = '{MODEL}'") if v.run_id == run_id]
+        return [str(v.version) for v in self.client().search_model_versions(f"name = '{MODEL}'") if v.run_id == run_id]
 
 
 def config_of(folder: Path, dataset: str, name: str) -> PretrainConfig:
