@@ -1,7 +1,5 @@
 """A real cluster of two nodes on this machine, a real job submission, two DDP workers that meet over gloo."""
 
-import json
-import re
 import shlex
 from pathlib import Path
 
@@ -17,16 +15,6 @@ NANO = """--name two-nodes --epochs 1 --model.arch vit_pico_patch4 --model.image
     --compute.num-workers 2 --compute.spread"""
 
 
-def test_a_submitted_job_runs_one_worker_on_each_of_two_nodes(local_cluster) -> None:
-    outcome = local_cluster.submit("python", "tests/infra/all_reduce_job.py", timeout_s=180)
-    assert outcome.returncode == 0, outcome.stdout
-    found = [json.loads(text) for text in re.findall(r"FOUND (\{.*?\})", outcome.stdout)]
-    assert {row["total"] for row in found} == {3.0}
-    assert {row["rank"] for row in found} == {0, 1}
-    assert {row["node"] for row in found} == set(local_cluster.node_ids.values())
-    assert sorted(local_cluster.workers().values()) == sorted(local_cluster.node_ids.values())
-
-
 def test_a_job_that_fails_is_reported_as_failed(local_cluster) -> None:
     outcome = local_cluster.submit("python", "-c", "raise SystemExit(3)", timeout_s=60)
     assert outcome.returncode == 1
@@ -38,11 +26,9 @@ def test_pretraining_spreads_over_two_nodes_and_is_tracked(local_cluster, tmp_pa
     pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(images / f"{i:03}.png")
-    earlier = local_cluster.workers()
     commands = [f"mae prepare {images} {prepared}", f"mae pretrain --data.uri {prepared} --output {runs} {NANO}"]
     outcome = local_cluster.submit("sh", "-c", " && ".join(shlex.join(shlex.split(line)) for line in commands))
     assert outcome.returncode == 0, outcome.stdout
-    workers = {actor: node for actor, node in local_cluster.workers().items() if actor not in earlier}
-    assert sorted(workers.values()) == sorted(local_cluster.node_ids.values())
+    assert sorted(local_cluster.workers().values()) == sorted(local_cluster.node_ids.values())
     (run,) = local_cluster.finished_runs()
     assert run["info"]["run_name"] == "two-nodes"
