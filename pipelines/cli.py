@@ -197,6 +197,9 @@ def parse(argv: Sequence[str]) -> Invocation:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name!r}; {hint}")
+    if name in ("finetune", "probe"):
+        # What a classifier starts from is a registered model, as in `mae reconstruct --model`.
+        rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
     as_json, fresh = _take_switch(rest, "--json"), _take_switch(rest, "--fresh")
     wants_help = "-h" in rest or "--help" in rest
     arguments = () if wants_help else _take_positionals(rest, name)

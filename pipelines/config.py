@@ -181,7 +181,8 @@ class ClassifyConfig:
     output: str = "runs"
     """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
     backbone: str = "models:/mae-vit_base_patch16@candidate"
-    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> for none."""
+    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> for none;
+    `mae finetune` and `mae probe` know it as --model too."""
     image_px: tuple[int, int] | None = None
     """Height and width of the input; without a value those of the backbone (of the stored images for random)."""
     seed: int = 0

@@ -220,3 +220,9 @@ def test_presets_listed_in_an_error_are_loadable() -> None:
     names = str(caught.value).split("try ")[1].split(", ")
     assert all((pipelines.config.PRESETS / f"{name}.yaml").is_file() for name in names)
     assert yaml.safe_load((pipelines.config.PRESETS / f"{names[0]}.yaml").read_text())["kind"]
+
+
+@pytest.mark.parametrize("words", [["--model", "models:/mae-x@champion"], ["--model=models:/mae-x@champion"]])
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_a_classifier_starts_from_what_model_names(command: str, words: list[str]) -> None:
+    assert parse([command, *words]).config.backbone == "models:/mae-x@champion"
