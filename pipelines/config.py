@@ -354,6 +354,14 @@ class RegisterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Runs with their state, step, last checkpoint and loss."""
+
+    watch: bool = False
+    """Follow one run, a line for each step that leaves metrics, until it has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The whole pipeline on the embedded sample, in minutes."""
 

@@ -61,6 +61,9 @@ class ClassifyJob:
 
 Job = PretrainJob | ClassifyJob
 
+_SHOWN = 24
+"""Characters of a value that an error shows."""
+
 
 def job_to_dict(job: Job) -> dict[str, Any]:
     """Plain values, such that job_from_dict(job_to_dict(job)) == job."""
@@ -128,7 +131,8 @@ class RunFolder:
             differing = list(_differing(found, identity))
             if differing:
                 raise ValueError(
-                    f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; "
+                    f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; only output, "
+                    "name, data.uri, checkpoint, tracking and compute (but for precision) may change on resuming: "
                     "try another --name, or --fresh to replace it"
                 )
             return key
@@ -170,12 +174,13 @@ class RunFolder:
 
 
 def _differing(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the values that differ between two dicts of plain values."""
+    """Dotted names of the values that differ between two dicts of plain values, with both."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             yield from _differing(found.get(key), wanted.get(key), f"{prefix}{key}.")
     elif found != wanted:
-        yield prefix.removesuffix(".")
+        there, here = (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..." for text in (str(found), str(wanted)))
+        yield f"{prefix.removesuffix('.')} ({there} there, {here} here)"
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:
