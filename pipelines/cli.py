@@ -300,10 +300,8 @@ def _describe(command: Command, target: type) -> str:
     if target in (PretrainConfig, ClassifyConfig, SweepConfig):
         lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; fields given as flags go on top of it.")
         lines.append("  --fresh: start again, where the same command would resume or print the finished result.")
-        lines.append(
-            "  A run that is resumed may change output, name, data.uri, checkpoint.*, tracking.* and compute.*"
-        )
-        lines.append("  (but for compute.precision); any other field makes it another run.")
+        lines.append("  On resuming may change: output, name, data.uri, checkpoint, tracking and compute (but for")
+        lines.append("  compute.precision); any other field makes it another run.")
     lines.append("  --json: one JSON object with the result on stdout.")
     return "\n".join(lines)
 

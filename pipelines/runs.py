@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pipelines.checkpoints import CheckpointStore
 from pipelines.config import RunsConfig
 from pipelines.report import read_points
 from pipelines.storage import Storage, open_storage
@@ -134,10 +135,7 @@ def _row(storage: Storage, prefix: str, paths: Sequence[str]) -> Row:
     described, pulse = _read(storage, f"{prefix}run.json"), _read(storage, f"{prefix}{_PULSE}")
     spools = [path for path in paths if path.startswith(f"{prefix}metrics/")]
     newest = _newest_values(storage, spools[-1]) if spools else {}
-    steps = [path.split("/")[-2] for path in paths if path.startswith(f"{prefix}checkpoints/step-")]
-    committed = [
-        path.split("/")[-2] for path in paths if path.endswith("/manifest.json") and path.split("/")[-2] in steps
-    ]
+    committed = CheckpointStore(open_storage(storage.join(prefix.rstrip("/")))).steps()
     quiet_s = time.time() - pulse["time_s"] if "time_s" in pulse else None
     epochs, step = described.get("config", {}).get("epochs"), newest.get("step")
     total = round(step / newest["epoch"] * epochs) if step and epochs and newest.get("epoch") else None
@@ -147,7 +145,7 @@ def _row(storage: Storage, prefix: str, paths: Sequence[str]) -> Row:
         state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, pulse.get("error", "")),
         step=None if step is None else int(step),
         total_steps=total,
-        checkpoint=max((int(name[5:]) for name in committed if name[5:].isdigit()), default=None),
+        checkpoint=max(committed, default=None),
         loss=newest.get("train/loss"),
         quiet_s=None if quiet_s is None else round(quiet_s, 1),
         error=pulse.get("error", ""),

@@ -119,7 +119,7 @@ def test_only_one_run_can_be_watched(tmp_path: Path) -> None:
 
 
 def test_a_place_without_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no run lies in .*; try"):
+    with pytest.raises(ValueError, match=r"no run lies in .*; try"):
         list_runs(str(tmp_path))
 
 
