@@ -84,6 +84,8 @@ class LARS(Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
         assert closure is None, "LARS takes no closure"
+        # As in torch's fused optimizers: where this is 1, nothing changes, and nothing waits for the device to say so.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -93,8 +95,13 @@ class LARS(Optimizer):
                     update = update + group["weight_decay"] * parameter
                     update = update * _trust_ratio(parameter, update, group["trust"])
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.mul_(group["momentum"]).add_(update)
-                parameter.sub_(momentum, alpha=group["lr"])
+                moved = momentum * group["momentum"] + update
+                if found_inf is None:
+                    momentum.copy_(moved)
+                    parameter.sub_(momentum, alpha=group["lr"])
+                else:
+                    momentum.copy_(torch.where(found_inf > 0, momentum, moved))
+                    parameter.sub_(torch.where(found_inf > 0, torch.zeros_like(moved), moved), alpha=group["lr"])
 
 
 def _trust_ratio(parameter: Tensor, update: Tensor, trust: float) -> Tensor:

@@ -1,15 +1,27 @@
-"""A checkpoint is a folder of safetensors and JSON, committed by a manifest with their sha256 that is written last."""
+"""A checkpoint is a folder of safetensors, committed by a manifest with their sha256 that is written last.
+
+A file's name holds the beginning of its sha256: what a dead attempt or another driver leaves beside it is never taken
+for it. The manifest is created, never replaced: of two drivers that commit the same step, one wins.
+"""
 
 import hashlib
 import json
 import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipelines.storage import Storage
+from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+
+# One file in parts, which a writer hashes and writes one after another.
+Parts = Sequence[bytes | memoryview]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +33,61 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay when another is committed."""
+
+    newest: int
+    """So many of the newest."""
+    best: int = 0
+    """So many more of the lowest loss."""
+    every_steps: int | None = None
+    """Those of steps that are a multiple of this."""
+
+    def kept(self, losses: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of checkpoints with these losses by step."""
+        steps = sorted(losses)
+        found = set(steps[-self.newest :])
+        known = sorted((loss, step) for step, loss in losses.items() if loss is not None and loss == loss)
+        found.update(step for _, step in known[: self.best])
+        if self.every_steps is not None:
+            found.update(step for step in steps if step % self.every_steps == 0)
+        return found
+
+
 class CheckpointStore:
     """Checkpoints of one run under `prefix`; the only commit record, so resuming scans it."""
 
     def __init__(self, storage: Storage, prefix: str = "checkpoints") -> None:
         self._storage = storage
         self._prefix = prefix
+        self._losses: dict[int, float | None] = {}
 
-    def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """The checkpoint is committed and all but the newest `keep` are gone."""
-        folder = self._folder(checkpoint.step)
-        for name, content in checkpoint.files.items():
-            self._storage.write(f"{folder}/{name}", content)
-        manifest = {
-            "step": checkpoint.step,
-            "meta": checkpoint.meta,
-            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in checkpoint.files.items()},
-        }
-        self._storage.write(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1, sort_keys=True).encode())
-        for step in self.steps()[:-keep]:
-            self._delete(step)
+    def save(self, checkpoint: Checkpoint, retention: Retention) -> None:
+        """The checkpoint is committed and those that need not stay are gone."""
+        self.commit(
+            checkpoint.step, {name: [content] for name, content in checkpoint.files.items()}, checkpoint.meta, retention
+        )
+
+    def commit(self, step: int, files: Mapping[str, Parts], meta: dict[str, Any], retention: Retention) -> None:
+        """A checkpoint of these files is committed, unless a whole one of the step is there already.
+
+        Nothing of it counts before its manifest is there. Raises OSError where the storage refuses; saying it again
+        goes on from whatever was left.
+        """
+        folder = self._folder(step)
+        entries = {name: self._write(folder, name, parts) for name, parts in files.items()}
+        manifest = json.dumps({"step": step, "meta": meta, "files": entries}, indent=1, sort_keys=True).encode()
+        while not _create(self._storage, f"{folder}/{_MANIFEST}", manifest):
+            try:
+                self.verify(step)
+            except ValueError as error:
+                log.warning("checkpoint of step %d is written again: %s", step, error)
+                self._storage.delete(f"{folder}/{_MANIFEST}")
+            else:
+                log.info("checkpoint of step %d was committed before; that one stays", step)
+                break
+        self._prune(retention)
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending; their files are not yet verified."""
@@ -53,42 +100,142 @@ class CheckpointStore:
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint after `step`, verified. Raises ValueError that names a missing or damaged file."""
-        folder = self._folder(step)
-        try:
-            manifest = json.loads(self._storage.read(f"{folder}/{_MANIFEST}"))
-            expected, meta = dict(manifest["sha256"]), dict(manifest["meta"])
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise ValueError(f"{folder}/{_MANIFEST} is missing or damaged ({type(error).__name__})") from None
-        files = {}
-        for name, sha256 in expected.items():
-            try:
-                files[name] = self._storage.read(f"{folder}/{name}")
-            except FileNotFoundError:
-                raise ValueError(f"{folder}/{name} is missing") from None
-            if hashlib.sha256(files[name]).hexdigest() != sha256:
-                raise ValueError(f"{folder}/{name} is damaged: its sha256 differs from the manifest's")
-        return Checkpoint(step=step, files=files, meta=meta)
+        entries, meta = self._manifest(step)
+        return Checkpoint(step=step, files={name: self._read(step, name, entries[name]) for name in entries}, meta=meta)
+
+    def verify(self, step: int) -> None:
+        """Every file of the checkpoint is there with its sha256. Raises ValueError that names one that is not."""
+        entries, _ = self._manifest(step)
+        for name, entry in entries.items():
+            self._read(step, name, entry)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are named in the log and passed over."""
-        for step in reversed(self.steps()):
-            try:
-                return self.load(step)
-            except ValueError as error:
-                log.warning("checkpoint of step %d is passed over: %s", step, error)
-        return None
+        step = self.latest_step()
+        return self.load(step) if step else None
 
     def latest_step(self) -> int:
         """Step of the newest whole checkpoint; 0 where there is none."""
-        newest = self.latest()
-        return newest.step if newest else 0
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except ValueError as error:
+                log.warning("checkpoint of step %d is passed over: %s", step, error)
+            else:
+                return step
+        return 0
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What describes the checkpoint. Raises ValueError where its manifest is missing or damaged."""
+        return self._manifest(step)[1]
+
+    def _write(self, folder: str, name: str, parts: Parts) -> dict[str, Any]:
+        """The file is durable under a name that its content decides; returns what the manifest says of it."""
+        digest, num_bytes = hashlib.sha256(), 0
+        for part in parts:
+            digest.update(part)
+            num_bytes += memoryview(part).nbytes
+        sha256 = digest.hexdigest()
+        path = f"{Path(name).stem}-{sha256[:16]}{Path(name).suffix}"
+        with self._storage.create(f"{folder}/{path}") as file:
+            for part in parts:
+                file.write(part)
+        return {"path": path, "sha256": sha256, "bytes": num_bytes}
+
+    def _manifest(self, step: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        path = f"{self._folder(step)}/{_MANIFEST}"
+        try:
+            manifest = json.loads(self._storage.read(path))
+            entries = {
+                name: {"path": str(e["path"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()
+            }
+            return entries, dict(manifest["meta"])
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+            raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from None
+
+    def _read(self, step: int, name: str, entry: dict[str, Any]) -> bytes:
+        path = f"{self._folder(step)}/{entry['path']}"
+        try:
+            content = self._storage.read(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path} is damaged: its sha256 differs from the manifest's for {name}")
+        return content
 
     def _folder(self, step: int) -> str:
         return f"{self._prefix}/step-{step:010d}"
+
+    def _prune(self, retention: Retention) -> None:
+        """Checkpoints that need not stay are gone, and so is what attempts that died before a kept one left."""
+        steps = self.steps()
+        kept = retention.kept({step: self._loss(step) for step in steps})
+        for step in steps:
+            if step not in kept:
+                self._delete(step)
+        newest = max(steps, default=0)
+        for step in self._uncommitted(steps):
+            if step < newest:
+                self._delete(step)
+
+    def _uncommitted(self, committed: Iterable[int]) -> set[int]:
+        """Steps whose folder is there, if only with what a killed process left, but has no manifest."""
+        if self._storage.is_local:
+            names = {entry.name for entry in Path(self._storage.join(self._prefix)).iterdir() if entry.is_dir()}
+        else:
+            names = {path.split("/")[-2] for path, _ in self._storage.list(self._prefix)}
+        found = {int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()}
+        return found - set(committed)
+
+    def _loss(self, step: int) -> float | None:
+        """The loss that the checkpoint was saved with; None where it says none or says nothing."""
+        if step not in self._losses:
+            try:
+                last = self.meta(step).get("last")
+                loss = last.get("train/loss") if isinstance(last, dict) else None
+            except ValueError:
+                loss = None
+            self._losses[step] = None if loss is None else float(loss)
+        return self._losses[step]
 
     def _delete(self, step: int) -> None:
         """The manifest goes first, so that a deletion cut short leaves no checkpoint rather than half of one."""
         folder = self._folder(step)
         self._storage.delete(f"{folder}/{_MANIFEST}")
-        for path, _ in self._storage.list(folder):
-            self._storage.delete(path)
+        place = open_storage(self._storage.join(folder))
+        place.delete_tree()
+        if place.is_local:
+            with suppress(OSError):  # another driver writes into it, or has removed it
+                Path(place.uri).rmdir()
+
+
+def _create(storage: Storage, path: str, content: bytes) -> bool:
+    """The file holds the content, unless it was there before; says whether it was not."""
+    if storage.exists(path):
+        return False
+    if not storage.is_local:
+        storage.write(path, content)
+        return True
+    folder = path.rpartition("/")[0]
+    draft = f"{folder}/draft-{secrets.token_hex(8)}.json"
+    storage.write(draft, content)
+    try:
+        os.link(storage.join(draft), storage.join(path))
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        storage.write(path, content)
+        return True
+    finally:
+        storage.delete(draft)
+        _sync_folder(Path(storage.join(folder)))
+
+
+def _sync_folder(path: Path) -> None:
+    """The names in the folder are durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -18,6 +18,7 @@ from pipelines.config import (
     PretrainConfig,
     ReconstructConfig,
     RegisterConfig,
+    RunsConfig,
     SweepConfig,
     load_preset,
     to_dict,
@@ -105,6 +106,12 @@ def _register(call: Invocation) -> dict[str, Any]:
     return register(call.arguments[0], call.config)
 
 
+def _runs(call: Invocation) -> dict[str, Any]:
+    from pipelines.runs import runs
+
+    return runs(call.arguments[0], call.config)
+
+
 def _demo(call: Invocation) -> dict[str, Any]:
     from pipelines.demo import demo
 
@@ -145,6 +152,12 @@ COMMANDS: dict[str, Command] = {
         config=RegisterConfig,
         run=_register,
         positional=(("RUN", "folder or URI of a pretraining run, RUN@STEP for one of its checkpoints"),),
+    ),
+    "runs": Command(
+        help="Runs at a URI with state, step, last checkpoint and loss.",
+        config=RunsConfig,
+        run=_runs,
+        positional=(("URI", "folder or s3:// prefix of one run or of many, such as runs"),),
     ),
     "demo": Command(help="The whole pipeline on an embedded sample, in minutes.", config=DemoConfig, run=_demo),
     "doctor": Command(
@@ -290,6 +303,8 @@ def _describe(command: Command, target: type) -> str:
     if target in (PretrainConfig, ClassifyConfig, SweepConfig):
         lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; fields given as flags go on top of it.")
         lines.append("  --fresh: start again, where the same command would resume or print the finished result.")
+        lines.append("  On resuming may change: output, name, data.uri, checkpoint, tracking and compute (but for")
+        lines.append("  compute.precision); any other field makes it another run.")
     lines.append("  --json: one JSON object with the result on stdout.")
     return "\n".join(lines)
 

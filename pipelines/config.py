@@ -76,6 +76,9 @@ class ComputeConfig:
 
     num_workers: int = 1
     """DDP workers, one GPU each where GPUs are used."""
+    min_workers: int | None = None
+    """Start, and go on, with as few workers as this where no more are to be had, and take more when they come; a
+    change of their number starts the group again from the newest checkpoint. Without a value exactly num_workers."""
     gpu: bool = False
     """Give each worker a GPU and use NCCL; otherwise CPU and gloo."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -92,11 +95,22 @@ class ComputeConfig:
     """Spread workers over nodes instead of filling one node after another."""
     max_failures: int = 3
     """Worker failures after which a run ends with an error."""
+    stall_s: float = 600.0
+    """Seconds after which a worker that does not answer, or does not join a collective, counts as failed."""
+    on_nan: Literal["stop", "skip", "roll_back"] = "stop"
+    """What a gradient that is not finite leads to, beside the sample ids in the log: an end of the run; a step without
+    an update; or a return to the newest checkpoint, from which the steps up to the bad one are left out."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads", "data_tasks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is not between 1 and num_workers {self.num_workers}; try 1"
+            )
+        if self.stall_s <= 0:
+            raise ValueError(f"stall_s {self.stall_s:g} is not positive; try 600")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +137,20 @@ class CheckpointConfig:
     """Epochs between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints of the lowest training loss that are kept too."""
+    keep_every_epochs: int | None = None
+    """Checkpoints of every so many epochs are kept too, for good; without a value none."""
+    patience_s: float = 300.0
+    """How long a checkpoint that the storage refuses is tried again, while training goes on, before the run fails."""
 
     def __post_init__(self) -> None:
         if self.every_epochs <= 0 or self.keep < 1:
             raise ValueError("every_epochs must be positive and keep at least 1; try 1 and 2")
+        if self.keep_best < 0 or self.patience_s < 0:
+            raise ValueError("keep_best and patience_s must be at least 0; try 0 and 300")
+        if self.keep_every_epochs is not None and self.keep_every_epochs < 1:
+            raise ValueError(f"keep_every_epochs {self.keep_every_epochs} is below 1; try 100, or leave it out")
 
 
 def _check_epochs(epochs: int, optim: OptimConfig) -> None:
@@ -328,6 +352,14 @@ class RegisterConfig:
     """Registered model; empty for mae-<arch>."""
     experiment: str = "mae"
     """MLflow experiment that holds the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """Runs with their state, step, last checkpoint and loss."""
+
+    watch: bool = False
+    """Follow one run, a line for each step that leaves metrics, until it has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,17 @@ from pipelines.launch import launch
 from pipelines.manifest import Manifest
 from pipelines.progress import ProgressDisplay
 from pipelines.report import MetricFollower, PictureFollower
+from pipelines.runs import Pulse, last_alive_s
 
 log = logging.getLogger(__name__)
+
+_SPENT = {
+    "steps": "in steps",
+    "data": "waiting for data",
+    "checkpoint": "waiting for checkpoints",
+    "recovery": "in recovery",
+    "other": "in starting, evaluating and drawing",
+}
 
 # (the job's MLflow run, its folder) -> what is added to the outcome, such as the model version
 Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
@@ -48,6 +57,7 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
     for task in tasks:
         train_plan(task.job, task.manifest)  # refuses what the data cannot give, before anything is written
     folders = [RunFolder(task.job.folder) for task in tasks]
+    died_s = last_alive_s(folders[0].storage)
     runs: dict[int, registry.Run] = {}
     for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
         if fresh:
@@ -55,15 +65,10 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
         if folder.outcome() is None:
             runs[i] = _start(task, folder, tracking)
     try:
-        unfinished = [i for i in runs if folders[i].result() is None]
-        with ExitStack() as stack:
-            for i in runs:
-                stack.enter_context(_following(tasks[i], folders[i], runs[i], shows=len(runs) == 1))
-            if unfinished:
-                stack.enter_context(ray_session(tasks[0].job.config.compute))
-                launch([tasks[i].job for i in unfinished], group)
-        for i, run in runs.items():
-            _finish(tasks[i], folders[i], run)
+        with Pulse([folders[i].storage for i in runs]):
+            _train(tasks, runs, group, died_s)
+            for i, run in runs.items():
+                _finish(tasks[i], folders[i], run)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         for i, run in runs.items():
@@ -73,9 +78,21 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
     return [outcome for folder in folders if (outcome := folder.outcome()) is not None]
 
 
+def _train(tasks: Sequence[Task], runs: dict[int, registry.Run], group: str, died_s: float | None) -> None:
+    """The jobs of the tasks with these runs are finished, and what they spooled is in MLflow."""
+    unfinished = [i for i in runs if RunFolder(tasks[i].job.folder).result() is None]
+    with ExitStack() as stack:
+        for i, run in runs.items():
+            stack.enter_context(_following(tasks[i], RunFolder(tasks[i].job.folder), run, shows=len(runs) == 1))
+        if unfinished:
+            stack.enter_context(ray_session(tasks[0].job.config.compute))
+            launch([tasks[i].job for i in unfinished], group, died_s)
+
+
 def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> registry.Run:
     """The folder is claimed and the MLflow run is there; a new folder gets a new run."""
     key = claim(task.job, task.kind, task.manifest)
+    _refuse_foreign(folder, key)
     for path, content in task.inputs.items():
         folder.storage.write(path, content)
     run = tracking.run(
@@ -91,6 +108,20 @@ def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> regist
     if task.backbone is not None:
         run.log_model_input(task.backbone)
     return run
+
+
+def _refuse_foreign(folder: RunFolder, key: str) -> None:
+    """Raises ValueError where the newest checkpoint was written by another run than that which claimed the folder."""
+    for step in folder.checkpoints.steps()[-1:]:
+        try:
+            run = folder.checkpoints.meta(step).get("run")
+        except ValueError:
+            return  # damaged: the workers pass it over
+        if run not in (None, key):
+            raise ValueError(
+                f"the checkpoint of step {step} in {folder.storage.uri} was written by another run; remove it, or "
+                "start again with --fresh"
+            )
 
 
 def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
@@ -131,6 +162,8 @@ def _finish(task: Task, folder: RunFolder, run: registry.Run) -> None:
     """The model is registered, the run is finished, and the folder remembers the outcome."""
     published = task.publish(run, folder)
     run.finish("FINISHED")
+    if shares := (folder.result() or {}).get("goodput"):
+        log.info("%s: of its time %s", task.name, ", ".join(f"{share:.1%} {_SPENT[k]}" for k, share in shares.items()))
     folder.remember(
         {"run": task.name, "run_id": run.id, "folder": task.job.folder, **(folder.result() or {}), **published}
     )

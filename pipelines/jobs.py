@@ -61,10 +61,20 @@ class ClassifyJob:
 
 Job = PretrainJob | ClassifyJob
 
+_SHOWN = 24
+"""Characters of a value that an error shows."""
+
 
 def job_to_dict(job: Job) -> dict[str, Any]:
     """Plain values, such that job_from_dict(job_to_dict(job)) == job."""
     return to_dict(job)
+
+
+def with_workers(job: Job, num_workers: int) -> Job:
+    """The job as a group of so many workers does it."""
+    config = job.config
+    compute = dataclasses.replace(config.compute, num_workers=num_workers)
+    return dataclasses.replace(job, config=dataclasses.replace(config, compute=compute))
 
 
 def job_from_dict(values: dict[str, Any]) -> Job:
@@ -121,13 +131,40 @@ class RunFolder:
             differing = list(_differing(found, identity))
             if differing:
                 raise ValueError(
-                    f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; "
+                    f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; only output, "
+                    "name, data.uri, checkpoint, tracking and compute (but for precision) may change on resuming: "
                     "try another --name, or --fresh to replace it"
                 )
             return key
         key = uuid.uuid4().hex
         self.storage.write("run.json", json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode())
         return key
+
+    def stop(self, cause: str) -> None:
+        """The run cannot go on by itself, and the folder says why."""
+        self.storage.write("stopped.json", json.dumps({"cause": cause}).encode())
+
+    def stopped(self) -> str:
+        """Why the run could not go on; empty where it can."""
+        return json.loads(self.storage.read("stopped.json"))["cause"] if self.storage.exists("stopped.json") else ""
+
+    def go_on(self) -> None:
+        """What stopped the run is forgotten."""
+        self.storage.delete("stopped.json")
+
+    def left_out(self) -> set[int]:
+        """Steps, counted from 0, that must not be learnt from."""
+        found = json.loads(self.storage.read("left_out.json")) if self.storage.exists("left_out.json") else []
+        return {step for first, stop in found for step in range(first, stop)}
+
+    def leave_out(self, steps: range) -> None:
+        """These steps, too, will not be learnt from."""
+        found = json.loads(self.storage.read("left_out.json")) if self.storage.exists("left_out.json") else []
+        self.storage.write("left_out.json", json.dumps([*found, [steps.start, steps.stop]]).encode())
+
+    def name_bad_step(self, step: int, sample_ids: list[int]) -> None:
+        """The folder says which samples made up a step whose gradient was not finite."""
+        self.storage.write(f"bad_steps/{step:010d}.json", json.dumps({"step": step, "ids": sample_ids}).encode())
 
     def clear(self) -> None:
         """Everything that the run left is gone; result.json first, so that a half-cleared run is not a finished one."""
@@ -137,12 +174,13 @@ class RunFolder:
 
 
 def _differing(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the values that differ between two dicts of plain values."""
+    """Dotted names of the values that differ between two dicts of plain values, with both."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             yield from _differing(found.get(key), wanted.get(key), f"{prefix}{key}.")
     elif found != wanted:
-        yield prefix.removesuffix(".")
+        there, here = (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..." for text in (str(found), str(wanted)))
+        yield f"{prefix.removesuffix('.')} ({there} there, {here} here)"
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:

@@ -1,13 +1,16 @@
 """Jobs go to a Ray Train worker group, and what they spool goes to MLflow while they run."""
 
 import logging
+import math
+import os
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from pipelines.cluster import data_tasks_at_once
 from pipelines.config import ComputeConfig
-from pipelines.jobs import Job, job_to_dict, remaining_segments
+from pipelines.jobs import Job, RunFolder, job_to_dict, remaining_segments, with_workers
 
 log = logging.getLogger(__name__)
 
@@ -16,24 +19,30 @@ class RunFailed(RuntimeError):
     """A worker group gave up; the message names the cause."""
 
 
-def launch(jobs: Sequence[Job], name: str) -> None:
+def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     """Every job is finished. Raises RunFailed when workers fail more often than compute.max_failures allows.
 
     Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
-    that starts again finds in it what is left to do.
+    that starts again finds in it what is left to do. `died_s` is when the driver before this one was last alive, where
+    there was one.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.ingest import data_config
-
     jobs = list(jobs)
     compute = jobs[0].config.compute
+    attempt = {"launched_s": time.time(), "died_s": died_s}
+    for job in jobs:
+        RunFolder(job.folder).go_on()
+    # The controller, which starts with this environment, gives up a worker that has not answered for so long.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"jobs": [job_to_dict(job) for job in jobs]},
-            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo"),
+            train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt},
+            torch_config=TorchConfig(
+                backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(compute.stall_s))
+            ),
             scaling_config=scaling(compute),
             run_config=RunConfig(
                 name=name,
@@ -41,13 +50,16 @@ def launch(jobs: Sequence[Job], name: str) -> None:
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
-            datasets={"feed": lambda: _feed_of(jobs)},
-            dataset_config=data_config(),
+            datasets={"feed": _nothing},
+            dataset_config=_feeds(jobs),
         )
         try:
             trainer.fit()
         except Exception as error:
             raise RunFailed(_cause(error)) from error
+    for job in jobs:
+        if cause := RunFolder(job.folder).stopped():
+            raise RunFailed(cause)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -57,23 +69,36 @@ def _work(config: dict[str, Any]) -> None:
     work(config)
 
 
-def _feed_of(jobs: list[Job]) -> Any:
-    """The feed of what is left of the jobs now; one that nobody reads where only results are left to be written."""
+def _nothing() -> Any:
+    """What stands for the feed until the number of workers is known; nobody reads it."""
     import ray.data
 
-    from pipelines.ingest import feed
+    return ray.data.range(1)
 
-    left = remaining_segments(jobs)
-    compute = jobs[0].config.compute
-    return feed(left, compute.num_workers, data_tasks_at_once(compute)) if left else ray.data.range(1)
+
+def _feeds(jobs: list[Job]) -> Any:
+    """Ray Train's view of the feed: made anew, of what is left of the jobs, for each group of whatever size."""
+    from ray.train import DataConfig
+
+    from pipelines.ingest import data_config, feed
+
+    class Feeds(DataConfig):
+        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **more: Any) -> Any:
+            left = remaining_segments([with_workers(job, world_size) for job in jobs])
+            if left:
+                datasets = {"feed": feed(left, world_size, data_tasks_at_once(jobs[0].config.compute))}
+            return data_config().configure(datasets, world_size, *args, **more)
+
+    return Feeds(datasets_to_split="all")
 
 
 def scaling(compute: ComputeConfig) -> Any:
     """Ray Train's view of the worker group."""
     from ray.train import ScalingConfig
 
+    least = compute.min_workers
     return ScalingConfig(
-        num_workers=compute.num_workers,
+        num_workers=compute.num_workers if least is None else (least, compute.num_workers),
         use_gpu=compute.gpu,
         resources_per_worker={"CPU": 1, **({"GPU": 1} if compute.gpu else {})},
         placement_strategy="SPREAD" if compute.spread else "PACK",

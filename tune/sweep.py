@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines import registry
+from pipelines.checkpoints import Retention
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SweepConfig, identity, run_name, to_dict
 from pipelines.jobs import ClassifyJob, RunFolder
@@ -196,7 +197,7 @@ def _hand_over(source: ClassifyJob, target: ClassifyJob) -> None:
     """The target has the source's last checkpoint, after which nothing is left to it but to evaluate."""
     trained, folder = RunFolder(source.folder).checkpoints.latest(), RunFolder(target.folder)
     if trained is not None and not folder.checkpoints.steps():
-        folder.checkpoints.save(trained, keep=1)
+        folder.checkpoints.save(trained, Retention(newest=1))
 
 
 def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measure, float | None]) -> dict[str, Any]:

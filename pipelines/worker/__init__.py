@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from pipelines.ingest import micro_batches
-from pipelines.jobs import Job, PretrainJob, RunFolder, job_from_dict
+from pipelines.jobs import Job, PretrainJob, RunFolder, job_from_dict, with_workers
 from pipelines.worker import finetuning, pretraining, probing
+from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
+from pipelines.worker.recorder import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +27,13 @@ def work(config: dict[str, Any]) -> None:
     jobs = [job_from_dict(values) for values in config["jobs"]]
     rank = join_group(jobs[0].config.compute)
     feed = Feed(micro_batches(ray.train.get_dataset_shard("feed")))
+    attempt = Attempt(**config["attempt"])
     for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
-        run_job(job, rank, feed)
+        try:
+            run_job(with_workers(job, rank.world), rank, feed, attempt)
+        except Stopped:
+            return  # the job's folder says why, and the driver reads it there: starting again would not help
+        attempt = Attempt(launched_s=time.time())
 
 
 def speak_up() -> None:
@@ -40,14 +47,15 @@ def speak_up() -> None:
         ours.addHandler(handler)
 
 
-def run_job(job: Job, rank: Rank, feed: Feed) -> None:
-    """The job is finished, from its newest checkpoint on, and its folder says so."""
+def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
+    """The job is finished, from its newest checkpoint on, and its folder says so. Raises Stopped where it cannot be."""
     started_s = time.monotonic()
     folder = RunFolder(job.folder)
     checkpoint = folder.checkpoints.latest()
     first_step = rank.agree(checkpoint.step if checkpoint else 0)
     if checkpoint and checkpoint.step != first_step:
         checkpoint = folder.checkpoints.load(first_step)
+    feed.clock = Clock.started(attempt, checkpoint.meta.get("clock") if checkpoint else None)
     if first_step:
         rank.log(log, "resuming %s at step %d", job.folder, first_step)
     torch.manual_seed(job.config.seed)
@@ -58,5 +66,6 @@ def run_job(job: Job, rank: Rank, feed: Feed) -> None:
     else:
         found = probing.run(job, rank, feed, folder, checkpoint)
     if rank.is_main:
-        folder.finish(found | {"duration_s": round(time.monotonic() - started_s, 1)})
+        shares = {kind: round(share, 4) for kind, share in feed.clock.shares().items()}
+        folder.finish(found | {"duration_s": round(time.monotonic() - started_s, 1), "goodput": shares})
     rank.barrier()

@@ -18,8 +18,9 @@ from pipelines.ingest import MicroBatch
 from pipelines.jobs import ClassifyJob, Phase, RunFolder, phases, read_plan, train_plan
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.storage import open_storage
-from pipelines.worker.loop import LossOf, Recorder, TrainState, train, warm_up
+from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
+from pipelines.worker.recorder import Recorder
 
 
 def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -30,9 +31,9 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     state = _start(job, rank, plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
     if checkpoint:
-        state.restore(checkpoint)
-    recorder = Recorder.of(config, state, rank, plan, folder)
+        recorder.resume(checkpoint)
     accuracy = {}
     for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
         if phase.kind == "train":
@@ -41,8 +42,8 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
             accuracy = evaluate(job, rank, feed, manifest, phase, state.ema or bare(state.model))
             if rank.is_main:
                 recorder.spool.add(phase.first_step, accuracy)
+    recorder.finish()
     if rank.is_main:
-        recorder.spool.close()
         export(job, state.ema or bare(state.model), folder)
     return result_of(job, accuracy, state.step)
 

@@ -1,9 +1,7 @@
-"""What pretraining and fine-tuning share: steps with accumulation, metrics, checkpoints, resuming."""
+"""What pretraining and fine-tuning share: the training state, and steps with accumulation."""
 
 import copy
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +11,20 @@ from torch.optim import Optimizer
 from mae_core.config import OptimConfig
 from mae_core.optim import build_optimizer
 from mae_core.schedule import Schedule, apply_lr, peak_lr
-from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
+from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, unpack
 from mae_core.step import ema_update
 from pipelines.checkpoints import Checkpoint
-from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig, TrackingConfig
+from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.ingest import MicroBatch
-from pipelines.jobs import RunFolder
 from pipelines.plan import EpochPlan
-from pipelines.report import MetricSpool
 from pipelines.worker.rank import Feed, Rank, bare, no_sync
+from pipelines.worker.saving import Tensors
 
 # (model, micro-batch, step, index of the micro-batch within the step over all ranks) -> summed weighted loss
 LossOf = Callable[[nn.Module, MicroBatch, int, int], Tensor]
+
+# (steps done, this rank's share of the loss, 1 where the step's gradient was not finite); None for a step left out
+AfterStep = Callable[[int, Tensor | None, Tensor | None], None]
 
 
 @dataclass
@@ -38,6 +38,8 @@ class TrainState:
     ema_decay: float = 0.0
     clip_norm: float | None = None
     step: int = 0
+    left_out: frozenset[int] = frozenset()
+    """Steps, counted from 0, whose micro-batches are read and not learnt from."""
 
     @classmethod
     def of(
@@ -59,89 +61,61 @@ class TrainState:
             ema_decay=ema_decay or 0.0,
         )
 
-    def update(self) -> None:
-        """The gradients that lie ready have been applied, at this step's learning rate."""
+    def update(self) -> Tensor:
+        """The gradients that lie ready have been applied, at this step's learning rate, if all of them are finite.
+
+        Otherwise nothing has changed but the step. Says which, 1 for not finite, without waiting for the device; every
+        rank says the same, since gradients are summed before.
+        """
         apply_lr(self.optimizer, self.schedule.lr(self.step))
+        learning = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            nn.utils.clip_grads_with_norm_(learning, self.clip_norm, norm)
+        bad = (~norm.isfinite()).float()
+        # Both optimizers read it on the device, as they would a GradScaler's.
+        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             ema_update(self.ema, bare(self.model), self.ema_decay)
         self.step += 1
+        return bad
 
-    def save(self, folder: RunFolder, config: CheckpointConfig, meta: dict[str, object]) -> None:
-        """A checkpoint of the state is committed."""
-        files = {
-            "model.safetensors": pack(model_tensors(bare(self.model))),
-            "optimizer.safetensors": pack(optimizer_tensors(self.optimizer, bare(self.model))),
+    def snapshot(self) -> Tensors:
+        """A copy in CPU memory of all that is saved, as it is now."""
+        found = {
+            "model": _copied(model_tensors(bare(self.model))),
+            "optimizer": _copied(optimizer_tensors(self.optimizer, bare(self.model))),
         }
-        if self.ema is not None:
-            files["ema.safetensors"] = pack(model_tensors(self.ema))
-        folder.checkpoints.save(Checkpoint(step=self.step, files=files, meta=meta), config.keep)
+        return found if self.ema is None else found | {"ema": _copied(model_tensors(self.ema))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The state is that of the checkpoint, bit for bit."""
-        bare(self.model).load_state_dict(unpack(checkpoint.files["model.safetensors"]))
+        """The state is that of the checkpoint, bit for bit. Raises ValueError for a checkpoint of another model."""
+        _load(bare(self.model), checkpoint, "model.safetensors")
         load_optimizer_tensors(self.optimizer, bare(self.model), unpack(checkpoint.files["optimizer.safetensors"]))
         if self.ema is not None:
-            self.ema.load_state_dict(unpack(checkpoint.files["ema.safetensors"]))
+            _load(self.ema, checkpoint, "ema.safetensors")
         self.step = checkpoint.step
 
 
-class Meter:
-    """Sums on the device; read, and summed over ranks, only when logging."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self._loss = torch.zeros((), dtype=torch.float64, device=rank.device)
-        self._steps = 0
-        self._samples = 0
-        self._since_s = time.perf_counter()
-
-    def add(self, loss: Tensor, num_samples: int) -> None:
-        """One step's loss on this rank, already divided by the samples planned over all ranks."""
-        self._loss += loss
-        self._steps += 1
-        self._samples += num_samples
-
-    def drain(self) -> dict[str, float]:
-        """Mean loss and global images/s since the last call; every rank calls it."""
-        loss = self._rank.sum(self._loss.clone()).item() / max(1, self._steps)
-        now_s = time.perf_counter()
-        rate = self._samples / max(1e-9, now_s - self._since_s)
-        self._loss.zero_()
-        self._steps = self._samples = 0
-        self._since_s = now_s
-        return {"train/loss": loss, "images_per_s": rate}
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-@dataclass(frozen=True)
-class Due:
-    """Which steps are followed by what; durations became steps here, once."""
-
-    log_every: int
-    save_every: int
-    picture_every: int
-    last: int
-
-    @classmethod
-    def of(cls, checkpoint: CheckpointConfig, tracking: TrackingConfig, steps_per_epoch: int, epochs: int) -> "Due":
-        return cls(
-            log_every=tracking.log_every_steps,
-            save_every=max(1, round(checkpoint.every_epochs * steps_per_epoch)),
-            picture_every=tracking.pictures_every_epochs * steps_per_epoch,
-            last=epochs * steps_per_epoch,
+def _load(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """The module holds the file's tensors."""
+    wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    tensors = unpack(checkpoint.files[name]) if name in checkpoint.files else {}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if found != wanted:
+        key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        raise ValueError(
+            f"{name} of the checkpoint of step {checkpoint.step} is of another model: {key} is "
+            f"{found.get(key, 'absent')} in it and {wanted.get(key, 'absent')} in the config's; "
+            "resume with the config that it was written with, or with --fresh"
         )
-
-    def log(self, step: int) -> bool:
-        return step % self.log_every == 0 or step == self.last
-
-    def save(self, step: int) -> bool:
-        return step % self.save_every == 0 or step == self.last
-
-    def picture(self, step: int) -> bool:
-        return step % self.picture_every == 0 or step == self.last
+    module.load_state_dict(tensors)
 
 
 def schedule(optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int) -> Schedule:
@@ -164,8 +138,11 @@ def warm_up(state: TrainState, rank: Rank, batch: MicroBatch, loss_of: LossOf) -
         state.optimizer.zero_grad(set_to_none=True)
 
 
-def train_step(state: TrainState, rank: Rank, plan: EpochPlan, batches: list[MicroBatch], loss_of: LossOf) -> Tensor:
-    """One optimizer step over this rank's micro-batches; returns its share of the mean loss.
+def train_step(
+    state: TrainState, rank: Rank, plan: EpochPlan, batches: list[MicroBatch], loss_of: LossOf
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over this rank's micro-batches; returns its share of the mean loss, and whether it was left
+    out since its gradient is not finite.
 
     Each rank's summed weighted loss is scaled by world size / samples planned, since DDP averages over ranks.
     """
@@ -179,8 +156,7 @@ def train_step(state: TrainState, rank: Rank, plan: EpochPlan, batches: list[Mic
         else:
             loss = _backward(state, rank, batch, index, planned, loss_of)
         total += loss
-    state.update()
-    return total / planned
+    return total / planned, state.update()
 
 
 def _backward(state: TrainState, rank: Rank, batch: MicroBatch, index: int, planned: int, loss_of: LossOf) -> Tensor:
@@ -196,74 +172,16 @@ def train(
     feed: Feed,
     last_step: int,
     loss_of: LossOf,
-    after_step: Callable[[int, Tensor], None],
+    after_step: AfterStep,
 ) -> None:
     """Steps up to `last_step` are done."""
     per_rank = plan.micro_batches_per_step // rank.world
-    while state.step < last_step:
-        batches = [batch.to(rank.device) for batch in feed.take(state.step, per_rank)]
-        loss = train_step(state, rank, plan, batches, loss_of)
-        after_step(state.step, loss)
-
-
-class Recorder:
-    """After each step: metrics when due, a checkpoint when due, a picture when due."""
-
-    def __init__(
-        self,
-        *,
-        state: TrainState,
-        rank: Rank,
-        plan: EpochPlan,
-        due: Due,
-        folder: RunFolder,
-        checkpoint: CheckpointConfig,
-        picture: Callable[[int], None] | None = None,
-    ) -> None:
-        self._state, self._rank, self._plan, self._due = state, rank, plan, due
-        self._folder, self._checkpoint, self._picture = folder, checkpoint, picture
-        self._meter = Meter(rank)
-        self.spool = MetricSpool(folder.storage)
-        self.last: dict[str, float] = {}
-        """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
-
-    @classmethod
-    def of(
-        cls,
-        config: PretrainConfig | ClassifyConfig,
-        state: TrainState,
-        rank: Rank,
-        plan: EpochPlan,
-        folder: RunFolder,
-        picture: Callable[[int], None] | None = None,
-    ) -> "Recorder":
-        """A recorder that does what the run's config asks for."""
-        return cls(
-            state=state,
-            rank=rank,
-            plan=plan,
-            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
-            folder=folder,
-            checkpoint=config.checkpoint,
-            picture=picture,
-        )
-
-    def after_step(self, step: int, loss: Tensor) -> None:
-        """Everything that is due after `step` steps has happened."""
-        self._meter.add(loss, self._plan.planned((step - 1) % self._plan.steps_per_epoch))
-        if self._due.log(step):
-            point = self._meter.drain() | {
-                "lr": self._state.schedule.lr(step - 1),
-                "epoch": step / self._plan.steps_per_epoch,
-            }
-            if not math.isfinite(point["train/loss"]):
-                raise FloatingPointError(f"loss is {point['train/loss']} at step {step}; try a lower optim.base_lr")
-            self.last = point
-            if self._rank.is_main:
-                self.spool.add(step, point)
-        if self._due.save(step) and self._rank.is_main:
-            self.spool.flush()
-            meta = {"steps_per_epoch": self._plan.steps_per_epoch, "last": self.last}
-            self._state.save(self._folder, self._checkpoint, meta)
-        if self._picture and self._due.picture(step) and self._rank.is_main:
-            self._picture(step)
+    with feed.clock.spent("steps"):
+        while state.step < last_step:
+            batches = [batch.to(rank.device) for batch in feed.take(state.step, per_rank)]
+            if state.step in state.left_out:
+                state.step += 1
+                after_step(state.step, None, None)
+            else:
+                loss, bad = train_step(state, rank, plan, batches, loss_of)
+                after_step(state.step, loss, bad)

@@ -19,8 +19,9 @@ from pipelines.pictures import reconstruction_rows
 from pipelines.reconstruct import Backbone, picture_block, sample_images
 from pipelines.storage import open_storage
 from pipelines.worker.export import backbone_files
-from pipelines.worker.loop import LossOf, Recorder, TrainState, train, warm_up
+from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
+from pipelines.worker.recorder import Recorder
 
 _NUM_PICTURED = 8
 
@@ -34,16 +35,14 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     state = TrainState.of(config, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
-    if checkpoint:
-        state.restore(checkpoint)
     recorder = Recorder.of(
-        config, state, rank, plan, folder, picture=lambda step: _save_picture(job, mae, folder, step)
+        config, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
     )
     if checkpoint:
-        recorder.last = checkpoint.meta["last"]
+        recorder.resume(checkpoint)
     train(state, rank, plan, feed, total, loss_of, recorder.after_step)
+    recorder.finish()
     if rank.is_main:
-        recorder.spool.close()
         for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
             folder.storage.write(f"export/{name}", content)
     return {"kind": "pretrain", "steps": total, "loss": recorder.last["train/loss"]}

@@ -22,8 +22,9 @@ from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import EpochPlan
 from pipelines.storage import open_storage
 from pipelines.worker.finetuning import accuracy_of, hits, result_of
-from pipelines.worker.loop import Recorder, TrainState
+from pipelines.worker.loop import TrainState
 from pipelines.worker.rank import Feed, Rank
+from pipelines.worker.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,24 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     head.to(rank.device)
     # No DDP: BatchNorm's statistics and the gradients are summed over ranks in _fit.
     state = TrainState.of(config, head, head, plan.steps_per_epoch)
+    recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
     if checkpoint and not job.caches_features:
-        state.restore(checkpoint)
-    recorder = Recorder.of(config, state, rank, plan, folder)
+        recorder.resume(checkpoint)
     total = config.epochs * plan.steps_per_epoch
     accuracy: dict[str, float] = {}
     for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
         if phase.split == "train" and phase.kind == "read":
             table = _read_table(job, rank, feed, manifest, encode)
-            _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
+            with feed.clock.spent("steps"):
+                _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
         elif phase.kind == "train":
-            _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
+            with feed.clock.spent("steps"):
+                _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
         else:
             accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
             if rank.is_main:
                 recorder.spool.add(phase.first_step, accuracy)
-    if rank.is_main:
-        recorder.spool.close()
+    recorder.finish()
     return result_of(job, accuracy, state.step)
 
 
@@ -98,6 +100,10 @@ def _fit(
     smoothing, num_classes = job.config.augment.label_smoothing, len(job.classes)
     while state.step < last_step:
         examples = examples_of(state.step)
+        if state.step in state.left_out:
+            state.step += 1
+            recorder.after_step(state.step, None, None)
+            continue
         planned = plan.planned(state.step % plan.steps_per_epoch)
         logits = state.model(examples.features, examples.weights, rank.sum)
         targets = soft_targets(examples.labels, num_classes, smoothing)
@@ -106,8 +112,8 @@ def _fit(
         for parameter in state.model.parameters():
             if parameter.grad is not None:
                 rank.sum(parameter.grad)
-        state.update()
-        recorder.after_step(state.step, loss.detach())
+        bad = state.update()
+        recorder.after_step(state.step, loss.detach(), bad)
 
 
 def _live_examples(rank: Rank, plan: EpochPlan, feed: Feed, encode: Callable[[MicroBatch], Tensor]) -> ExamplesOf:

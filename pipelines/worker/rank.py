@@ -1,6 +1,7 @@
 """One rank of a worker group: its device, its share of the feed, and what it says to the others."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ComputeConfig
 from pipelines.ingest import MicroBatch
+from pipelines.worker.goodput import Clock
 
 T = TypeVar("T")
 
@@ -25,6 +27,8 @@ class Rank:
     world: int
     device: torch.device
     compute: ComputeConfig
+    watches: bool = False
+    """Whether Ray Train says when a node is about to be taken away."""
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +61,14 @@ class Rank:
         if self.world > 1:
             dist.barrier()
 
+    def is_warned(self) -> bool:
+        """A node of the group is about to be taken away; every rank calls it, which takes milliseconds."""
+        if not self.watches:
+            return False
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
+
     def log(self, logger: logging.Logger, message: str, *args: object) -> None:
         """Rank 0 logs the message."""
         if self.is_main:
@@ -83,11 +95,14 @@ class Feed:
 
     def __init__(self, batches: Iterator[MicroBatch]) -> None:
         self._batches = batches
+        self.clock = Clock()
+        """The clock of the job that is fed now."""
 
     def take(self, step: int, count: int) -> Iterator[MicroBatch]:
         """This rank's `count` micro-batches of a step."""
         for _ in range(count):
-            batch = next(self._batches, None)
+            with self.clock.spent("data"):
+                batch = next(self._batches, None)
             assert batch is not None, f"the feed ended before step {step}"
             assert batch.step == step, f"the feed is at step {batch.step}, the training state at {step}"
             yield batch
@@ -111,6 +126,7 @@ def join_group(compute: ComputeConfig) -> Rank:
         world=context.get_world_size(),
         device=device,
         compute=compute,
+        watches=os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
     )
 
 

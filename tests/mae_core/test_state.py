@@ -6,7 +6,15 @@ from torch import nn
 
 from mae_core.config import OptimConfig
 from mae_core.optim import build_optimizer
-from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, tensors_digest, unpack
+from mae_core.state import (
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+    pack,
+    parts,
+    tensors_digest,
+    unpack,
+)
 
 
 def network() -> nn.Sequential:
@@ -92,3 +100,19 @@ def test_the_digest_knows_names_types_shapes_and_values():
     variants = [{"a": tensor}, {"b": tensor}, {"a": tensor.double()}, {"a": tensor.reshape(2, 3)}, {"a": tensor + 1}]
     assert len({tensors_digest(variant) for variant in variants}) == len(variants)
     assert tensors_digest(TENSORS) == tensors_digest(dict(reversed(TENSORS.items())))
+
+
+def test_parts_are_the_packed_file_and_copy_no_tensor():
+    tensors = {
+        "b": torch.arange(3.0),
+        "a": torch.ones(2, 2, dtype=torch.bfloat16),
+        "c": torch.tensor(5),
+        "d": torch.tensor(1.0, dtype=torch.float64),
+        "é": torch.zeros(0),
+        "flag": torch.tensor([True]),
+    }
+    found = parts(tensors)
+    assert b"".join(found) == pack(tensors)
+    tensors["b"][0] = 7.0
+    assert b"".join(found) == pack(tensors)
+    assert b"".join(parts({})) == pack({})

@@ -142,7 +142,7 @@ def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
     key = folder.claim(mine)
     assert folder.claim(mine) == key
     assert folder.described() == {"id": key} | mine
-    with pytest.raises(ValueError, match=r"with another config\.model\.arch; try another --name, or --fresh"):
+    with pytest.raises(ValueError, match=r"with another config\.model\.arch \(a there, b here\); only .* may change"):
         folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
     assert folder.described() == {"id": key} | mine
 

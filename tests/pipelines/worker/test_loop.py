@@ -1,5 +1,6 @@
 """The number of workers and the micro-batch share the work out, and change nothing else: in float64, to 1e-9."""
 
+import copy
 import dataclasses
 import traceback
 from datetime import timedelta
@@ -22,13 +23,15 @@ from mae_core.model import build_mae
 from mae_core.optim import build_optimizer
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, tensors_digest, unpack
 from mae_core.step import pretrain_loss
-from pipelines.config import CheckpointConfig, ComputeConfig, TrackingConfig
+from pipelines.checkpoints import Retention
+from pipelines.config import ComputeConfig
 from pipelines.ingest import MicroBatch
 from pipelines.jobs import RunFolder
 from pipelines.plan import EpochPlan, Index
 from pipelines.worker import probing
-from pipelines.worker.loop import Due, Recorder, TrainState, schedule, train, train_step, warm_up
+from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
+from pipelines.worker.saving import CheckpointWriter
 
 MODEL = ModelConfig(
     arch="vit_pico_patch4", image_px=(8, 8), channels=1, decoder_depth=1, decoder_width=16, decoder_heads=2
@@ -104,7 +107,7 @@ def pretrained(rank: Rank, micro_batch: int = 4) -> tuple[dict[str, Tensor], lis
     losses = []
     while state.step < EPOCHS * plan.steps_per_epoch:
         batches = batches_of(plan, state.step, rank)
-        loss = train_step(state, rank, plan, batches, loss_of)
+        loss, _ = train_step(state, rank, plan, batches, loss_of)
         losses.append(rank.sum(loss.double()).item())
     return model_tensors(bare(state.model)), losses
 
@@ -119,7 +122,7 @@ def probed(rank: Rank) -> tuple[dict[str, Tensor], list[float]]:
         model=head, optimizer=build_optimizer(head, optim, 0.1), schedule=schedule(optim, 0.1, 2, EPOCHS)
     )
     losses: list[float] = []
-    recorder = SimpleNamespace(after_step=lambda step, loss: losses.append(rank.sum(loss.clone()).item()))
+    recorder = SimpleNamespace(after_step=lambda step, loss, bad: losses.append(rank.sum(loss.clone()).item()))
     job = SimpleNamespace(config=SimpleNamespace(augment=SimpleNamespace(label_smoothing=0.1)), classes=("a", "b", "c"))
 
     def examples_of(step: int) -> probing.Examples:
@@ -153,6 +156,13 @@ def test_accumulated_gradients_are_those_of_one_large_batch(micro_batch: int) ->
     assert_equal(pretrained(rank_of(0, 1), micro_batch), pretrained(rank_of(0, 1)))
 
 
+def save(state: TrainState, folder: RunFolder) -> None:
+    """A checkpoint of the state is committed."""
+    writer = CheckpointWriter(folder.checkpoints, Retention(newest=2), patience_s=0, before=lambda: None)
+    writer.save(state.step, state.snapshot, {})
+    writer.wait()
+
+
 def resumed(rank: Rank, folder: RunFolder, stop: int) -> tuple[str, str]:
     """Digests of weights and optimizer state, in float32, of an undisturbed run and of one that starts anew at `stop`.
 
@@ -173,7 +183,7 @@ def resumed(rank: Rank, folder: RunFolder, stop: int) -> tuple[str, str]:
         while state.step < last:
             train_step(state, rank, plan, batches_of(plan, state.step, rank), single_loss_of)
             if not first and state.step == stop and rank.is_main:
-                state.save(folder, CheckpointConfig(), {})
+                save(state, folder)
         rank.barrier()
         digests.append(tensors_digest(model_tensors(mae) | optimizer_tensors(state.optimizer, mae)))
     return digests[0], digests[1]
@@ -246,27 +256,36 @@ def test_the_weights_of_placeholders_are_nothing() -> None:
     assert weights[0] == weights[1]
 
 
-def test_a_restored_state_goes_on_as_the_saved_one_would_have(tmp_path: Path) -> None:
+def digests_of(state: TrainState) -> dict[str, str]:
+    """One digest for each file of a checkpoint."""
+    return {name: tensors_digest(tensors) for name, tensors in state.snapshot().items()}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_restored_state_goes_on_as_the_saved_one_would_have(tmp_path: Path, ema: bool) -> None:
     rank, plan = rank_of(0, 1), plan_of(1)
     folder = RunFolder(str(tmp_path))
-    state = state_of(rank)
-    feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
-    train(state, rank, plan, feed, 3, loss_of, lambda step, loss: None)
-    state.save(folder, CheckpointConfig(), {})
-    train(state, rank, plan, feed, 6, loss_of, lambda step, loss: None)
 
-    again = state_of(rank)
+    def start() -> TrainState:
+        state = state_of(rank)
+        if ema:
+            state.ema, state.ema_decay = copy.deepcopy(state.model).requires_grad_(False), 0.5
+        return state
+
+    state = start()
+    feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
+    train(state, rank, plan, feed, 3, loss_of, lambda step, loss, bad: None)
+    save(state, folder)
+    train(state, rank, plan, feed, 6, loss_of, lambda step, loss, bad: None)
+
+    again = start()
     checkpoint = folder.checkpoints.latest()
     assert checkpoint is not None
     again.restore(checkpoint)
     assert again.step == 3
     feed = Feed(batch for step in range(3, 6) for batch in batches_of(plan, step, rank))
-    train(again, rank, plan, feed, 6, loss_of, lambda step, loss: None)
-    for one, other in ((state, again),):
-        assert tensors_digest(model_tensors(one.model)) == tensors_digest(model_tensors(other.model))
-        assert tensors_digest(optimizer_tensors(one.optimizer, one.model)) == tensors_digest(
-            optimizer_tensors(other.optimizer, other.model)
-        )
+    train(again, rank, plan, feed, 6, loss_of, lambda step, loss, bad: None)
+    assert digests_of(again) == digests_of(state)
 
 
 def test_optimizer_state_of_another_model_is_refused() -> None:
@@ -305,39 +324,57 @@ def test_gradients_are_shortened_where_the_config_says_so() -> None:
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_what_is_due_is_due_at_the_last_step_too() -> None:
-    due = Due.of(CheckpointConfig(every_epochs=0.5), TrackingConfig(log_every_steps=4, pictures_every_epochs=2), 9, 3)
-    assert [s for s in range(1, 28) if due.log(s)] == [4, 8, 12, 16, 20, 24, 27]
-    assert [s for s in range(1, 28) if due.save(s)] == [4, 8, 12, 16, 20, 24, 27]
-    assert [s for s in range(1, 28) if due.picture(s)] == [18, 27]
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step(tmp_path: Path) -> None:
+    rank, plan = rank_of(0, 1), plan_of(1)
+    for clip_norm in (None, 1.0):
+        state = state_of(rank)
+        state.clip_norm = clip_norm
+        for step in range(2):
+            train_step(state, rank, plan, batches_of(plan, step, rank), loss_of)
+        before = digests_of(state)
+        _, bad = train_step(state, rank, plan, batches_of(plan, 2, rank), infinite_loss_of)
+        assert (bad.item(), state.step, digests_of(state)) == (1.0, 3, before)
+        _, bad = train_step(state, rank, plan, batches_of(plan, 3, rank), loss_of)
+        assert bad.item() == 0.0
+        assert digests_of(state) != before
 
 
-def recorder_of(state: TrainState, folder: RunFolder, log_every_steps: int = 1) -> Recorder:
-    checkpoint = CheckpointConfig(every_epochs=0.5, keep=2)
-    return Recorder(
-        state=state,
-        rank=rank_of(0, 1),
-        plan=plan_of(1),
-        due=Due.of(checkpoint, TrackingConfig(log_every_steps=log_every_steps), 2, EPOCHS),
-        folder=folder,
-        checkpoint=checkpoint,
-    )
+def infinite_loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
+    return loss_of(model, batch, step, index) * float("inf")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    rank, plan, folder = rank_of(0, 1), plan_of(1), RunFolder(str(tmp_path))
+def test_a_step_that_is_left_out_is_read_and_not_learnt_from() -> None:
+    rank, plan = rank_of(0, 1), plan_of(1)
     state = state_of(rank)
-    recorder = recorder_of(state, folder)
+    state.left_out = frozenset({0, 2})
+    seen: list[tuple[int, bool]] = []
+    feed = Feed(batch for step in range(4) for batch in batches_of(plan, step, rank))
+    train(state, rank, plan, feed, 4, loss_of, lambda step, loss, bad: seen.append((step, loss is None)))
+    assert seen == [(1, True), (2, False), (3, True), (4, False)]
+    by_hand = state_of(rank)
+    for step in (1, 3):
+        by_hand.step = step
+        train_step(by_hand, rank, plan, batches_of(plan, step, rank), loss_of)
+    assert digests_of(by_hand) == digests_of(state)
 
-    def loss_then_nan(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
-        return loss_of(model, batch, step, index) * (float("nan") if step == 3 else 1.0)
 
-    feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 4; try a lower optim\.base_lr"):
-        train(state, rank, plan, feed, 6, loss_then_nan, recorder.after_step)
-    recorder.spool.close()
-    newest = folder.checkpoints.latest()
-    assert newest is not None
-    assert newest.step == 3
-    weights = unpack(newest.files["model.safetensors"])
-    assert all(tensor.isfinite().all() for tensor in weights.values())
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    save(state_of(rank_of(0, 1)), folder)
+    wider = build_mae(dataclasses.replace(MODEL, decoder_width=32), seed=0).double()
+    state = TrainState(wider, build_optimizer(wider, OPTIM, 1e-2), schedule(OPTIM, 1e-2, 2, EPOCHS))
+    with pytest.raises(ValueError, match=r"checkpoint of step 0 is of another model: decoder.* is .*16.* resume with"):
+        state.restore(folder.checkpoints.load(0))
+
+
+def test_nothing_depends_on_the_state_of_the_global_generators() -> None:
+    """So no such state need be saved: a resumed run would have another."""
+    rank, plan, found = rank_of(0, 1), plan_of(1), []
+    for noise in range(2):
+        state = state_of(rank)
+        for step in range(3):
+            torch.manual_seed(noise * 100 + step)
+            np.random.seed(noise * 100 + step)
+            train_step(state, rank, plan, batches_of(plan, step, rank), loss_of)
+        found.append(digests_of(state))
+    assert found[0] == found[1]

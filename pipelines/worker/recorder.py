@@ -1,0 +1,275 @@
+"""After each step: metrics, a checkpoint, a picture when due, and what to do about a gradient that is not finite."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoints import Checkpoint, Retention
+from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig, TrackingConfig
+from pipelines.jobs import RunFolder
+from pipelines.plan import EpochPlan
+from pipelines.report import MetricSpool
+from pipelines.worker.goodput import Clock
+from pipelines.worker.loop import TrainState
+from pipelines.worker.rank import Rank
+from pipelines.worker.saving import CheckpointWriter
+
+log = logging.getLogger(__name__)
+
+WARNING_EVERY_STEPS = 10
+"""Steps between two looks for a warning that a node will be taken away; from then on each look saves a checkpoint, so
+that no more than these steps are lost."""
+
+_MOST_SKIPPED = 100
+_MOST_IDS_LOGGED = 64
+
+
+class Stopped(Exception):
+    """The run cannot go on, and starting it again would not help; says why."""
+
+
+class RolledBack(RuntimeError):
+    """The worker group must start again from the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """Which steps are followed by what; durations became steps here, once."""
+
+    log_every: int
+    save_every: int
+    picture_every: int
+    last: int
+
+    @classmethod
+    def of(cls, checkpoint: CheckpointConfig, tracking: TrackingConfig, steps_per_epoch: int, epochs: int) -> "Due":
+        return cls(
+            log_every=tracking.log_every_steps,
+            save_every=max(1, round(checkpoint.every_epochs * steps_per_epoch)),
+            picture_every=tracking.pictures_every_epochs * steps_per_epoch,
+            last=epochs * steps_per_epoch,
+        )
+
+    def log(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.last
+
+    def save(self, step: int) -> bool:
+        return step % self.save_every == 0 or step == self.last
+
+    def picture(self, step: int) -> bool:
+        return step % self.picture_every == 0 or step == self.last
+
+
+def retention(checkpoint: CheckpointConfig, steps_per_epoch: int) -> Retention:
+    """Which checkpoints stay; epochs became steps here, once."""
+    every = checkpoint.keep_every_epochs
+    return Retention(
+        newest=checkpoint.keep,
+        best=checkpoint.keep_best,
+        every_steps=None if every is None else every * steps_per_epoch,
+    )
+
+
+class Meter:
+    """Sums on the device; read, and summed over ranks, only when logging or saving."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._loss = torch.zeros((), dtype=torch.float64, device=rank.device)
+        self._steps = self._samples = 0
+        self._since_s = time.perf_counter()
+        self._unread: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor, bad: Tensor, num_samples: int) -> None:
+        """One step's loss on this rank, already divided by the samples planned over all ranks."""
+        self._loss += torch.where(bad > 0, torch.zeros_like(loss), loss)
+        self._steps += 1
+        self._samples += num_samples
+        self._unread.append((step, bad))
+
+    def bad_steps(self) -> list[int]:
+        """Steps since the last call that were left out for their gradient; the same on every rank."""
+        if not self._unread:
+            return []
+        steps, flags = zip(*self._unread, strict=True)
+        self._unread = []
+        found = [step for step, bad in zip(steps, torch.stack(flags).tolist(), strict=True) if bad]
+        self._steps -= len(found)
+        return found
+
+    def drain(self) -> dict[str, float]:
+        """Mean loss over the steps that counted, and global images/s, since the last call; every rank calls it."""
+        assert not self._unread, "bad steps must be looked for first"
+        loss = self._rank.sum(self._loss.clone()).item()
+        now_s = time.perf_counter()
+        found = {"images_per_s": self._samples / max(1e-9, now_s - self._since_s)}
+        if self._steps:
+            found["train/loss"] = loss / self._steps
+        self._loss.zero_()
+        self._steps = self._samples = 0
+        self._since_s = now_s
+        return found
+
+
+class Recorder:
+    """Does what is due after a step. Every rank has one and calls it after every step."""
+
+    def __init__(
+        self,
+        *,
+        state: TrainState,
+        rank: Rank,
+        plan: EpochPlan,
+        due: Due,
+        folder: RunFolder,
+        checkpoint: CheckpointConfig,
+        clock: Clock,
+        picture: Callable[[int], None] | None = None,
+    ) -> None:
+        self._state, self._rank, self._plan, self._due = state, rank, plan, due
+        self._folder, self._picture, self._clock = folder, picture, clock
+        self._meter = Meter(rank)
+        self._num_skipped = 0
+        self._run = (folder.described() or {}).get("id")
+        self.spool = MetricSpool(folder.storage)
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            retention(checkpoint, plan.steps_per_epoch),
+            patience_s=checkpoint.patience_s,
+            before=self.spool.flush,
+        )
+        self.last: dict[str, float] = {}
+        """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
+        state.left_out = frozenset(rank.agree(sorted(folder.left_out())))
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainConfig | ClassifyConfig,
+        state: TrainState,
+        rank: Rank,
+        plan: EpochPlan,
+        folder: RunFolder,
+        clock: Clock,
+        picture: Callable[[int], None] | None = None,
+    ) -> "Recorder":
+        """A recorder that does what the run's config asks for."""
+        return cls(
+            state=state,
+            rank=rank,
+            plan=plan,
+            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+            folder=folder,
+            checkpoint=config.checkpoint,
+            clock=clock,
+            picture=picture,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """State and newest metrics are the checkpoint's. Raises ValueError for one of another run or model."""
+        run = checkpoint.meta.get("run")
+        if None not in (run, self._run) and run != self._run:
+            raise ValueError(
+                f"the checkpoint of step {checkpoint.step} in {self._folder.storage.uri} was written by another run; "
+                "remove it, or start again with --fresh"
+            )
+        self._state.restore(checkpoint)
+        self.last = dict(checkpoint.meta["last"])
+
+    def after_step(self, step: int, loss: Tensor | None, bad: Tensor | None) -> None:
+        """Everything that is due after `step` steps has happened. Raises Stopped or RolledBack by policy."""
+        if loss is not None and bad is not None:
+            self._meter.add(step, loss, bad, self._plan.planned((step - 1) % self._plan.steps_per_epoch))
+        warned = step % WARNING_EVERY_STEPS == 0 and self._rank.is_warned()
+        save = warned or self._due.save(step)
+        if save or self._due.log(step):
+            for bad_step in self._meter.bad_steps():
+                self._face(bad_step)
+        if self._due.log(step):
+            self._log(step)
+        if save and self._rank.is_main:
+            with self._clock.spent("checkpoint"):
+                self.writer.save(step, self._state.snapshot, self._meta())
+                if warned:
+                    log.info("a node is about to be taken away: step %d is saved", step)
+                    self.writer.wait()
+        if self._picture and self._due.picture(step) and self._rank.is_main:
+            with self._clock.spent("other"):
+                self._draw(step)
+
+    def finish(self) -> None:
+        """Everything that was recorded is in the storage. Raises what kept the last checkpoint from it."""
+        if self._rank.is_main:
+            with self._clock.spent("checkpoint"):
+                self.writer.wait()
+            self.spool.close()
+
+    def _log(self, step: int) -> None:
+        point = self._meter.drain() | {
+            "lr": self._state.schedule.lr(step - 1),
+            "epoch": step / self._plan.steps_per_epoch,
+        }
+        if not math.isfinite(point.get("train/loss", 0.0)):
+            self._stop(f"loss is {point['train/loss']} at step {step}; try a lower optim.base_lr")
+        if self._num_skipped:
+            point["steps_skipped"] = self._num_skipped
+        self.last |= point
+        if self._rank.is_main:
+            self.spool.add(step, point | {f"goodput/{kind}": share for kind, share in self._clock.shares().items()})
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "steps_per_epoch": self._plan.steps_per_epoch,
+            "last": self.last,
+            "run": self._run,
+            "clock": self._clock.saved(),
+        }
+
+    def _draw(self, step: int) -> None:
+        """A picture that the storage refuses is no reason to lose time."""
+        assert self._picture is not None
+        try:
+            self._picture(step)
+        except OSError as error:
+            log.warning("no picture of step %d: %s", step, error)
+
+    def _face(self, step: int) -> None:
+        """What the policy says about a step whose gradient was not finite has been done; every rank calls it."""
+        ids = [i for i in self._plan.step_ids(step - 1).tolist() if i >= 0]
+        shown = ", ".join(map(str, ids[:_MOST_IDS_LOGGED]))
+        said = f"the gradient is not finite at step {step}, whose {len(ids)} samples have the ids {shown}"
+        if len(ids) > _MOST_IDS_LOGGED:
+            said += f" and {len(ids) - _MOST_IDS_LOGGED} more, all in bad_steps/{step:010d}.json"
+        if self._rank.is_main:
+            self._folder.name_bad_step(step, ids)
+        policy = self._rank.compute.on_nan
+        self._num_skipped += 1
+        if policy == "stop" or self._num_skipped > _MOST_SKIPPED:
+            self._stop(f"{said}; try a lower optim.base_lr, or --compute.on-nan skip")
+        if policy == "roll_back":
+            self._roll_back(step, said)
+        self._rank.log(log, "%s; the step is skipped", said)
+
+    def _stop(self, cause: str) -> None:
+        if self._rank.is_main:
+            self.writer.wait()
+            self.spool.flush()
+            self._folder.stop(cause)
+        self._rank.barrier()
+        raise Stopped(cause)
+
+    def _roll_back(self, step: int, said: str) -> None:
+        """The steps from the newest checkpoint to the bad one will be left out when the group starts again."""
+        newest = 0
+        if self._rank.is_main:
+            self.writer.wait()
+            newest = self._folder.checkpoints.latest_step()
+            self._folder.leave_out(range(newest, step))
+        self._rank.barrier()
+        raise RolledBack(f"{said}; the group goes back to the newest checkpoint and leaves out the steps up to there")
