@@ -225,9 +225,9 @@ def _client_at(address: str | None, pid: int) -> Any:
         connect_timeout=10,
         read_timeout=60,
     )
-    region = {"region_name": _region()} if address else {}
+    region = _region() if address else None
     # A session of its own: the default one keeps the credentials that it first saw.
-    return boto3.Session().client("s3", endpoint_url=address, config=config, **region)
+    return boto3.Session().client("s3", endpoint_url=address, config=config, region_name=region)
 
 
 def _region() -> str:

@@ -5,7 +5,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -114,6 +114,12 @@ class Storage:
                 return os.path.lexists(self.join(path))
             return self._info(path).type != pafs.FileType.NotFound
 
+    def is_folder(self, path: str) -> bool:
+        """Whether the path names a folder, or a prefix of keys."""
+        if self.is_local:
+            return Path(self.join(path)).is_dir()
+        return self._info(path).type == pafs.FileType.Directory
+
     def list(self, prefix: str = "", suffix: str = "") -> list[tuple[str, int]]:
         """Path and size of every file below the folder `prefix`, sorted by path; empty where there is no such folder.
 
@@ -136,6 +142,13 @@ class Storage:
                 Path(self.join(path)).unlink(missing_ok=True)
             elif self._info(path).type == pafs.FileType.File:
                 patiently(lambda: s3.filesystem().delete_file(self._key(path)), self.join(path))
+
+    def delete_empty(self, path: str) -> None:
+        """Folders below and at the path that hold no file are gone; a store has none."""
+        if self.is_local:
+            for folder, _, _ in os.walk(self.join(path), topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
 
     def delete_tree(self) -> None:
         """Everything in the place is gone, hidden files too."""
