@@ -14,6 +14,7 @@ from pipelines.config import (
     PROBE,
     ClassifyConfig,
     DemoConfig,
+    InspectConfig,
     PrepareConfig,
     PretrainConfig,
     ReconstructConfig,
@@ -50,12 +51,9 @@ class Invocation:
 
 
 def _prepare(call: Invocation) -> dict[str, Any]:
-    from pipelines.cluster import ray_session
-    from pipelines.config import ComputeConfig
     from pipelines.prepare import prepare
 
-    with ray_session(ComputeConfig()):
-        manifest = prepare(call.arguments[0], call.arguments[1], call.config)
+    manifest = prepare(call.arguments[0], call.arguments[1], call.config)
     return {
         "uri": call.arguments[1],
         "digest": manifest.digest,
@@ -68,6 +66,12 @@ def _prepare(call: Invocation) -> dict[str, Any]:
         "channels": manifest.channels,
         "classes": list(manifest.classes),
     }
+
+
+def _inspect(call: Invocation) -> dict[str, Any]:
+    from pipelines.inspect import inspect_uri
+
+    return inspect_uri(call.arguments[0], call.config)
 
 
 def _pretrain(call: Invocation) -> dict[str, Any]:
@@ -130,10 +134,19 @@ def _config(call: Invocation) -> dict[str, Any]:
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
-        help="Images in a folder become shards and a manifest.",
+        help="Images become shards and a manifest.",
         config=PrepareConfig,
         run=_prepare,
-        positional=(("SOURCE", "folder of images"), ("OUT", "folder or s3:// prefix of the prepared dataset")),
+        positional=(
+            ("SOURCE", "folder or s3:// prefix of images, tars or Parquet, or a list of URIs"),
+            ("OUT", "folder or s3:// prefix of the prepared dataset"),
+        ),
+    ),
+    "inspect": Command(
+        help="Counts, sizes, classes and a contact sheet of a source or a prepared dataset.",
+        config=InspectConfig,
+        run=_inspect,
+        positional=(("URI", "source of images, or prepared dataset"),),
     ),
     "pretrain": Command(help="Shards become a pretrained, registered MAE.", config=PretrainConfig, run=_pretrain),
     "probe": Command(

@@ -20,22 +20,32 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How a folder of images becomes shards and a manifest."""
+    """How images become shards and a manifest."""
 
     val_fraction: float = 0.1
     """Share of images held out as split `val`, by a hash of their content, where the source has no val/ folder."""
     labels: Literal["auto", "folder", "none"] = "auto"
     """folder: the first folder below a split is the class; auto: so where every image lies just one folder deep."""
     rows_per_shard: int = 8192
-    """Images of the sorted listing that go to one shard."""
+    """Images of the sorted listing that go to one shard at most; a split's shards are of even size."""
+    shard_bytes: int = 2**30
+    """Bytes of images, as the source has them, that go to one shard at most."""
     rows_per_group: int = 256
     """Rows of a Parquet row group, the unit of shuffling and reading."""
     max_pixels: int = 64_000_000
     """Images of more pixels are quarantined, by their header, before they are decoded."""
+    drop_duplicates: bool = True
+    """Keep images of equal content once (in test, else val, else train); otherwise they are counted and stay."""
+    max_bad: float = 0.01
+    """Share of images that may be in quarantine; more end the job."""
     seed: int = 0
     """Seed of the hash that holds out `val`."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad {self.max_bad} is outside [0, 1]; try 0.01, or 1 to allow any number")
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes {self.shard_bytes} is below 1; try {2**30}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction {self.val_fraction} is outside [0, 1); try 0.1, or 0 for none")
         if self.rows_per_group < 1 or self.rows_per_shard < self.rows_per_group:
@@ -342,6 +352,22 @@ class ReconstructConfig:
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
             raise ValueError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """A look at a prepared dataset, or at a source before it is prepared."""
+
+    num_images: int = 32
+    """Samples drawn, and at most as many of the quarantine."""
+    seed: int = 0
+    """Seed of the choice from a source."""
+    out: str = "contact-sheet.png"
+    """File that the sheet is written to."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_images <= 1000:
+            raise ValueError(f"num_images {self.num_images} is outside [1, 1000]; try 32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,17 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
+
+from pipelines import s3
+from pipelines.patience import patiently
 
 _MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
@@ -62,8 +64,16 @@ class Storage:
         with self._named_errors("read", path):
             if self.is_local:
                 return Path(self.join(path)).read_bytes()
-            with _s3().open_input_stream(self._key(path)) as stream:
-                return stream.read()
+            return s3.read(self._key(path))
+
+    def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
+        """So many bytes of a file from `offset` on; fewer only where it ends."""
+        with self._named_errors("read", path):
+            if not self.is_local:
+                return s3.read_range(self._key(path), offset, num_bytes)
+            with Path(self.join(path)).open("rb") as file:
+                file.seek(offset)
+                return file.read(num_bytes)
 
     def write(self, path: str, content: bytes) -> None:
         """The file holds exactly these bytes and is durable; readers saw the old content or the new, never a part."""
@@ -72,40 +82,73 @@ class Storage:
                 with _atomic_file(Path(self.join(path))) as file:
                     file.write(content)
                 return
-            with _s3().open_output_stream(self._key(path)) as stream:
-                stream.write(content)
+            s3.write(self._key(path), content)
+
+    def write_new(self, path: str, content: bytes) -> bool:
+        """Whether the file holds exactly these bytes; one that was there before is left as it is, whoever wrote it.
+
+        Of several that write at once, one wins, and the others are told (unless they wrote the same).
+        """
+        with self._named_errors("write", path):
+            if not self.is_local:
+                return s3.write_new(self._key(path), content)
+            target = Path(self.join(path))
+            try:
+                with _atomic_file(target, os.link) as file:
+                    file.write(content)
+            except FileExistsError:
+                return target.read_bytes() == content
+            return True
 
     def is_empty(self) -> bool:
         """Whether nothing is there, not even a hidden file; so too where the place does not exist."""
         with self._named_errors("list", ""):
             if self.is_local:
                 return not os.path.lexists(self.uri) or not any(Path(self.uri).iterdir())
-            selector = pafs.FileSelector(self._key(""), allow_not_found=True)
-            return not _s3().get_file_info(selector)
+            return next(s3.walk(self._key("")), None) is None
 
     def exists(self, path: str = "") -> bool:
         """Whether a file (or, where the path is empty or a folder's, anything under it) is there."""
         with self._named_errors("read", path):
             if self.is_local:
                 return os.path.lexists(self.join(path))
-            return _s3().get_file_info(self._key(path)).type != pafs.FileType.NotFound
+            return self._info(path).type != pafs.FileType.NotFound
+
+    def is_folder(self, path: str) -> bool:
+        """Whether the path names a folder, or a prefix of keys."""
+        if self.is_local:
+            return Path(self.join(path)).is_dir()
+        return self._info(path).type == pafs.FileType.Directory
 
     def list(self, prefix: str = "", suffix: str = "") -> list[tuple[str, int]]:
         """Path and size of every file below the folder `prefix`, sorted by path; empty where there is no such folder.
 
-        Hidden files and folders, links to folders and links that leave the root are not listed.
+        Hidden files and folders below it, links to folders and links that leave the root are not listed.
+        """
+        return sorted((path, size) for path, size in self.walk(prefix) if path.endswith(suffix))
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """What `list` has, in no particular order, as it is found: memory does not grow with the number of files.
+
+        A store's keys may be such that they cannot be read as paths: see `stays_inside`.
         """
         with self._named_errors("list", prefix):
-            found = self._list_local(prefix) if self.is_local else self._list_s3(prefix)
-            return sorted((path, size) for path, size in found if path.endswith(suffix))
+            yield from self._walk_local(prefix) if self.is_local else self._walk_s3(prefix)
 
     def delete(self, path: str) -> None:
         """The file is gone, whether or not it was there."""
         with self._named_errors("delete", path):
             if self.is_local:
                 Path(self.join(path)).unlink(missing_ok=True)
-            elif _s3().get_file_info(self._key(path)).type == pafs.FileType.File:
-                _s3().delete_file(self._key(path))
+            elif self._info(path).type == pafs.FileType.File:
+                patiently(lambda: s3.filesystem().delete_file(self._key(path)), self.join(path))
+
+    def delete_empty(self, path: str) -> None:
+        """Folders below and at the path that hold no file are gone; a store has none."""
+        if self.is_local:
+            for folder, _, _ in os.walk(self.join(path), topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
 
     def delete_tree(self) -> None:
         """Everything in the place is gone, hidden files too."""
@@ -113,8 +156,8 @@ class Storage:
             if self.is_local:
                 for entry in Path(self.uri).iterdir() if Path(self.uri).is_dir() else ():
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            elif _s3().get_file_info(self._key("")).type == pafs.FileType.Directory:
-                _s3().delete_dir_contents(self._key(""))
+            elif self._info("").type == pafs.FileType.Directory:
+                patiently(lambda: s3.filesystem().delete_dir_contents(self._key("")), self.uri)
 
     @contextmanager
     def create(self, path: str) -> Iterator[IO[bytes]]:
@@ -126,21 +169,22 @@ class Storage:
                 return
             with tempfile.TemporaryFile() as file:
                 yield file
-                file.seek(0)
-                with _s3().open_output_stream(self._key(path)) as stream:
-                    shutil.copyfileobj(file, stream, 16 * 2**20)
+                s3.write(self._key(path), file)
 
     def open_input(self, path: str) -> Any:
         """A random-access file for pyarrow."""
         with self._named_errors("read", path):
             if self.is_local:
                 return pafs.LocalFileSystem().open_input_file(self.join(path))
-            return _s3().open_input_file(self._key(path))
+            return s3.open_input(self._key(path))
 
     def _key(self, path: str) -> str:
         return self.join(path).removeprefix("s3://")
 
-    def _list_local(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def _info(self, path: str) -> pafs.FileInfo:
+        return patiently(lambda: s3.filesystem().get_file_info(self._key(path)), self.join(path))
+
+    def _walk_local(self, prefix: str) -> Iterator[tuple[str, int]]:
         root = Path(self.uri).resolve()
         for folder, folders, names in os.walk(Path(self.join(prefix)), onerror=_raise_unless_missing):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -151,14 +195,11 @@ class Storage:
                 if path.is_file():
                     yield os.path.relpath(path, self.uri), path.stat().st_size
 
-    def _list_s3(self, prefix: str) -> Iterator[tuple[str, int]]:
-        root = self._key("")
-        selector = pafs.FileSelector(self._key(prefix), recursive=True, allow_not_found=True)
-        for info in _s3().get_file_info(selector):
-            relative = info.path.removeprefix(f"{root}/")
-            hidden = any(part.startswith(".") for part in relative.split("/"))
-            if info.type == pafs.FileType.File and not hidden:
-                yield relative, info.size
+    def _walk_s3(self, prefix: str) -> Iterator[tuple[str, int]]:
+        root, start = self._key("") + "/", len(self._key(prefix)) + 1
+        for key, size in s3.walk(self._key(prefix)):
+            if not any(part.startswith(".") and part.strip(".") for part in key[start:].split("/")):
+                yield key.removeprefix(root), size
 
     @contextmanager
     def _named_errors(self, verb: str, path: str) -> Iterator[None]:
@@ -183,8 +224,13 @@ class Storage:
             raise OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}") from None
 
 
+def stays_inside(path: str) -> bool:
+    """Whether a relative path can only name something below where it starts."""
+    return not (path.startswith("/") or "\0" in path or "//" in path or {"..", "."} & set(path.split("/")))
+
+
 def _checked(path: str, uri: str) -> str:
-    if path.startswith("/") or "\0" in path or any(part in ("..", ".") for part in path.split("/")):
+    if not stays_inside(path):
         raise ValueError(f"path {path!r} would leave {uri}; try a relative path without '..'")
     return path
 
@@ -195,7 +241,7 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def _atomic_file(path: Path, appear: Callable[[Path, Path], object] = os.replace) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -203,32 +249,11 @@ def _atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
+        appear(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _s3() -> pafs.S3FileSystem:
-    return _s3_at(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None, os.getpid())
-
-
-@lru_cache(maxsize=4)
-def _s3_at(endpoint: str | None, pid: int) -> pafs.S3FileSystem:
-    """One client a process and endpoint; small files are one PUT, since the stream opens only when it is written."""
-    options: dict[str, Any] = {
-        "allow_delayed_open": True,
-        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=8),
-    }
-    if endpoint:
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
-            raise ValueError("AWS_ENDPOINT_URL is not http(s)://host:port; try http://127.0.0.1:9000")
-        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
-        options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return pafs.S3FileSystem(**options)

@@ -129,10 +129,10 @@ def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, each with the one 10,000 above it, where SeaweedFS listens for gRPC."""
+    """Ports that are free, each with the one 10,000 above it, where SeaweedFS listens for gRPC, and which none is."""
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(20_000, 50_000)
+        port = random.SystemRandom().randrange(20_000, 30_000)
         if port not in found and _is_free(port) and _is_free(port + 10_000):
             found.append(port)
     return found

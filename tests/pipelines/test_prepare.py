@@ -135,7 +135,7 @@ def test_the_zoo_is_accounted_for(zoo: list, tmp_path: Path) -> None:
     contents["notes.txt"] = b"no image"
     contents[".thumbnails/x.png"] = zoo[0].content
     source = fill(tmp_path / "zoo", contents)
-    manifest = prepare(str(source), str(tmp_path / "out"), PrepareConfig(rows_per_shard=7, rows_per_group=3))
+    manifest = prepare(str(source), str(tmp_path / "out"), PrepareConfig(rows_per_shard=7, rows_per_group=3, max_bad=1))
     whole = {f"folder{i % 3}/deeper/{a.name}": a for i, a in enumerate(zoo) if not a.reason}
     assert manifest.num_found == len(zoo) + 2
     assert manifest.num_ok == len(whole)
@@ -232,7 +232,7 @@ def test_wrong_sources_are_refused_and_leave_nothing(few: Path, tmp_path: Path) 
         (tmp_path / "absent", SMALL, "does not exist; give a folder"),
         (tmp_path / "empty", SMALL, "no image in .*; give a folder that has files ending in .jpg"),
         (broken, SMALL, r"no readable image among the 2 files of .* \(1 empty file, 1 not a known image format\)"),
-        (mixed, SMALL, "the source has train/ and, beside them, 1 images such as b.png; move them"),
+        (mixed, SMALL, "has train/ and, beside them, 1 images such as b.png; move them"),
         (flat, PrepareConfig(labels="folder"), "a.png is in no class folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -255,7 +255,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(few: Path, tmp_path: P
 
 
 def test_an_unfinished_preparation_of_something_else_is_left_alone(few: Path, tmp_path: Path) -> None:
-    fill(tmp_path, {".prepare.json": b'{"source_digest": "other"}', "train/part-00000.parquet": b"x"})
+    fill(tmp_path, {".prepare/claim.json": b'{"source_digest": "other"}', "train/part-00000.parquet": b"x"})
     with pytest.raises(ValueError, match="holds the unfinished preparation of another source or config"):
         prepare(str(few), str(tmp_path), SMALL)
     assert (tmp_path / "train/part-00000.parquet").read_bytes() == b"x"
@@ -296,10 +296,10 @@ def test_killed_anywhere_it_leaves_no_dataset_and_a_rerun_is_byte_identical(
     assert not is_prepared(open_storage(out))
     with pytest.raises(ValueError, match="is not a prepared dataset"):
         read_manifest(open_storage(out))
-    assert json.loads((out / ".prepare.json").read_text())
+    assert json.loads((out / ".prepare/claim.json").read_text())
     assert prepare(str(few), str(out), SMALL) == undisturbed
     assert files_of(tmp_path / "a") == files_of(out)
-    assert not [path for path in out.rglob(".*") if path.name != ".prepare.json"]
+    assert not list(out.rglob(".*"))
 
 
 @pytest.mark.s3

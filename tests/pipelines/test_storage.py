@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,6 +55,32 @@ def test_deleting_is_idempotent_and_a_tree_takes_hidden_files_along(storage: Sto
     storage.delete_tree()
     storage.delete_tree()
     assert storage.is_empty()
+
+
+def test_of_several_that_write_a_new_file_one_wins(storage: Storage) -> None:
+    contents = [f"writer {i}".encode() for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda content: storage.write_new("claim", content), contents))
+    assert sum(won) == 1
+    assert storage.read("claim") == contents[won.index(True)]
+    assert storage.write_new("claim", storage.read("claim"))
+    assert [path for path, _ in storage.list()] == ["claim"]
+
+
+def test_a_range_is_read_and_ends_where_the_file_ends(storage: Storage) -> None:
+    content = bytes(range(256)) * 50
+    storage.write("x", content)
+    assert storage.read_range("x", 300, 1000) == content[300:1300]
+    assert storage.read_range("x", 12_700, 1000) == content[12_700:]
+
+
+def test_folders_of_any_depth_are_walked_once(storage: Storage) -> None:
+    paths = [f"{i}/{j}/{k}.txt" for i in range(2) for j in range(18) for k in range(3)]
+    paths += ["top.txt", "0/a.txt", "0/0/deep/er/x.txt", "a-b/x.txt", "a/x.txt", "a.b/x.txt"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda path: storage.write(path, b"1"), paths))
+    assert sorted(path for path, _ in storage.walk()) == sorted(paths)
+    assert [path for path, _ in storage.list("0/0")] == sorted(p for p in paths if p.startswith("0/0/"))
 
 
 def test_a_created_file_appears_whole_or_not_at_all(storage: Storage) -> None:

@@ -19,7 +19,6 @@ from PIL import Image
 
 from pipelines import cli, prepare
 from pipelines.config import PrepareConfig
-from pipelines.shards import write_slice
 
 NOBODY = 65534
 SMALL = ["--model.arch", "vit_pico_patch7", "--model.image-px", "28", "28", "--model.channels", "1"]
@@ -36,13 +35,13 @@ def place(tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> P
     """The empty folder that the command runs in; Ray's part of `prepare` is done in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
-    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
+    monkeypatch.setattr(prepare, "ray_session", lambda compute: contextlib.nullcontext())
     monkeypatch.setattr(prepare, "_run", run_here)
     return tmp_path
 
 
-def run_here(slices: Any, origin: Any, target: Any, config: Any, skip: Any) -> Any:
-    return {s.number: write_slice(s, origin, target, config, skip.get(s.number, frozenset())) for s in slices}
+def run_here(todo: Any, *arguments: Any) -> Any:
+    return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
 
 
 def images(folder: Path, *names: str, offset: int = 0) -> Path:
@@ -130,7 +129,9 @@ def test_an_unknown_key_of_a_preset_file(place: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_that_is_absent_empty_or_without_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "absent does not exist; give a folder of images" in refusal(place, capsys, "prepare", "absent", "out")
+    assert "absent does not exist; give a folder of images, tar or Parquet files" in refusal(
+        place, capsys, "prepare", "absent", "out"
+    )
     (place / "empty").mkdir()
     assert "no image in" in refusal(place, capsys, "prepare", "empty", "out")
     (place / "empty" / "notes.txt").write_text("no image")

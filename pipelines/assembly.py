@@ -1,0 +1,81 @@
+"""What became of all slices, put together: the manifest."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipelines.config import PrepareConfig
+from pipelines.manifest import Manifest, Shard, Split
+from pipelines.sources import SPLITS
+from pipelines.summaries import PixelSums, SliceSummary
+
+
+def assemble(
+    summaries: Iterable[SliceSummary],
+    classes: list[str],
+    identity: dict[str, Any],
+    num_found: int,
+    num_duplicates: int,
+    config: PrepareConfig,
+) -> Manifest:
+    """The manifest of slices given by number: found = ok + quarantined + duplicates, dropped or not."""
+    ordered = [_without_digests(summary) for summary in summaries]
+    splits = _splits(ordered, config.rows_per_group)
+    num_rows = sum(split.num_rows for split in splits.values())
+    num_ok = num_rows if config.drop_duplicates else num_rows - num_duplicates
+    reasons = sum((Counter(s.reasons) for s in ordered), Counter())
+    sizes = {size for s in ordered for size in s.sizes}
+    in_colour = any(sums.num_colour for s in ordered for sums in s.sums.values())
+    mean, std = _statistics(ordered, "train" if "train" in splits else None, in_colour)
+    assert num_found == num_ok + reasons.total() + num_duplicates, "every file that was found is accounted for"
+    return Manifest(
+        channels=3 if in_colour else 1,
+        image_px=sizes.pop() if len(sizes) == 1 else None,
+        classes=classes,
+        splits=splits,
+        num_found=num_found,
+        num_ok=num_ok,
+        num_quarantined=reasons.total(),
+        num_duplicates=num_duplicates,
+        quarantine_reasons=dict(sorted(reasons.items())),
+        mean=mean,
+        std=std,
+        **identity,
+    )
+
+
+def _splits(ordered: Sequence[SliceSummary], rows_per_group: int) -> dict[str, Split]:
+    splits, first_id = {}, 0
+    for name in SPLITS:
+        shards = []
+        for written in (shard for s in ordered for shard in s.shards if shard.split == name):
+            shards.append(
+                Shard(
+                    path=written.path,
+                    num_rows=written.num_rows,
+                    num_bytes=written.num_bytes,
+                    first_id=first_id,
+                    sha256=written.sha256,
+                    rows_per_group=rows_per_group,
+                )
+            )
+            first_id += written.num_rows
+        if shards:
+            rows, size = sum(s.num_rows for s in shards), sum(s.num_bytes for s in shards)
+            splits[name] = Split(num_rows=rows, num_bytes=size, shards=shards)
+    return splits
+
+
+def _statistics(ordered: Sequence[SliceSummary], split: str | None, in_colour: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over one split, or over all."""
+    total = PixelSums()
+    for sums in (sums for s in ordered for name, sums in s.sums.items() if split in (None, name)):
+        total.merge(sums)
+    mean, std = total.mean_std()
+    return (mean * 3, std * 3) if in_colour and len(mean) == 1 else (mean, std)
+
+
+def _without_digests(summary: SliceSummary) -> SliceSummary:
+    """What the manifest needs, which is small."""
+    return dataclasses.replace(summary, splits=bytearray(), digests=bytearray())

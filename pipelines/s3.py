@@ -1,0 +1,234 @@
+"""S3 under `storage.py`: one client a process and endpoint, asked with patience.
+
+Bytes go through pyarrow, whose reads need no interpreter lock; pages of a listing and conditional puts, which it does
+not have, through boto3. A body that ends early is noticed, since sizes are known, and asked for again.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.patience import patiently
+
+_ARROW_CODES = {
+    "NoSuchBucket": "NO_SUCH_BUCKET",
+    "AccessDenied": "ACCESS_DENIED",
+    "403": "ACCESS_DENIED",
+    "InvalidAccessKeyId": "INVALID_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "SIGNATURE_DOES_NOT_MATCH",
+    "NoCredentialsError": "ACCESS_DENIED",
+}
+_LIST_THREADS = 16
+# Levels of folders opened one after the other, so that what lies below them can be listed in parallel.
+_SERIAL_LEVELS = 2
+_MULTIPART_BYTES = 16 * 2**20
+
+
+def read(key: str) -> bytes:
+    """All bytes of an object."""
+
+    def act() -> bytes:
+        with filesystem().open_input_file(key) as file:
+            return _whole(file.read(), file.size())
+
+    return patiently(act, f"s3://{key}")
+
+
+def read_range(key: str, offset: int, num_bytes: int) -> bytes:
+    """So many bytes from `offset` on, fewer only where the object ends."""
+
+    def act() -> bytes:
+        with filesystem().open_input_file(key) as file:
+            return _whole(file.read_at(num_bytes, offset), max(0, min(num_bytes, file.size() - offset)))
+
+    return patiently(act, f"s3://{key}")
+
+
+def write(key: str, content: Any) -> None:
+    """The object holds the bytes, or what a seekable file holds from its start on."""
+
+    def act() -> None:
+        with filesystem().open_output_stream(key) as stream:
+            if isinstance(content, bytes):
+                stream.write(content)
+                return
+            content.seek(0)
+            while part := content.read(_MULTIPART_BYTES):
+                stream.write(part)
+
+    patiently(act, f"s3://{key}")
+
+
+def write_new(key: str, content: bytes) -> bool:
+    """Whether the object holds these bytes; one that was there already is left as it is (If-None-Match: *)."""
+    bucket, _, name = key.partition("/")
+    try:
+        _ask("put_object", f"s3://{key}", Bucket=bucket, Key=name, Body=content, IfNoneMatch="*")
+    except FileExistsError:
+        # Ours, if an answer to an earlier attempt was lost on the way.
+        return read(key) == content
+    return True
+
+
+def open_input(key: str) -> pa.PythonFile:
+    """A random-access file for pyarrow that outlives a store's absence."""
+    return pa.PythonFile(_PatientFile(key), mode="r")
+
+
+def walk(prefix: str) -> Iterator[tuple[str, int]]:
+    """Key (with its bucket) and size of every object below a folder, in no particular order.
+
+    Folders are listed in parallel, page by page, so that memory is that of a few pages.
+    """
+    bucket, _, folder = prefix.partition("/")
+    bases = [f"{folder}/" if folder else ""]
+    for _ in range(_SERIAL_LEVELS):
+        below: list[str] = []
+        for page in (page for base in bases for page in _responses(bucket, base, "/")):
+            yield from _objects(bucket, page)
+            below += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+        bases = below
+        if len(bases) >= _LIST_THREADS:
+            break
+    with ThreadPoolExecutor(_LIST_THREADS) as pool:
+        # In groups, since a page that was asked for is held until it is taken.
+        for start in range(0, len(bases), _LIST_THREADS):
+            pages = [_pages(bucket, base) for base in bases[start : start + _LIST_THREADS]]
+            while pages:
+                taken = list(pool.map(lambda page: next(page, None), pages))
+                yield from (item for page in taken for item in page or ())
+                pages = [rest for rest, page in zip(pages, taken) if page is not None]
+
+
+def _pages(bucket: str, base: str) -> Iterator[list[tuple[str, int]]]:
+    for page in _responses(bucket, base, ""):
+        yield _objects(bucket, page)
+
+
+def _objects(bucket: str, page: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(f"{bucket}/{o['Key']}", o["Size"]) for o in page.get("Contents", ()) if not o["Key"].endswith("/")]
+
+
+def _responses(bucket: str, base: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    more: dict[str, Any] = {"Bucket": bucket, "Prefix": base, "Delimiter": delimiter}
+    while True:
+        page = _ask("list_objects_v2", f"s3://{bucket}/{base}", **more)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        more["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _ask(operation: str, what: str, **parameters: Any) -> dict[str, Any]:
+    """boto3's answer. What it raises becomes OSError, its code spelled as pyarrow does, which storage.py knows."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return patiently(lambda: getattr(client(), operation)(**parameters), what)
+    except (ClientError, BotoCoreError) as error:
+        code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else type(error).__name__
+        if code in ("PreconditionFailed", "412"):
+            raise FileExistsError(what) from None
+        raise OSError(f"AWS Error {_ARROW_CODES.get(code, code)}: {error}") from None
+
+
+class _PatientFile(io.RawIOBase):
+    """A file that is read where it was left, whatever happened to the connection."""
+
+    def __init__(self, key: str) -> None:
+        self._key, self._position = key, 0
+        self._file = patiently(lambda: filesystem().open_input_file(key), f"s3://{key}")
+        self._size = self._file.size()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = max(0, self._size - self._position)
+        wanted = wanted if size < 0 else min(size, wanted)
+        if not wanted:
+            return b""
+        found = patiently(lambda: _whole(self._file.read_at(wanted, self._position), wanted), f"s3://{self._key}")
+        self._position += wanted
+        return found
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _whole(content: bytes, num_bytes: int) -> bytes:
+    if len(content) != num_bytes:
+        raise OSError(f"short body: {len(content)} of {num_bytes} bytes")
+    return content
+
+
+def endpoint() -> str | None:
+    """The store's address where it is not AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def filesystem() -> pafs.S3FileSystem:
+    """pyarrow's client of this process."""
+    return _filesystem_at(endpoint(), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _filesystem_at(address: str | None, pid: int) -> pafs.S3FileSystem:
+    """Small files are one PUT, since the stream opens only when it is written. Retries are ours: see `patiently`."""
+    options: dict[str, Any] = {
+        "allow_delayed_open": True,
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=3),
+        "connect_timeout": 10,
+        "request_timeout": 60,
+    }
+    if address:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
+            raise ValueError("AWS_ENDPOINT_URL is not http(s)://host:port; try http://127.0.0.1:9000")
+        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc, "region": _region()}
+    return pafs.S3FileSystem(**options)
+
+
+def client() -> Any:
+    """boto3's client of this process."""
+    return _client_at(endpoint(), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _client_at(address: str | None, pid: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 3},
+        max_pool_connections=2 * _LIST_THREADS,
+        connect_timeout=10,
+        read_timeout=60,
+    )
+    region = _region() if address else None
+    # A session of its own: the default one keeps the credentials that it first saw.
+    return boto3.Session().client("s3", endpoint_url=address, config=config, region_name=region)
+
+
+def _region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"

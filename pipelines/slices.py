@@ -1,0 +1,171 @@
+"""A sorted listing in slices of one split folder each, of even size: what one task makes shards of."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pipelines.config import PrepareConfig
+from pipelines.sources import Entry, Source
+
+_MAX_NUMBERED_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A contiguous part of the listing within one split folder ("" where the source has none)."""
+
+    number: int
+    """Among all slices; names the quarantine file."""
+    part: int
+    """Among the slices of its folder; names the shards."""
+    folder: str
+    holds_out: bool
+    """Whether a part of it becomes split val."""
+    entries: list[Entry]
+    labels: list[int]
+    """By entry; -1 for unlabelled."""
+
+    def to_json(self) -> bytes:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["entries"] = [dataclasses.astuple(entry) for entry in self.entries]
+        return json.dumps(values).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Slice":
+        values = json.loads(content)
+        values["entries"] = [Entry(*fields) for fields in values["entries"]]
+        return cls(**values)
+
+
+@dataclass(kw_only=True)
+class _Folder:
+    num_entries: int = 0
+    num_bytes: int = 0
+    labelled: str = ""
+    """An entry that has a label, or none has."""
+    unlabelled: str = ""
+    deep: str = ""
+    """An entry whose folder need not be its class."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a listing comes to."""
+
+    folders: dict[str, _Folder] = field(default_factory=dict)
+    labels: set[str] = field(default_factory=set)
+
+    @property
+    def num_entries(self) -> int:
+        return sum(folder.num_entries for folder in self.folders.values())
+
+    def counting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The same entries, counted as they pass."""
+        for entry in entries:
+            folder = self.folders.setdefault(entry.split, _Folder())
+            folder.num_entries += 1
+            folder.num_bytes += entry.num_bytes
+            if entry.label:
+                folder.labelled = folder.labelled or entry.name
+                self.labels.add(entry.label)
+            else:
+                folder.unlabelled = folder.unlabelled or entry.name
+            if not entry.is_flat:
+                folder.deep = folder.deep or entry.name
+            yield entry
+
+
+def check_splits(tally: Tally, uri: str) -> None:
+    """Raises ValueError where some images are in split folders and some are not."""
+    if "" in tally.folders and len(tally.folders) > 1:
+        folders = ", ".join(f"{name}/" for name in sorted(tally.folders) if name)
+        beside = tally.folders[""]
+        raise ValueError(
+            f"{uri} has {folders} and, beside them, {beside.num_entries} images such as "
+            f"{beside.labelled or beside.unlabelled}; move them into train/, val/ or test/"
+        )
+
+
+def class_names(tally: Tally, source: Source, config: PrepareConfig) -> list[str]:
+    """Names by label; empty where the images are not labelled."""
+    if config.labels == "none" or not tally.labels:
+        if config.labels == "folder" and tally.num_entries:
+            _refuse_unlabelled(tally)
+        return []
+    if source.has_explicit_labels:
+        for folder in tally.folders.values():
+            if folder.labelled and folder.unlabelled:
+                raise ValueError(
+                    f"{folder.labelled} has a label and {folder.unlabelled} has none; label all, or set labels to none"
+                )
+        return source.classes or _in_order(tally.labels)
+    if config.labels == "folder":
+        _refuse_unlabelled(tally)
+        return sorted(tally.labels)
+    are_sure = not any(folder.deep for folder in tally.folders.values())
+    return sorted(tally.labels) if are_sure and len(tally.labels) > 1 else []
+
+
+def _refuse_unlabelled(tally: Tally) -> None:
+    for folder in tally.folders.values():
+        if folder.unlabelled:
+            raise ValueError(
+                f"labels is folder, but {folder.unlabelled} is in no class folder; move it, or set labels to auto"
+            )
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Sorted names; where all are numbers, every number from 0 on, so that a label is its number."""
+    if all(label.isascii() and label.isdigit() for label in labels):
+        largest = max(map(int, labels))
+        if largest < _MAX_NUMBERED_CLASSES and len({int(label) for label in labels}) == len(labels):
+            return [str(label) for label in range(largest + 1)]
+    return sorted(labels)
+
+
+def listing_digest(entries: Iterable[Entry]) -> str:
+    """sha256 over names, places, sizes, splits and labels of all images, in order."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        said = "\0".join(map(str, dataclasses.astuple(entry)))
+        digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: PrepareConfig) -> Iterator[Slice]:
+    """Slices of even size: within each folder as many rows as the fewest slices need that keep both limits."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    number = part = num_bytes = 0
+    waiting: list[Entry] = []
+
+    def made() -> Slice:
+        folder = waiting[0].split
+        return Slice(
+            number=number,
+            part=part,
+            folder=folder,
+            holds_out=folder in ("", "train") and "val" not in tally.folders and config.val_fraction > 0,
+            entries=waiting,
+            labels=[label_of.get(entry.label, -1) for entry in waiting],
+        )
+
+    for entry in entries:
+        is_new_folder = bool(waiting) and entry.split != waiting[0].split
+        if waiting and (
+            is_new_folder
+            or len(waiting) >= _rows(tally.folders[waiting[0].split], config)
+            or num_bytes + entry.num_bytes > config.shard_bytes
+        ):
+            yield made()
+            number, part, num_bytes, waiting = number + 1, 0 if is_new_folder else part + 1, 0, []
+        waiting.append(entry)
+        num_bytes += entry.num_bytes
+    if waiting:
+        yield made()
+
+
+def _rows(folder: _Folder, config: PrepareConfig) -> int:
+    num_slices = max(-(-folder.num_entries // config.rows_per_shard), -(-folder.num_bytes // config.shard_bytes), 1)
+    return -(-folder.num_entries // num_slices)

@@ -1,0 +1,115 @@
+"""Where images come from: a prefix of image files, tar files, Parquet, a list of URIs, or Kaggle's ImageNet-1K.
+
+A source says what it has, entry by entry, and an entry where its bytes lie, so that any task can read any of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Protocol
+
+from pipelines.decode import SUFFIXES
+from pipelines.sources import folders, imagenet, lists, tables, tars
+from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.reading import Place
+from pipelines.storage import Storage, open_storage
+
+__all__ = ["SPLITS", "Entry", "Place", "Source", "open_source"]
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
+_KINDS = {"images": SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
+
+
+class Source(Protocol):
+    """What `mae prepare` reads from."""
+
+    @property
+    def place(self) -> Place:
+        """What its entries' paths are relative to."""
+        ...
+
+    @property
+    def has_explicit_labels(self) -> bool:
+        """Whether labels were written down, rather than being names of folders. Known when entries have been read."""
+        ...
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of classes in an order that the source gives; empty where it gives none."""
+        ...
+
+    def entries(self) -> Iterator[Entry]:
+        """Every image, in no particular order; memory does not grow with their number."""
+        ...
+
+
+def open_source(uri: str) -> Source:
+    """The source that a URI names. Raises FileNotFoundError or ValueError where there is none of a kind we read."""
+    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
+    if name.endswith(_COMPRESSED):
+        raise ValueError(f"{uri} is a compressed archive, which cannot be read in place; unpack it, or make it a .tar")
+    if name.endswith((".csv", ".parquet", ".tar")):
+        folder, file = _split(open_storage(uri))
+        if folder.exists(file) and not folder.is_folder(file):
+            return _of_file(folder, file)
+    storage = open_storage(uri)
+    if not storage.exists():
+        raise FileNotFoundError(f"{storage.uri} does not exist; give a folder of images, tar or Parquet files")
+    if storage.exists(imagenet.SYNSETS):
+        return imagenet.ImageNet(storage)
+    return _of_folder(storage)
+
+
+def _split(storage: Storage) -> tuple[Storage, str]:
+    folder, _, file = storage.uri.rpartition("/")
+    return open_storage(folder or "/"), file
+
+
+def _of_file(folder: Storage, file: str) -> Source:
+    if file.lower().endswith(".csv"):
+        return lists.CsvList(folder, file)
+    if file.lower().endswith(".tar"):
+        return tars.Tars(folder, [(file, 0)])
+    return _of_tables(folder, [file])
+
+
+def _of_tables(storage: Storage, paths: list[str]) -> Source:
+    """Parquet with images in it, or with their URIs."""
+    if lists.is_list(storage, paths[0]):
+        return lists.ParquetList(storage, paths)
+    return tables.Tables(storage, paths)
+
+
+def _of_folder(storage: Storage) -> Source:
+    """What the first file that we know decides; files of another kind beside it are refused."""
+    files = storage.walk()
+    for path, size in files:
+        kind = _kind(path)
+        if kind:
+            found = _only(kind, path, chain([(path, size)], files), storage)
+            break
+    else:
+        raise ValueError(
+            f"no image in {storage.uri}; give a folder that has files ending in {' '.join(SUFFIXES)}, .tar or .parquet"
+        )
+    if kind == "images":
+        return folders.Folder(storage, found)
+    if kind == "tar files":
+        return tars.Tars(storage, sorted(found))
+    if storage.exists("manifest.json"):
+        raise ValueError(f"{storage.uri} is a prepared dataset already; give the source that it was made from")
+    return _of_tables(storage, sorted(path for path, _ in found))
+
+
+def _kind(path: str) -> str:
+    return next((kind for kind, suffixes in _KINDS.items() if path.lower().endswith(suffixes)), "")
+
+
+def _only(kind: str, first: str, files: Iterable[tuple[str, int]], storage: Storage) -> Iterator[tuple[str, int]]:
+    for path, size in files:
+        other = _kind(path)
+        if other and other != kind:
+            raise ValueError(
+                f"{storage.uri} has {kind} such as {first} and {other} such as {path}; prepare them one after the other"
+            )
+        if other:
+            yield path, size

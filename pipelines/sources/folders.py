@@ -1,0 +1,24 @@
+"""Image files, nested as they like, one folder a class, with train/, val/ and test/ at the top or without."""
+
+from collections.abc import Iterable, Iterator
+
+from pipelines.sources.entry import Entry, by_folder
+from pipelines.sources.reading import Place
+from pipelines.storage import Storage
+
+
+class Folder:
+    """Every file is an image."""
+
+    has_explicit_labels = False
+
+    def __init__(self, storage: Storage, files: Iterable[tuple[str, int]]) -> None:
+        self.place = Place(storage)
+        self.classes: list[str] = []
+        self._files = files
+
+    def entries(self) -> Iterator[Entry]:
+        """Once: the listing is not held."""
+        for path, size in self._files:
+            split, label, is_flat = by_folder(path)
+            yield Entry(name=path, path=path, num_bytes=size, split=split, label=label, is_flat=is_flat)

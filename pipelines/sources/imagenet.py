@@ -1,0 +1,83 @@
+"""ImageNet-1K as Kaggle ships it: synset folders for training, a flat validation folder with its ground truth.
+
+LOC_synset_mapping.txt names the classes (`n01440764 tench, Tinca tinca`), LOC_val_solution.csv the class of every
+validation image (`ILSVRC2012_val_00048981,n03995372 85 1 499 272`); test images have none.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+
+from pipelines.decode import SUFFIXES
+from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.reading import Place
+from pipelines.storage import Storage
+
+SYNSETS = "LOC_synset_mapping.txt"
+_SOLUTION = "LOC_val_solution.csv"
+_IMAGES = "ILSVRC/Data/CLS-LOC"
+
+
+class ImageNet:
+    """The competition's folder, unpacked."""
+
+    has_explicit_labels = True
+
+    def __init__(self, storage: Storage) -> None:
+        self.place = Place(storage)
+        self._storage = storage
+        self._names = self._read_names()
+        self.classes = list(self._names.values())
+
+    def entries(self) -> Iterator[Entry]:
+        root = _IMAGES if self._storage.exists(_IMAGES) else ""
+        solution: dict[str, str] | None = None
+        for path, size in self._storage.walk(root):
+            if not path.lower().endswith(SUFFIXES):
+                continue
+            parts = path.removeprefix(f"{root}/").split("/")
+            split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
+            if not split:
+                raise ValueError(f"{self._storage.join(path)} is in none of train/, val/ and test/; move or remove it")
+            synset = parts[1] if len(parts) > 2 else ""
+            if split == "val" and not synset:
+                solution = self._read_solution() if solution is None else solution
+                synset = solution.get(parts[1].split(".")[0], "")
+            if split != "test" and synset not in self._names:
+                file = _SOLUTION if split == "val" and len(parts) == 2 else SYNSETS
+                raise ValueError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
+            label = self._names.get(synset, "")
+            yield Entry(name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label))
+
+    def _read_names(self) -> dict[str, str]:
+        """Name of each class by synset, in the file's order, which is that of everybody's labels."""
+        names = {}
+        for number, line in enumerate(self._text(SYNSETS).splitlines(), 1):
+            synset, _, words = line.strip().partition(" ")
+            if not synset:
+                continue
+            if not words or synset in names:
+                raise ValueError(
+                    f"line {number} of {self._storage.join(SYNSETS)} is not `synset names`, or a second one"
+                )
+            names[synset] = f"{synset} {words.strip()}"
+        if not names:
+            raise ValueError(f"{self._storage.join(SYNSETS)} is empty; copy it again")
+        return names
+
+    def _read_solution(self) -> dict[str, str]:
+        if not self._storage.exists(_SOLUTION):
+            raise ValueError(
+                f"the images of val/ are in no synset folder and {self._storage.join(_SOLUTION)} is absent; "
+                "copy it there"
+            )
+        rows = csv.DictReader(io.StringIO(self._text(_SOLUTION)))
+        if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{self._storage.join(_SOLUTION)} has no columns ImageId,PredictionString; copy it again")
+        return {row["ImageId"]: (row["PredictionString"] or "").split(" ")[0] for row in rows}
+
+    def _text(self, path: str) -> str:
+        try:
+            return self._storage.read(path).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self._storage.join(path)} is not text in UTF-8; copy it again") from None

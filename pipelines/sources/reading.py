@@ -1,0 +1,138 @@
+"""Bytes of entries, in order: files and ranges some way ahead in threads, Parquet rows as they stream.
+
+What is in memory at a time is bounded in bytes, however large the images and however many.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.sources.entry import Entry
+from pipelines.storage import Storage, open_storage, stays_inside
+
+MAX_IMAGE_BYTES = 256 * 2**20
+Content = bytes | ValueError
+"""The bytes of an image, or why there are none."""
+
+_THREADS = 16
+_AHEAD_BYTES = 64 * 2**20
+_AHEAD_UNITS = 256
+# Images of a tar that lie close together are one request.
+_UNIT_BYTES = 4 * 2**20
+_GAP_BYTES = 64 * 2**10
+_BATCH_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """What entries' paths are relative to, and how their bytes are found."""
+
+    storage: Storage
+    image_column: str = ""
+    """Parquet column of the bytes, such as `image.bytes`."""
+    takes_uris: bool = False
+    """Whether a path may also be a URI; nowhere but in a list that the user wrote."""
+
+    def contents(self, entries: Sequence[Entry]) -> Iterator[Content]:
+        """What each entry holds. Raises OSError where the store fails, ValueError for a damaged Parquet file."""
+        yield from self._rows(entries) if self.image_column else self._ranges(entries)
+
+    def _ranges(self, entries: Sequence[Entry]) -> Iterator[Content]:
+        waiting: deque[tuple[int, Future[list[Content]]]] = deque()
+        ahead_bytes = 0
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                for unit in _units(entries):
+                    size = sum(entry.num_bytes for entry in unit)
+                    while waiting and (ahead_bytes + size > _AHEAD_BYTES or len(waiting) >= _AHEAD_UNITS):
+                        done_bytes, future = waiting.popleft()
+                        ahead_bytes -= done_bytes
+                        yield from future.result()
+                    waiting.append((size, pool.submit(self._read_unit, unit)))
+                    ahead_bytes += size
+                while waiting:
+                    yield from waiting.popleft()[1].result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read_unit(self, unit: list[Entry]) -> list[Content]:
+        first = unit[0]
+        try:
+            if first.num_bytes > MAX_IMAGE_BYTES:
+                raise ValueError(f"too many bytes: {first.num_bytes} is more than {MAX_IMAGE_BYTES}")
+            if first.offset < 0:
+                return [self._file(first.path)]
+            _check_inside(first.name)
+            end = unit[-1].offset + unit[-1].num_bytes
+            whole = self.storage.read_range(first.path, first.offset, end - first.offset)
+        except (FileNotFoundError, PermissionError):
+            return [ValueError("cannot be read") for _ in unit]
+        except ValueError as error:
+            return [error for _ in unit]
+        return [whole[entry.offset - first.offset :][: entry.num_bytes] for entry in unit]
+
+    def _file(self, path: str) -> bytes:
+        if self.takes_uris and (path.startswith("/") or "://" in path):
+            folder, _, name = open_storage(path).uri.rpartition("/")
+            return open_storage(folder or "/").read(name)
+        _check_inside(path)
+        return self.storage.read(path)
+
+    def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
+        for path, chosen in groupby(entries, key=lambda entry: entry.path):
+            try:
+                with pq.ParquetFile(self.storage.open_input(path), pre_buffer=False, buffer_size=2**20) as file:
+                    for group, wanted in groupby(chosen, key=lambda entry: entry.group):
+                        yield from self._group(file, group, [entry.row for entry in wanted])
+            except pa.ArrowException as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{self.storage.join(path)} is damaged ({reason}); copy it again") from None
+
+    def _group(self, file: pq.ParquetFile, group: int, rows: list[int]) -> Iterator[Content]:
+        """The rows, ascending, of one row group, of which a few are in memory at a time."""
+        batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.image_column], use_threads=False)
+        wanted = deque(rows)
+        for number, batch in enumerate(batches):
+            column = batch.column(0)
+            column = column.field(0) if pa.types.is_struct(column.type) else column
+            while wanted and wanted[0] < number * _BATCH_ROWS + len(column):
+                value = column[wanted.popleft() - number * _BATCH_ROWS].as_py()
+                yield ValueError("empty row") if value is None else value
+            if not wanted:
+                return
+        raise ValueError(f"a Parquet file ends before row {wanted[0]} of row group {group}; copy it again")
+
+
+def _check_inside(path: str) -> None:
+    if not stays_inside(path):
+        raise ValueError("unsafe name: it is absolute, or has '..', '//' or NUL")
+
+
+def _units(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries that are read at once."""
+    unit: list[Entry] = []
+    for entry in entries:
+        if unit and not _adjoins(unit, entry):
+            yield unit
+            unit = []
+        unit.append(entry)
+    if unit:
+        yield unit
+
+
+def _adjoins(unit: list[Entry], entry: Entry) -> bool:
+    first, last = unit[0], unit[-1]
+    gap = entry.offset - last.offset - last.num_bytes
+    return (
+        entry.path == first.path
+        and entry.offset >= 0
+        and 0 <= gap <= _GAP_BYTES
+        and entry.offset + entry.num_bytes - first.offset <= _UNIT_BYTES
+        and stays_inside(first.name)
+        and stays_inside(entry.name)
+    )

@@ -1,0 +1,72 @@
+"""Entries in order, however many: sorted runs on the local disk, merged as they are read."""
+
+import dataclasses
+import heapq
+import json
+import operator
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from pipelines.sources.entry import SPLITS, Entry
+
+RUN_ENTRIES = 2**18
+_MAX_RUNS = 256
+_Row = tuple[object, ...]
+_FIELDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))
+
+
+class SortedEntries:
+    """Entries by split, then by name, readable again and again until it is closed."""
+
+    def __init__(self, entries: Iterable[Entry], run_entries: int = RUN_ENTRIES) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="mae-listing-")
+        self._runs: list[Path] = []
+        self._num_made = 0
+        self._rest: list[_Row] = []
+        try:
+            self._fill(entries, run_entries)
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Entry]:
+        with ExitStack() as stack:
+            runs = [_read(stack, run) for run in self._runs]
+            for _, *fields in heapq.merge(*runs, self._rest):
+                yield Entry(*fields)  # pyright: ignore[reportArgumentType] -- the fields of an Entry, in order
+
+    def close(self) -> None:
+        """The disk space is free again."""
+        self._folder.cleanup()
+
+    def _fill(self, entries: Iterable[Entry], run_entries: int) -> None:
+        for entry in entries:
+            self._rest.append((("", *SPLITS).index(entry.split), *_FIELDS(entry)))
+            if len(self._rest) == run_entries:
+                self._rest.sort()
+                self._spill(self._rest)
+                self._rest = []
+                if len(self._runs) == _MAX_RUNS:
+                    self._merge_runs()
+        self._rest.sort()
+
+    def _spill(self, rows: Iterable[_Row]) -> None:
+        path = Path(self._folder.name, f"{self._num_made:06d}.jsonl")
+        self._num_made += 1
+        with path.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._runs.append(path)
+
+    def _merge_runs(self) -> None:
+        """One run instead of many, so that few files are ever open."""
+        merged, self._runs = self._runs, []
+        with ExitStack() as stack:
+            self._spill(heapq.merge(*(_read(stack, run) for run in merged)))
+        for run in merged:
+            run.unlink()
+
+
+def _read(stack: ExitStack, run: Path) -> Iterator[_Row]:
+    return (tuple(json.loads(line)) for line in stack.enter_context(run.open()))

@@ -1,0 +1,123 @@
+"""What became of a slice: counts, exact sums over pixels, and a digest of every image, as JSON."""
+
+import base64
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.sources import SPLITS
+
+DIGEST_BYTES = 16
+NO_SPLIT = 255
+_LEVELS = np.arange(256)
+
+
+@dataclass(kw_only=True)
+class PixelSums:
+    """Exact sums over the pixels of gray and of colour images, so that their order cannot matter."""
+
+    num_gray: int = 0
+    gray: tuple[int, int] = (0, 0)
+    num_colour: int = 0
+    colour: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)] * 3)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PixelSums":
+        """What dataclasses.asdict and JSON made of one."""
+        gray, colour = tuple(values["gray"]), [tuple(sums) for sums in values["colour"]]
+        return cls(num_gray=values["num_gray"], gray=gray, num_colour=values["num_colour"], colour=colour)
+
+    def add(self, pixels: NDArray[np.uint8]) -> None:
+        sums = [_sums(pixels[:, :, c]) for c in range(pixels.shape[2])]
+        self.merge(
+            PixelSums(num_gray=pixels.size, gray=sums[0])
+            if len(sums) == 1
+            else PixelSums(num_colour=pixels.size // 3, colour=sums)
+        )
+
+    def merge(self, other: "PixelSums") -> None:
+        self.num_gray += other.num_gray
+        self.gray = _add(self.gray, other.gray)
+        self.num_colour += other.num_colour
+        self.colour = [_add(a, b) for a, b in zip(self.colour, other.colour)]
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Of each channel on the scale 0 to 1; without colour, of one channel; otherwise gray counts for all."""
+        count = max(1, self.num_gray + self.num_colour)
+        totals = [_add(self.gray, colour) for colour in self.colour] if self.num_colour else [self.gray]
+        means = [total / count for total, _ in totals]
+        variances = [squares / count - mean**2 for (_, squares), mean in zip(totals, means)]
+        return [mean / 255 for mean in means], [max(0.0, v) ** 0.5 / 255 for v in variances]
+
+
+@dataclass(kw_only=True)
+class WrittenShard:
+    split: str
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(kw_only=True)
+class SliceSummary:
+    """What became of a slice."""
+
+    number: int
+    num_entries: int
+    shards: list[WrittenShard] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, PixelSums] = field(default_factory=dict)
+    """By split."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Heights and widths that occur, two at most."""
+    splits: bytearray = field(default_factory=bytearray)
+    """A byte an entry: the split's place in SPLITS, or NO_SPLIT for an image that is not whole."""
+    digests: bytearray = field(default_factory=bytearray)
+    """DIGEST_BYTES an entry: of the sha256 of the image as it was found."""
+
+    @property
+    def num_bad(self) -> int:
+        return sum(self.reasons.values())
+
+    def note(self, split: str | None, digest: bytes = bytes(DIGEST_BYTES)) -> None:
+        """The next entry is a whole image of that split, or none."""
+        self.splits.append(NO_SPLIT if split is None else SPLITS.index(split))
+        self.digests += digest
+
+    def count(self, split: str, pixels: NDArray[np.uint8]) -> None:
+        """The image is in a shard."""
+        self.sums.setdefault(split, PixelSums()).add(pixels)
+        size = pixels.shape[:2]
+        if size not in self.sizes and len(self.sizes) < 2:
+            self.sizes.append(size)
+
+    def to_json(self) -> bytes:
+        values = dataclasses.asdict(self)
+        for name in ("splits", "digests"):
+            values[name] = base64.b64encode(values[name]).decode()
+        return json.dumps(values).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "SliceSummary":
+        values = json.loads(content)
+        for name in ("splits", "digests"):
+            values[name] = bytearray(base64.b64decode(values[name]))
+        values["sizes"] = [tuple(size) for size in values["sizes"]]
+        values["shards"] = [WrittenShard(**shard) for shard in values["shards"]]
+        values["sums"] = {split: PixelSums.from_dict(sums) for split, sums in values["sums"].items()}
+        return cls(**values)
+
+
+def _sums(values: NDArray[np.uint8]) -> tuple[int, int]:
+    """Sum and sum of squares, exact."""
+    counts = np.bincount(values.ravel(), minlength=256)
+    return int(counts @ _LEVELS), int(counts @ _LEVELS**2)
+
+
+def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]

@@ -1,0 +1,52 @@
+"""Small images by number, and `prepare` in this process, without Ray."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import prepare as module
+from pipelines.config import PrepareConfig
+from pipelines.manifest import Manifest
+from pipelines.storage import open_storage
+
+
+@pytest.fixture(scope="session")
+def png() -> Callable[[int], bytes]:
+    """A gray image of 8 x 8 pixels, another for every number."""
+
+    def encoded(number: int) -> bytes:
+        file = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8)).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    return encoded
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Manifest, dict[str, list[dict]]]]:
+    """Prepares a source; its manifest and the rows of each split."""
+
+    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
+        return (module.write_one(row["number"], row["skip"], *arguments) for row in todo)
+
+    def prepare(source: str | Path, out: str = "out", **options: Any) -> tuple[Manifest, dict[str, list[dict]]]:
+        monkeypatch.setattr(module, "ray_session", lambda compute: contextlib.nullcontext())
+        monkeypatch.setattr(module, "_run", run)
+        config = PrepareConfig(**{"val_fraction": 0, "rows_per_shard": 6, "rows_per_group": 2, **options})
+        manifest = module.prepare(str(source), str(tmp_path / out), config)
+        storage, rows = open_storage(tmp_path / out), {}
+        for name, split in manifest.splits.items():
+            tables = [pq.read_table(storage.open_input(shard.path)) for shard in split.shards]
+            rows[name] = [row for table in tables for row in table.to_pylist()]
+        assert not (tmp_path / out / ".prepare").exists()
+        return manifest, rows
+
+    return prepare
