@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 64_000_000
@@ -186,16 +187,16 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def crop_resize(pixels: Pixels, box: tuple[int, int, int, int], flip: bool, out_hw: tuple[int, int]) -> Pixels:
+def crop_resize(pixels: Pixels, box: Box, flip: bool, out_hw: tuple[int, int]) -> Pixels:
     """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`."""
     top, left, height, width = box
     found = pixels[top : top + height, left : left + width]
-    if (height, width) != out_hw:
-        found = _resize(found, out_hw)
-    return found[:, ::-1] if flip else found
+    if (height, width) == out_hw:
+        return found[:, ::-1] if flip else found
+    return _resize(found, flip, out_hw)
 
 
-def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+def _resize(pixels: Pixels, flip: bool, out_hw: tuple[int, int]) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
@@ -204,7 +205,8 @@ def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     height, width, channels = pixels.shape
     tensor = torch.from_numpy(pixels.copy()).reshape(1, height, width, channels).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
-    return resized.permute(0, 2, 3, 1)[0].numpy()
+    # Copying a mirrored view with numpy takes longer than the resizing.
+    return (resized.flip(3) if flip else resized).permute(0, 2, 3, 1)[0].numpy()
 
 
 def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:

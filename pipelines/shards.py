@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mae_core.randomness import Purpose, uniform_numpy
 from pipelines.config import PrepareConfig
 from pipelines.decode import decode, inspect
+from pipelines.encode import encode
 from pipelines.storage import Storage
 
 SCHEMA = pa.schema(
@@ -190,13 +191,14 @@ def _examine(part: Slice, position: int, content: bytes | None, config: PrepareC
         share = uniform_numpy(config.seed, Purpose.HOLDOUT, int.from_bytes(sha256[:8], "little"))
         split = "val" if share < config.val_fraction else split
     label = part.labels[position]
+    stored = encode(content, header, pixels, config.encode)
     values = (
-        content,
+        stored.content,
         None if label < 0 else label,
-        header.height_px,
-        header.width_px,
-        header.orientation,
-        None,
+        stored.height_px,
+        stored.width_px,
+        stored.orientation,
+        stored.segment_offsets,
         _text(part.paths[position]),
     )
     return _Row(position, split, sha256[:DIGEST_BYTES], values, pixels)
