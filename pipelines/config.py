@@ -19,6 +19,25 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """What is stored of an image."""
+
+    kind: Literal["restarts", "keep", "shrink"] = "restarts"
+    """restarts: a JPEG gets restart markers, without a change of any pixel, so that training decodes only the part
+    under a crop; keep: the original bytes; shrink: a larger image becomes a JPEG of short_side_px at `quality`."""
+    short_side_px: int = 320
+    """Short side of what shrink stores; images that are no larger are stored as with restarts."""
+    quality: int = 92
+    """JPEG quality of what shrink stores."""
+
+    def __post_init__(self) -> None:
+        if self.short_side_px < 1:
+            raise ValueError(f"short_side_px {self.short_side_px} is below 1; try 320")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality {self.quality} is outside 1 to 100; try 92")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """How images become shards and a manifest."""
 
@@ -40,6 +59,8 @@ class PrepareConfig:
     """Share of images that may be in quarantine; more end the job."""
     seed: int = 0
     """Seed of the hash that holds out `val`."""
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    """What is stored of an image."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:

@@ -4,6 +4,7 @@ The header is read and judged first: a small file can claim more pixels than mem
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 64_000_000
@@ -25,8 +27,16 @@ _EXIF_ORIENTATION = 0x0112
 # Resizing for evaluation covers 256/224 of the input and crops its centre.
 _EVALUATION_COVER = 256 / 224
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+_MAX_TEXT_BYTES = 4 * 2**20
+_MAX_PNG_CHUNKS = 100_000
+_MAX_JPEG_SCANS = 100
+
 # `inspect` applies our own limit before anything is decoded; Pillow's fixed one would refuse what a user allowed.
 Image.MAX_IMAGE_PIXELS = None
+# Of all text of one file, unpacked: Pillow would take 64 MB.
+PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,30 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     empty or unknown files, more than `max_pixels`, animations, and pixels that have no meaning in 8 bits."""
     if not content:
         raise ValueError("empty file")
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        # Each is decoded over the whole image, so that a few kB could take minutes.
+        raise ValueError(f"too many scans: more than {_MAX_JPEG_SCANS}")
+    may_turn = _png_may_turn(content) if content.startswith(_PNG_SIGNATURE) else True
     with _opened(content, "damaged header") as image:
-        return _header(image, max_pixels)
+        return _header(image, max_pixels, may_turn)
+
+
+def _png_may_turn(content: bytes) -> bool:
+    """Whether a PNG has chunks that could hold an orientation: Pillow decodes the whole image to look for one.
+
+    Raises ValueError for more text than a picture needs, before anyone copies or unpacks it.
+    """
+    at, text_bytes, may_turn = len(_PNG_SIGNATURE), 0, False
+    for _ in range(_MAX_PNG_CHUNKS):
+        if at + 8 > len(content):
+            return may_turn
+        size, kind = struct.unpack_from(">I4s", content, at)
+        at += 12 + size
+        text_bytes += size if kind in _PNG_TEXT else 0
+        may_turn |= kind in _PNG_TEXT or kind == b"eXIf"
+        if text_bytes > _MAX_TEXT_BYTES:
+            raise ValueError(f"too much text: more than {_MAX_TEXT_BYTES} bytes beside the pixels")
+    raise ValueError(f"too many chunks: more than {_MAX_PNG_CHUNKS}")
 
 
 @contextmanager
@@ -67,7 +99,7 @@ class _Refused(Exception):
     """An image that is whole but not wanted."""
 
 
-def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
+def _header(image: Image.Image, max_pixels: int, may_turn: bool) -> ImageHeader:
     width, height = image.size
     if width * height > max_pixels:
         raise _Refused(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
@@ -75,10 +107,10 @@ def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
         raise _Refused(f"no pixels: {width} x {height}")
     # Cameras write MPO, a JPEG with further pictures behind it: its first is the photograph.
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise _Refused(f"animated or several pages: {getattr(image, 'n_frames', 2)} frames")
+        raise _Refused("animated or several pages")
     if image.mode not in _MODES:
         raise _Refused(f"unsupported pixels: mode {image.mode}")
-    orientation = _orientation(image)
+    orientation = _orientation(image) if may_turn else 1
     if orientation >= 5:
         width, height = height, width
     return ImageHeader(
@@ -155,16 +187,16 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def crop_resize(pixels: Pixels, box: tuple[int, int, int, int], flip: bool, out_hw: tuple[int, int]) -> Pixels:
+def crop_resize(pixels: Pixels, box: Box, flip: bool, out_hw: tuple[int, int]) -> Pixels:
     """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`."""
     top, left, height, width = box
     found = pixels[top : top + height, left : left + width]
-    if (height, width) != out_hw:
-        found = _resize(found, out_hw)
-    return found[:, ::-1] if flip else found
+    if (height, width) == out_hw:
+        return found[:, ::-1] if flip else found
+    return _resize(found, flip, out_hw)
 
 
-def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+def _resize(pixels: Pixels, flip: bool, out_hw: tuple[int, int]) -> Pixels:
     import torch
     from torch.nn.functional import interpolate
 
@@ -173,7 +205,8 @@ def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     height, width, channels = pixels.shape
     tensor = torch.from_numpy(pixels.copy()).reshape(1, height, width, channels).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
-    return resized.permute(0, 2, 3, 1)[0].numpy()
+    # Copying a mirrored view with numpy takes longer than the resizing.
+    return (resized.flip(3) if flip else resized).permute(0, 2, 3, 1)[0].numpy()
 
 
 def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from mae_core.randomness import Purpose, uniform_numpy
 from pipelines.config import PrepareConfig
-from pipelines.decode import ImageHeader, decode, inspect
+from pipelines.decode import decode, inspect
+from pipelines.encode import encode
 from pipelines.slices import Slice
 from pipelines.sources import Place
 from pipelines.sources.reading import Content
@@ -94,22 +95,6 @@ def _write_quarantine(rows: list[tuple[str, str, int, bytes]], path: str, out: S
             pq.write_table(pa.Table.from_arrays(columns, schema=QUARANTINE_SCHEMA), file)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """An image as a shard holds it; height and width are those of the upright image."""
-
-    image: bytes
-    height_px: int
-    width_px: int
-    orientation: int
-    segment_offsets: list[int] | None = None
-
-
-def _stored(content: bytes, header: ImageHeader, pixels: NDArray[np.uint8], config: PrepareConfig) -> _Stored:
-    """The bytes that a shard holds of an image. This is the one place that decides them."""
-    return _Stored(content, header.height_px, header.width_px, header.orientation)
-
-
 def _examine(part: Slice, position: int, content: Content, config: PrepareConfig) -> _Row:
     """The row of a whole image. Raises ValueError with the reason for quarantine."""
     if isinstance(content, ValueError):
@@ -122,9 +107,9 @@ def _examine(part: Slice, position: int, content: Content, config: PrepareConfig
         share = uniform_numpy(config.seed, Purpose.HOLDOUT, int.from_bytes(sha256[:8], "little"))
         split = "val" if share < config.val_fraction else split
     label = part.labels[position]
-    stored = _stored(content, header, pixels, config)
+    stored = encode(content, header, pixels, config.encode)
     values = (
-        stored.image,
+        stored.content,
         None if label < 0 else label,
         stored.height_px,
         stored.width_px,

@@ -17,12 +17,13 @@ from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import AugmentConfig, Size
 from mae_core.randomness import Purpose, seed_of
 from pipelines.decode import crop_resize, decode, evaluation_view
+from pipelines.jpeg_slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = ["image", "label", "height_px", "width_px", "orientation"]
+_COLUMNS = ["image", "label", "height_px", "width_px", "orientation", "segment_offsets"]
 _READ_THREADS = 4
 
 
@@ -135,6 +136,8 @@ class _Samples:
     heights_px: Ids
     widths_px: Ids
     orientations: list[int]
+    segment_offsets: list[NDArray[np.int32]]
+    """Of sliceable JPEGs; empty for other images."""
 
 
 def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
@@ -145,6 +148,8 @@ def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: ran
     order = np.argsort(np.concatenate([read.slots for read in reads]), kind="stable")
     table = pa.concat_tables(tables).combine_chunks()
     images = table["image"].to_pylist()
+    lists = table["segment_offsets"].combine_chunks()
+    offsets = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().fill_null(0).to_numpy())[:-1])
 
     def column(name: str) -> Ids:
         return table[name].fill_null(-1).to_numpy().astype(np.int64)[order]
@@ -156,6 +161,7 @@ def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: ran
         heights_px=column("height_px"),
         widths_px=column("width_px"),
         orientations=column("orientation").tolist(),
+        segment_offsets=[offsets[i] for i in order.tolist()],
     )
 
 
@@ -202,14 +208,16 @@ class _Views:
 
     def _pixels(self, place: int) -> NDArray[np.uint8]:
         transform, samples = self._transform, self._samples
-        pixels = decode(samples.images[place], transform.channels, samples.orientations[place])
-        if not transform.train:
-            return evaluation_view(pixels, transform.image_px)
+        content, orientation = samples.images[place], samples.orientations[place]
         if self._crops:
-            pixels = crop_resize(pixels, self._boxes[place], self._flips[place], transform.image_px)
+            offsets, box = samples.segment_offsets[place], tuple(self._boxes[place])
+            pixels, box = decode_crop(content, transform.channels, orientation, offsets, box)
+            pixels = crop_resize(pixels, box, self._flips[place], transform.image_px)
         else:
-            pixels = evaluation_view(pixels, transform.image_px)
-            pixels = pixels[:, ::-1] if self._flips[place] else pixels
+            pixels = evaluation_view(decode(content, transform.channels, orientation), transform.image_px)
+            pixels = pixels[:, ::-1] if transform.train and self._flips[place] else pixels
+        if not transform.train:
+            return pixels
         if transform.augment.rand_augment:
             key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), 0)
             pixels = _rand_augment(pixels, transform.augment.rand_augment, key)
