@@ -101,6 +101,10 @@ class ModelConfig:
     """Where mask tokens enter; the encoder costs 3x the time and loses accuracy (Table 1c)."""
     target: Literal["norm_pixels", "pixels"] = "norm_pixels"
     """What is predicted: pixels, or pixels normalised within each patch (Table 1d)."""
+    decoder_attention: Literal["self", "cross"] = "self"
+    """self: all tokens see each other (the paper); cross: each mask token sees the visible ones alone (CrossMAE)."""
+    predicted_share: float = 1.0
+    """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all of them."""
 
     def __post_init__(self) -> None:
         grid = self.grid
@@ -127,6 +131,13 @@ class ModelConfig:
                 f"decoder width {self.decoder_width} must be a multiple of 4 and of its {self.decoder_heads} heads; "
                 f"try {max(4, self.decoder_heads) * 32}"
             )
+        if self.decoder_attention == "cross" and self.mask_token_in == "encoder":
+            raise ValueError(
+                "decoder_attention cross has mask tokens ask the visible ones, but mask_token_in is encoder; "
+                "try mask_token_in decoder"
+            )
+        if not 0 < self.predicted_share <= 1:
+            raise ValueError(f"predicted_share {self.predicted_share} is outside (0, 1]; try 0.3333, or 1 for all")
 
     @property
     def patch_px(self) -> int:
@@ -147,6 +158,11 @@ class ModelConfig:
         if self.mask.kind == "grid":
             return self.num_patches // self.mask.grid_cell() ** 2
         return num_visible(self.num_patches, self.mask.ratio)
+
+    @property
+    def num_predicted(self) -> int:
+        """Hidden patches that a training step predicts: the share rounded, and at least one."""
+        return max(1, round(self.predicted_share * (self.num_patches - self.num_visible)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""The decoder: a few light blocks over all tokens, read out where patches are hidden (section 3)."""
+"""The decoder: a few light blocks that predict what is hidden from what is visible (section 3).
+
+Either all tokens see each other, as in the paper, or each mask token sees the visible ones alone (cross-attention, Fu
+et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders"), so that those not asked for cost nothing.
+"""
 
 from typing import cast
 
@@ -21,6 +25,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.decoder_width
+        self.is_cross = config.decoder_attention == "cross"
         self.embed = nn.Linear(parse_arch(config.arch).width, width)
         # Where mask tokens entered the encoder already, what it made of them takes this one's place.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.mask_token_in == "decoder" else None
@@ -35,40 +40,59 @@ class Decoder(nn.Module):
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Float[Tensor, "batch tokens features"], mask: Mask) -> Float[Tensor, "batch hidden dim"]:
-        """The hidden patches' predicted values, in the order of `mask.hidden_ids`.
+    def forward(
+        self, latent: Float[Tensor, "batch tokens features"], mask: Mask
+    ) -> Float[Tensor, "batch predicted dim"]:
+        """The predicted values of the hidden patches asked for, in the order of `mask.predicted_ids`."""
+        tokens = self._cross(latent, mask) if self.is_cross else self._self(latent, mask)
+        return self.pred(self.norm(tokens))
 
-        Tokens stand in the order class, visible, hidden: attention does not mind, and each brings its position along.
+    def _self(self, latent: Tensor, mask: Mask) -> Tensor:
+        """Tokens stand in the order class, visible, hidden: attention does not mind, and each brings its position.
+
+        The last block's queries, projection and MLP are those of predicted tokens only.
         """
-        tokens = self.tokens(latent, mask)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
-        hidden = last_block(cast(Block, self.blocks[-1]), tokens, first=1 + mask.visible_ids.shape[1])
-        return self.pred(self.norm(hidden))
-
-    def tokens(self, latent: Tensor, mask: Mask) -> Tensor:
-        """The first block's input [batch, 1 + num_patches, width]."""
-        positions = self.pos_embed[0]
-        embedded = self.embed(latent)
         shown_ids = mask.visible_ids + 1
         if self.mask_token is None:
             shown_ids = torch.cat([shown_ids, mask.hidden_ids + 1], dim=1)
-        tokens = embedded + F.embedding(F.pad(shown_ids, (1, 0)), positions)
-        if self.mask_token is None:
-            return tokens
-        return torch.cat([tokens, self.mask_token + F.embedding(mask.hidden_ids + 1, positions)], dim=1)
+        tokens = self._placed(latent, shown_ids)
+        if self.mask_token is not None:
+            tokens = torch.cat([tokens, self._asking(mask.hidden_ids)], dim=1)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        last = cast(Block, self.blocks[-1])
+        first = 1 + mask.visible_ids.shape[1] + mask.predicted_from
+        normed = last.norm1(tokens)
+        return _attend(last, tokens[:, first:], normed[:, first:], normed)
+
+    def _cross(self, latent: Tensor, mask: Mask) -> Tensor:
+        """Mask tokens after all blocks; class and visible tokens are what every block asks, and stay as they are."""
+        shown = self._placed(latent, mask.visible_ids + 1)
+        tokens = self._asking(mask.predicted_ids)
+        for module in self.blocks:
+            block = cast(Block, module)
+            tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(shown))
+        return tokens
+
+    def _placed(self, latent: Tensor, ids: Tensor) -> Tensor:
+        """The encoder's tokens in the decoder's width at their positions; the class token's is 0."""
+        return self.embed(latent) + F.embedding(F.pad(ids, (1, 0)), self.pos_embed[0])
+
+    def _asking(self, ids: Tensor) -> Tensor:
+        """Mask tokens at the positions of these patches."""
+        assert self.mask_token is not None
+        return self.mask_token + F.embedding(ids + 1, self.pos_embed[0])
 
 
-def last_block(block: Block, tokens: Tensor, first: int) -> Tensor:
-    """`block(tokens)[:, first:]`, computing queries, projection and MLP for those tokens only."""
+def _attend(block: Block, tokens: Tensor, normed: Tensor, context: Tensor) -> Tensor:
+    """`block` for these tokens, with keys and values from the context; both normed by the block's first norm."""
     attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
     width, heads = tokens.shape[2], attention.num_heads
     weight_q, weight_kv = attention.qkv.weight.split([width, 2 * width])
     bias_q, bias_kv = attention.qkv.bias.split([width, 2 * width])
-    normed = block.norm1(tokens)
-    query = F.linear(normed[:, first:], weight_q, bias_q).unflatten(2, (heads, -1)).transpose(1, 2)
-    key_value = F.linear(normed, weight_kv, bias_kv).unflatten(2, (2, heads, -1))
+    query = F.linear(normed, weight_q, bias_q).unflatten(2, (heads, -1)).transpose(1, 2)
+    key_value = F.linear(context, weight_kv, bias_kv).unflatten(2, (2, heads, -1))
     key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    kept = tokens[:, first:] + attention.proj(mixed)
+    kept = tokens + attention.proj(mixed)
     return kept + mlp(block.norm2(kept))

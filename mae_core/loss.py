@@ -16,9 +16,9 @@ def targets(
     mask: Mask,
     patch_px: int,
     kind: Literal["norm_pixels", "pixels"],
-) -> Float[Tensor, "batch hidden dim"]:
-    """The hidden patches' values; for norm_pixels normalised by each patch's own mean and deviation (Table 1d)."""
-    pixels = gather_patches(images, mask.hidden_ids, patch_px)
+) -> Float[Tensor, "batch predicted dim"]:
+    """The predicted patches' values; for norm_pixels normalised by each patch's own mean and deviation (Table 1d)."""
+    pixels = gather_patches(images, mask.predicted_ids, patch_px)
     return pixels if kind == "pixels" else normalize(pixels)
 
 
@@ -30,7 +30,7 @@ def normalize(pixels: Float[Tensor, "batch num dim"]) -> Float[Tensor, "batch nu
 
 
 def masked_mse(
-    pred: Float[Tensor, "batch hidden dim"], target: Float[Tensor, "batch hidden dim"]
+    pred: Float[Tensor, "batch predicted dim"], target: Float[Tensor, "batch predicted dim"]
 ) -> Float[Tensor, "batch"]:
-    """Each sample's mean squared error over its hidden patches, in the target's precision."""
+    """Each sample's mean squared error over its predicted patches, in the target's precision."""
     return (pred.to(target.dtype) - target).square().mean(dim=(1, 2))

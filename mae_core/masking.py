@@ -1,5 +1,6 @@
 """Which patches are hidden: uniformly at random, in blocks, or on a grid (section 3, Figure 6)."""
 
+import dataclasses
 from dataclasses import dataclass
 from math import log
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from mae_core.config import MaskConfig, Size, num_visible
+from mae_core.config import MaskConfig, ModelConfig, Size, num_visible
 from mae_core.randomness import Purpose, hash64, uniform
 
 # Block masks after BEiT (Bao et al. 2021, Algorithm 1): its rectangles cover at least 16 of 196 patches and are at most
@@ -19,10 +20,20 @@ _NUM_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Mask:
-    """The visible and the hidden patches of every sample, each in ascending order."""
+    """The visible and the hidden patches of every sample, in ascending order.
+
+    Where a step predicts some of the hidden patches only, they are the last: `hidden_ids[:, predicted_from:]`, in
+    ascending order like those before them.
+    """
 
     visible_ids: Int64[Tensor, "batch visible"]
     hidden_ids: Int64[Tensor, "batch hidden"]
+    predicted_from: int = 0
+
+    @property
+    def predicted_ids(self) -> Int64[Tensor, "batch predicted"]:
+        """Hidden patches whose prediction is asked for; all of them unless some were chosen."""
+        return self.hidden_ids[:, self.predicted_from :]
 
     @property
     def num_patches(self) -> int:
@@ -35,7 +46,7 @@ class Mask:
 
     def to(self, device: torch.device | str) -> "Mask":
         """The mask on another device."""
-        return Mask(self.visible_ids.to(device), self.hidden_ids.to(device))
+        return dataclasses.replace(self, visible_ids=self.visible_ids.to(device), hidden_ids=self.hidden_ids.to(device))
 
 
 def mask_from_noise(noise: Shaped[Tensor, "batch num"], num_visible: int) -> Mask:
@@ -55,6 +66,34 @@ def sample_masks(
         noise_of = _block_noise if config.kind == "block" else _random_noise
         noise = noise_of(grid, visible, seed, epoch, sample_ids, view)
     return mask_from_noise(noise, visible)
+
+
+def training_masks(
+    config: ModelConfig, *, seed: int, epoch: int, sample_ids: Int64[Tensor, "batch"], masks_per_image: int = 1
+) -> Mask:
+    """The masks of one training step, with the patches to predict chosen; rows run over the samples, then over views.
+
+    A further view of a sample is another mask of it, as independent of the first as the next epoch's.
+    """
+    views = []
+    for view in range(masks_per_image):
+        mask = sample_masks(config.mask, config.grid, seed=seed, epoch=epoch, sample_ids=sample_ids, view=view)
+        if config.predicted_share < 1:
+            noise = hash64(seed, Purpose.PREDICT, epoch, sample_ids[:, None], view, mask.hidden_ids)
+            mask = choose_predicted(mask, noise, config.num_predicted)
+        views.append(mask)
+    if masks_per_image == 1:
+        return views[0]
+    visible_ids, hidden_ids = torch.cat([v.visible_ids for v in views]), torch.cat([v.hidden_ids for v in views])
+    return dataclasses.replace(views[0], visible_ids=visible_ids, hidden_ids=hidden_ids)
+
+
+def choose_predicted(mask: Mask, noise: Shaped[Tensor, "batch hidden"], num_predicted: int) -> Mask:
+    """The mask that asks for the `num_predicted` hidden patches with the most noise."""
+    first = mask.hidden_ids.shape[1] - num_predicted
+    shuffled = mask.hidden_ids.gather(1, noise.argsort(dim=1, stable=True))
+    parts = shuffled[:, :first].sort(dim=1).values, shuffled[:, first:].sort(dim=1).values
+    return dataclasses.replace(mask, hidden_ids=torch.cat(parts, dim=1), predicted_from=first)
 
 
 def _random_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:

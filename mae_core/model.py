@@ -28,14 +28,14 @@ class MAE(nn.Module):
             self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
 
     def forward(self, images: Float[Tensor, "batch channels height width"], mask: Mask) -> Float[Tensor, "batch"]:
-        """Each sample's loss, over hidden patches only."""
+        """Each sample's loss, over the predicted ones of its hidden patches only."""
         target = targets(images, mask, self.config.patch_px, self.config.target)
         return masked_mse(self.predict(images, mask), target)
 
     def predict(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask
-    ) -> Float[Tensor, "batch hidden dim"]:
-        """Hidden patches as the model imagines them, in the order of `mask.hidden_ids` and the units of its target."""
+    ) -> Float[Tensor, "batch predicted dim"]:
+        """Hidden patches as the model imagines them, in the order of `mask.predicted_ids`, in units of its target."""
         return self.decoder(encode(self.encoder, images, mask, self.mask_token), mask)
 
     @torch.no_grad()
@@ -48,6 +48,7 @@ class MAE(nn.Module):
         patches nearby, so that nothing hidden leaks into the picture. The alternative, common elsewhere, is to borrow
         the hidden patches' true statistics: a crisper picture, of which the model has predicted only a part.
         """
+        assert mask.predicted_from == 0, "a picture shows all that is hidden"
         config = self.config
         patches = patchify(images, config.patch_px)
         predicted = self.predict(images, mask).to(images.dtype)

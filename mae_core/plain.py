@@ -1,8 +1,12 @@
 """The paper computed as it is written, over all patches and all tokens: what the fast path must equal."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from mae_core.loss import normalize
 from mae_core.masking import Mask
@@ -16,8 +20,8 @@ def plain_loss(mae: MAE, images: Float[Tensor, "batch channels height width"], m
     if mae.config.target == "norm_pixels":
         target = normalize(target)
     error = (plain_predict(mae, images, mask) - target).square().mean(dim=-1)
-    hidden = mask.is_hidden().to(error.dtype)
-    return (error * hidden).sum(dim=1) / hidden.sum(dim=1)
+    counted = torch.zeros_like(error).scatter_(1, mask.predicted_ids, 1.0)
+    return (error * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def plain_predict(
@@ -35,6 +39,8 @@ def plain_predict(
         embedded = gather(embedded, mask.visible_ids)
     class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
     latent = decoder.embed(vit.norm(vit.blocks(torch.cat([class_token, embedded], dim=1))))
+    if decoder.is_cross:
+        return _cross_predict(mae, latent, mask)
     tokens = latent[:, 1:]
     if decoder.mask_token is not None:
         mask_tokens = decoder.mask_token.expand(len(images), mask.hidden_ids.shape[1], -1)
@@ -44,3 +50,34 @@ def plain_predict(
     for block in decoder.blocks:
         tokens = block(tokens)
     return decoder.pred(decoder.norm(tokens))[:, 1:]
+
+
+def _cross_predict(mae: MAE, latent: Tensor, mask: Mask) -> Tensor:
+    """A mask token for every patch, even visible ones, asks the whole image, of which only visible tokens answer."""
+    decoder = mae.decoder
+    assert decoder.mask_token is not None
+    positions = decoder.pos_embed.expand(len(latent), -1, -1)
+    placed = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent), latent[:, 1:])
+    shown = torch.cat([latent[:, :1], placed[:, 1:]], dim=1) + positions
+    answers = torch.nn.functional.pad(~mask.is_hidden(), (1, 0), value=True)[:, None, None]
+    tokens = decoder.mask_token + positions[:, 1:]
+    for module in decoder.blocks:
+        block = cast(Block, module)
+        attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
+        tokens = tokens + _cross_attention(attention, block.norm1(tokens), block.norm1(shown), answers)
+        tokens = tokens + mlp(block.norm2(tokens))
+    return decoder.pred(decoder.norm(tokens))
+
+
+def _slots(ids: Tensor, latent: Tensor) -> Tensor:
+    return (ids + 1)[..., None].expand(-1, -1, latent.shape[2])
+
+
+def _cross_attention(attention: Attention, tokens: Tensor, shown: Tensor, answers: Tensor) -> Tensor:
+    """Softmax attention written out, with the weights of queries, keys and values apart."""
+    heads = attention.num_heads
+    sides = zip((tokens, shown, shown), attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3))
+    query, key, value = ((x @ w.T + b).unflatten(2, (heads, -1)).transpose(1, 2) for x, w, b in sides)
+    scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+    shares = scores.masked_fill(~answers, float("-inf")).softmax(dim=3)
+    return attention.proj((shares @ value).transpose(1, 2).flatten(2))

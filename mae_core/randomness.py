@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     HOLDOUT = 10
     INIT = 11
     SUBSET = 12
+    PREDICT = 13
 
 
 def hash64(seed: int, purpose: Purpose, *counters: Int[Tensor, "..."] | int) -> Int64[Tensor, "..."]:

@@ -14,8 +14,15 @@ def pretrain_loss(
     mask: Mask,
     weights: Float[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
-    """The weighted sum of the samples' losses; placeholders have weight 0."""
-    return (mae(images, mask) * weights).sum()
+    """The weighted sum of the samples' losses; placeholders have weight 0.
+
+    Where there are several masks for each image (`training_masks`), a sample's loss is their mean.
+    """
+    views = len(mask.visible_ids) // len(images)
+    if views == 1:
+        return (mae(images, mask) * weights).sum()
+    losses = mae(images.repeat(views, 1, 1, 1), mask).unflatten(0, (views, -1))
+    return (losses.mean(dim=0) * weights).sum()
 
 
 def classify_loss(

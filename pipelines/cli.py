@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mae_core.bench.config import StepConfig
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -128,6 +129,12 @@ def _doctor(call: Invocation) -> dict[str, Any]:
     return doctor()
 
 
+def _bench_step(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.step import run
+
+    return run(call.config)
+
+
 def _config(call: Invocation) -> dict[str, Any]:
     return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
 
@@ -176,6 +183,11 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         help="What would be used (Ray, MLflow, storage), and whether it answers.", config=None, run=_doctor
     ),
+    "bench step": Command(
+        help="Training steps a second, beside the plain computation and transformers.",
+        config=StepConfig,
+        run=_bench_step,
+    ),
     "config": Command(
         help="The whole config that a preset and overrides come to.",
         config=None,
@@ -219,6 +231,8 @@ def parse(argv: Sequence[str]) -> Invocation:
         print(_overview())
         raise SystemExit(0)
     name = rest.pop(0)
+    if any(known.startswith(f"{name} ") for known in COMMANDS) and rest:
+        name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"

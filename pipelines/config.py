@@ -205,6 +205,8 @@ class PretrainConfig:
     """Seed of initial weights, order, crops and masks."""
     epochs: int = 800
     """Passes over the training split."""
+    masks_per_image: int = 1
+    """Masks that a step learns from for each decoded image; every count stays one of masked images (`reading`)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset and batch."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -225,6 +227,36 @@ class PretrainConfig:
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
                 raise ValueError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
+        if self.masks_per_image < 1:
+            raise ValueError(f"masks_per_image {self.masks_per_image} is below 1; try 4, or 1 for the paper's")
+        for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
+            if count % self.masks_per_image:
+                raise ValueError(
+                    f"{name} {count} is not a multiple of masks_per_image {self.masks_per_image}; "
+                    f"try {-(-count // self.masks_per_image) * self.masks_per_image}"
+                )
+
+    @property
+    def reading(self) -> "PretrainConfig":
+        """The same run counted in decoded images: a pass over them is as many epochs as each has masks.
+
+        Steps, masked images a step, learning rates and, in samples, every duration are those of the recipe.
+        """
+        views = self.masks_per_image
+        if views == 1:
+            return self
+        data, optim, replace = self.data, self.optim, dataclasses.replace
+        return replace(
+            self,
+            epochs=self.epochs // views,
+            masks_per_image=1,
+            data=replace(data, batch=data.batch // views, micro_batch=data.micro_batch // views),
+            optim=replace(optim, base_lr=optim.base_lr * views, warmup_epochs=optim.warmup_epochs / views),
+            checkpoint=replace(self.checkpoint, every_epochs=self.checkpoint.every_epochs / views),
+            tracking=replace(
+                self.tracking, pictures_every_epochs=max(1, round(self.tracking.pictures_every_epochs / views))
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,14 @@ def set_up_logging() -> None:
 
 
 def print_result(command: str, result: dict[str, Any], *, as_json: bool) -> None:
-    """The result stands on stdout: one JSON object, or what a person reads (`text`, or a line a field)."""
-    if as_json:
+    """The result stands on stdout: one JSON object, or what a person reads (`text`, or a line a field).
+
+    A result of several equals (`objects`) is one JSON object a line.
+    """
+    if as_json and "objects" in result:
+        for found in result["objects"]:
+            print(json.dumps(found))
+    elif as_json:
         print(json.dumps({key: value for key, value in result.items() if key != "text"}))
     elif "text" in result:
         print(result["text"])

@@ -151,7 +151,7 @@ def _following(task: Task, folder: RunFolder, run: registry.Run, *, shows: bool)
     with ExitStack() as stack:
         display = None
         if shows:
-            total = task.job.config.epochs * train_plan(task.job, task.manifest).steps_per_epoch
+            total = task.job.reading.epochs * train_plan(task.job, task.manifest).steps_per_epoch
             display = stack.enter_context(ProgressDisplay(task.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))

@@ -31,6 +31,11 @@ class PretrainJob:
         """Image side in px and channels."""
         return self.config.model.image_px, self.config.model.channels
 
+    @property
+    def reading(self) -> PretrainConfig:
+        """The config whose epochs and batches count decoded images."""
+        return self.config.reading
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyJob:
@@ -52,6 +57,11 @@ class ClassifyJob:
     def input(self) -> tuple[Size, int]:
         """Image side in px and channels."""
         return self.image_px, self.channels
+
+    @property
+    def reading(self) -> ClassifyConfig:
+        """The config whose epochs and batches count decoded images: any classifier's."""
+        return self.config
 
     @property
     def caches_features(self) -> bool:
@@ -194,7 +204,7 @@ def train_index(job: Job, manifest: Manifest) -> Index:
 
 def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
     """The order in which the job visits its training rows."""
-    data = job.config.data
+    data = job.reading.data
     return EpochPlan(
         index=train_index(job, manifest),
         seed=job.config.seed,
@@ -208,7 +218,7 @@ def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
 
 def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
     """The whole split in storage order, in micro-batches, padded to the number of workers."""
-    compute, data = job.config.compute, job.config.data
+    compute, data = job.config.compute, job.reading.data
     return EpochPlan(
         index=train_index(job, manifest) if split == "train" else Index.from_manifest(manifest, split),
         seed=job.config.seed,
@@ -222,7 +232,7 @@ def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
 
 def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[str]) -> list[Phase]:
     """What remains of the job after `first_step` steps; a pure function, so that driver and workers agree."""
-    total = job.config.epochs * steps_per_epoch
+    total = job.reading.epochs * steps_per_epoch
     if isinstance(job, PretrainJob):
         return (
             [Phase(kind="train", split="train", first_step=first_step, last_step=total)] if first_step < total else []

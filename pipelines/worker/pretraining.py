@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
-from mae_core.masking import sample_masks
+from mae_core.masking import training_masks
 from mae_core.model import MAE, build_mae
 from mae_core.state import model_tensors, pack
 from mae_core.step import pretrain_loss
@@ -28,15 +28,15 @@ _NUM_PICTURED = 8
 
 def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """The model is pretrained and exported; returns what the run found."""
-    config = job.config
+    config, reading = job.config, job.reading
     plan = train_plan(job, read_manifest(open_storage(config.data.uri)))
     mae = build_mae(config.model, config.seed)
-    total = config.epochs * plan.steps_per_epoch
-    state = TrainState.of(config, mae, rank.parallel(mae), plan.steps_per_epoch)
+    total = reading.epochs * plan.steps_per_epoch
+    state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
-    warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    warm_up(state, rank, MicroBatch.blank(reading.data.micro_batch, *job.input).to(rank.device), loss_of)
     recorder = Recorder.of(
-        config, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
+        reading, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
     )
     if checkpoint:
         recorder.resume(checkpoint)
@@ -49,12 +49,16 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
 
 
 def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
-    config = job.config.model
+    config = job.config
 
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
         images = pixels_to_input(batch.images, job.pixels)
-        mask = sample_masks(
-            config.mask, config.grid, seed=job.config.seed, epoch=step // steps_per_epoch, sample_ids=batch.ids
+        mask = training_masks(
+            config.model,
+            seed=config.seed,
+            epoch=step // steps_per_epoch,
+            sample_ids=batch.ids,
+            masks_per_image=config.masks_per_image,
         )
         with rank.autocast():
             return pretrain_loss(model, images, mask, batch.weights)

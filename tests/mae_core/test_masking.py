@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_core.config import MaskConfig
-from mae_core.masking import Mask, mask_from_noise, sample_masks
+from mae_core.config import MaskConfig, ModelConfig
+from mae_core.masking import Mask, mask_from_noise, sample_masks, training_masks
 
 GRID = (14, 14)
 
@@ -80,3 +80,47 @@ def test_a_grid_mask_shows_one_patch_a_cell(ratio, cell, grid):
     mask = masks(MaskConfig(kind="grid", ratio=ratio), grid)
     shown = ~mask.is_hidden().reshape(-1, grid[0] // cell, cell, grid[1] // cell, cell)
     assert (shown.sum(dim=(2, 4)) == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+def test_the_predicted_are_some_of_the_hidden_and_chosen_anew(kind):
+    config = ModelConfig(mask=MaskConfig(kind=kind), predicted_share=1 / 3)
+    ids = torch.arange(8)
+    mask = training_masks(config, seed=0, epoch=0, sample_ids=ids)
+    every = sample_masks(config.mask, GRID, seed=0, epoch=0, sample_ids=ids)
+    assert mask.predicted_ids.shape == (8, config.num_predicted) == (8, 49)
+    assert torch.equal(mask.hidden_ids.sort(dim=1).values, every.hidden_ids)
+    assert torch.equal(mask.visible_ids, every.visible_ids)
+    assert (mask.predicted_ids.diff(dim=1) > 0).all()
+    for other in ({"seed": 1, "epoch": 0}, {"seed": 0, "epoch": 1}):
+        assert (training_masks(config, sample_ids=ids, **other).predicted_ids != mask.predicted_ids).any(dim=1).all()
+
+
+def test_the_predicted_are_hidden_patches_equally_often():
+    config = ModelConfig(mask=MaskConfig(kind="grid"), predicted_share=1 / 3)
+    mask = training_masks(config, seed=0, epoch=0, sample_ids=torch.arange(4000))
+    share = torch.zeros(4000, 196).scatter_(1, mask.predicted_ids, 1.0).mean(0)[mask.hidden_ids[0].sort().values]
+    assert (share - 1 / 3).abs().max() < 5 * (2 / 9 / 4000) ** 0.5
+
+
+def test_further_views_follow_the_first_and_are_other_masks():
+    config, ids = ModelConfig(predicted_share=0.5), torch.arange(4)
+    one = training_masks(config, seed=0, epoch=0, sample_ids=ids)
+    three = training_masks(config, seed=0, epoch=0, sample_ids=ids, masks_per_image=3)
+    assert three.visible_ids.shape == (12, 49)
+    assert torch.equal(three.hidden_ids[:4], one.hidden_ids)
+    assert torch.equal(three.predicted_ids[:4], one.predicted_ids)
+    assert len(three.hidden_ids.sort(dim=1).values.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"predicted_share": 0.0}, "predicted_share 0.0 is outside"),
+        ({"predicted_share": 1.5}, "try 0.3333, or 1 for all"),
+        ({"decoder_attention": "cross", "mask_token_in": "encoder"}, "try mask_token_in decoder"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        ModelConfig(**fields)

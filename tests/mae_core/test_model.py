@@ -61,10 +61,18 @@ def test_there_is_one_mask_token(place):
     assert names == ["decoder.mask_token" if place == "decoder" else "mask_token"]
 
 
+@pytest.mark.parametrize(("attention", "share"), [("self", 1.0), ("self", 0.3), ("cross", 0.3)])
 @pytest.mark.parametrize("target", ["pixels", "norm_pixels"])
-def test_reconstructions_keep_visible_patches_and_leak_no_hidden_one(target):
+def test_reconstructions_keep_visible_patches_show_all_hidden_ones_and_leak_none(target, attention, share):
     config = ModelConfig(
-        arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=1, decoder_width=32, decoder_heads=4, target=target
+        arch="vit_pico_patch4",
+        image_px=(16, 24),
+        decoder_depth=1,
+        decoder_width=32,
+        decoder_heads=4,
+        target=target,
+        decoder_attention=attention,
+        predicted_share=share,
     )
     mae, images, mask = case(config)
     masked, restored = mae.reconstruct(images, mask)
@@ -74,6 +82,7 @@ def test_reconstructions_keep_visible_patches_and_leak_no_hidden_one(target):
             gather(patchify(picture, 4), mask.visible_ids), gather(patchify(images, 4), mask.visible_ids)
         )
     assert not gather(patchify(masked, 4), mask.hidden_ids).any()
+    assert gather(patchify(restored, 4), mask.hidden_ids).abs().amax(dim=2).all()
     elsewhere = mae.reconstruct(paint(images, mask.hidden_ids, 5.0), mask)[1]
     assert torch.equal(elsewhere, restored)
 

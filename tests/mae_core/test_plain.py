@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_core.config import MaskConfig, ModelConfig
-from mae_core.masking import sample_masks
+from mae_core.masking import sample_masks, training_masks
 from mae_core.model import MAE, build_mae
 from mae_core.patches import gather
 from mae_core.plain import plain_loss, plain_predict
@@ -18,6 +18,7 @@ shapes = st.sampled_from([("vit_pico_patch2", (8, 8)), ("vit_pico_patch4", (16, 
 def configs(draw: st.DrawFn) -> ModelConfig:
     arch, image_px = draw(shapes)
     kind = draw(st.sampled_from(["random", "block", "grid"]))
+    attention = draw(st.sampled_from(["self", "cross"]))
     return ModelConfig(
         arch=arch,
         image_px=image_px,
@@ -26,7 +27,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         decoder_depth=draw(st.integers(1, 3)),
         decoder_width=32,
         decoder_heads=4,
-        mask_token_in=draw(st.sampled_from(["decoder", "encoder"])),
+        mask_token_in=draw(st.sampled_from(["decoder", "encoder"])) if attention == "self" else "decoder",
+        decoder_attention=attention,
+        predicted_share=draw(st.sampled_from([1.0, 0.5, 0.2])),
         target=draw(st.sampled_from(["norm_pixels", "pixels"])),
     )
 
@@ -51,7 +54,7 @@ def losses_and_gradients(mae: MAE, loss: torch.Tensor) -> tuple[torch.Tensor, di
 def test_loss_and_every_gradient_equal_the_plain_computation(config, seed):
     mae = loud(build_mae(config, seed))
     images = torch.randn(3, config.channels, *config.image_px, generator=torch.Generator().manual_seed(seed))
-    mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=torch.arange(3))
+    mask = training_masks(config, seed=seed, epoch=0, sample_ids=torch.arange(3))
     fast, fast_grads = losses_and_gradients(mae, mae(images, mask))
     plain, plain_grads = losses_and_gradients(mae, plain_loss(mae, images, mask))
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
@@ -61,11 +64,20 @@ def test_loss_and_every_gradient_equal_the_plain_computation(config, seed):
         torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-4, atol=2e-5 * scale + 1e-7, msg=name)
 
 
-def test_in_float64_they_are_equal_to_twelve_digits():
-    config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=2, decoder_width=32, decoder_heads=4)
+@pytest.mark.parametrize(("attention", "share"), [("self", 1.0), ("self", 0.3), ("cross", 1.0), ("cross", 0.3)])
+def test_in_float64_they_are_equal_to_twelve_digits(attention, share):
+    config = ModelConfig(
+        arch="vit_pico_patch4",
+        image_px=(16, 24),
+        decoder_depth=2,
+        decoder_width=32,
+        decoder_heads=4,
+        decoder_attention=attention,
+        predicted_share=share,
+    )
     mae = loud(build_mae(config, 0)).double()
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
-    mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(2))
+    mask = training_masks(config, seed=0, epoch=0, sample_ids=torch.arange(2))
     torch.testing.assert_close(mae(images, mask), plain_loss(mae, images, mask), rtol=1e-12, atol=0)
 
 
@@ -77,3 +89,47 @@ def test_predictions_equal_whatever_the_memory_format(memory_format):
     mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(2))
     expected = gather(plain_predict(mae, images, mask), mask.hidden_ids)
     torch.testing.assert_close(mae.predict(images, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_predicting_some_patches_is_predicting_all_and_dropping_the_rest(attention):
+    config = ModelConfig(
+        arch="vit_pico_patch4",
+        image_px=(16, 24),
+        decoder_depth=2,
+        decoder_width=32,
+        decoder_heads=4,
+        decoder_attention=attention,
+        predicted_share=0.3,
+    )
+    mae = loud(build_mae(config, 0)).double()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    some = training_masks(config, seed=0, epoch=0, sample_ids=torch.arange(2))
+    every = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(2))
+    places = (every.hidden_ids[:, None] == some.predicted_ids[..., None]).long().argmax(dim=2)
+    assert torch.equal(every.hidden_ids.gather(1, places), some.predicted_ids)
+    assert places.shape[1] == config.num_predicted == 5
+    torch.testing.assert_close(
+        mae.predict(images, some), gather(mae.predict(images, every), places), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_mask_token_that_asks_alone_does_not_see_the_others():
+    config = ModelConfig(
+        arch="vit_pico_patch4",
+        image_px=(16, 24),
+        decoder_depth=2,
+        decoder_width=32,
+        decoder_heads=4,
+        decoder_attention="cross",
+    )
+    mae = loud(build_mae(config, 0))
+    images = torch.randn(1, 3, 16, 24)
+    mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(1))
+    moved = mae.decoder.pos_embed.data.clone()
+    before = mae.predict(images, mask)
+    moved[:, 1 + mask.hidden_ids[0, 1:]] += torch.randn(32)
+    mae.decoder.pos_embed.data = moved
+    after = mae.predict(images, mask)
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    assert (after[:, 1:] - before[:, 1:]).abs().amax(dim=2).min() > 1e-3

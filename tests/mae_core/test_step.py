@@ -1,10 +1,11 @@
 import copy
+import dataclasses
 
 import torch
 from torch import nn
 
 from mae_core.config import ModelConfig
-from mae_core.masking import sample_masks
+from mae_core.masking import sample_masks, training_masks
 from mae_core.model import build_mae
 from mae_core.step import classify_loss, ema_update, pretrain_loss
 
@@ -32,6 +33,23 @@ def test_micro_batches_add_up_to_their_batch():
         return pretrain_loss(mae, images[part], mask, torch.ones(len(images[part])))
 
     torch.testing.assert_close(loss(slice(0, 2)) + loss(slice(2, 4)), loss(slice(0, 4)))
+
+
+def test_several_masks_of_an_image_are_the_mean_of_as_many_steps_with_one():
+    config = dataclasses.replace(CONFIG, predicted_share=0.4)
+    mae, images, ids = build_mae(config, 0).double(), torch.randn(3, 3, 16, 16).double(), torch.tensor([5, 6, -1])
+    weights = (ids >= 0).double()
+    together = training_masks(config, seed=0, epoch=2, sample_ids=ids, masks_per_image=3)
+    pretrain_loss(mae, images, together, weights).backward()
+    found = {name: p.grad.clone() for name, p in mae.named_parameters() if p.grad is not None}
+    mae.zero_grad()
+    for rows in torch.arange(9).chunk(3):
+        mask = dataclasses.replace(
+            together, visible_ids=together.visible_ids[rows], hidden_ids=together.hidden_ids[rows]
+        )
+        (pretrain_loss(mae, images, mask, weights) / 3).backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, mae.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
 
 
 def test_cross_entropy_is_torchs_summed_by_weight():

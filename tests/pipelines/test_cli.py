@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+import mae_core.bench.config
 import mae_core.config
 import pipelines.config
 from pipelines import cli
 from pipelines.cli import COMMANDS, Command, parse
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
+from pipelines.console import print_result
 
 MAE = Path(sys.executable).parent / "mae"
 CONFIGURED = sorted(name for name, command in COMMANDS.items() if command.config)
@@ -40,7 +42,8 @@ def documented(path: str) -> dict[str, dict[str, str]]:
     return found
 
 
-DOCSTRINGS = documented(pipelines.config.__file__) | documented(mae_core.config.__file__)
+MODULES = (pipelines.config, mae_core.config, mae_core.bench.config)
+DOCSTRINGS = {name: fields for module in MODULES for name, fields in documented(str(module.__file__)).items()}
 
 
 def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -60,7 +63,7 @@ def squeezed(text: str) -> str:
 
 def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
-        parse([name, "--help"])
+        parse([*name.split(), "--help"])
     assert stop.value.code in (0, None)
     return capsys.readouterr().out
 
@@ -226,3 +229,16 @@ def test_presets_listed_in_an_error_are_loadable() -> None:
 @pytest.mark.parametrize("command", ["probe", "finetune"])
 def test_a_classifier_starts_from_what_model_names(command: str, words: list[str]) -> None:
     assert parse([command, *words]).config.backbone == "models:/mae-x@champion"
+
+
+def test_a_command_of_two_words_is_found_and_a_part_of_it_is_not() -> None:
+    assert parse(["bench", "step", "--batch", "8"]).command == "bench step"
+    for argv in (["bench"], ["bench", "stop"]):
+        with pytest.raises(ValueError, match=r"unknown command 'bench.*did you mean bench step\?"):
+            parse(argv)
+
+
+def test_several_equal_results_are_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result("bench step", {"objects": [{"a": 1}, {"a": 2}], "text": "table"}, as_json=True)
+    print_result("bench step", {"objects": [{"a": 1}, {"a": 2}], "text": "table"}, as_json=False)
+    assert capsys.readouterr().out == '{"a": 1}\n{"a": 2}\ntable\n'

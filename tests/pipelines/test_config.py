@@ -215,3 +215,16 @@ def test_a_preset_that_is_no_yaml_or_absent_is_refused(tmp_path: Any) -> None:
 def test_every_kind_of_preset_has_a_config() -> None:
     assert set(KINDS.values()) == {"pretrain", "classify", "sweep"}
     assert to_dict(ClassifierConfig())["method"] == "finetune"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"masks_per_image": 0}, "masks_per_image 0 is below 1"),
+        ({"masks_per_image": 3}, "epochs 800 is not a multiple of masks_per_image 3; try 801"),
+        ({"masks_per_image": 128, "epochs": 1024}, "data.micro_batch 64 is not a multiple .* try 128"),
+    ],
+)
+def test_masks_per_image_must_divide_what_it_is_taken_from(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_dict(PretrainConfig, values)

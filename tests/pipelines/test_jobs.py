@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, Pixels
+from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.jobs import (
     ClassifyJob,
@@ -19,6 +20,7 @@ from pipelines.jobs import (
     train_plan,
 )
 from pipelines.manifest import Manifest, Shard, Split
+from pipelines.worker.loop import schedule
 
 PIXELS = Pixels(mean=(0.3,), std=(0.4,))
 BOTH = frozenset({"train", "val"})
@@ -129,6 +131,25 @@ def test_plans_are_made_of_the_config_alone() -> None:
     reading = read_plan(job, manifest(), "val")
     assert (reading.num_samples, reading.shuffle, reading.batch) == (7, False, 12)
     assert reading.step_ids(0).tolist() == [*range(50, 57), *[-1] * 5]
+
+
+def test_several_masks_an_image_leave_steps_and_learning_rates_and_read_fewer_images() -> None:
+    data = DataConfig(batch=20, micro_batch=10, window=40)
+    one = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0))
+    two = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0), masks_per_image=2)
+    plans = [train_plan(job, manifest()) for job in (one, two)]
+    assert [plan.batch for plan in plans] == [20, 10]
+    assert [plan.micro_batches_per_step for plan in plans] == [2, 2]
+    spans = [phases(job, plan.steps_per_epoch, 0, BOTH)[0].last_step for job, plan in zip((one, two), plans)]
+    assert spans == [18, 15]  # 6 x 50 masked images, in steps of 20: the tail of 10 is short thrice, or not at all
+    rates = [
+        schedule(job.reading.optim, peak_lr(job.reading.optim.base_lr, plan.batch), plan.steps_per_epoch, epochs)
+        for job, plan, epochs in zip((one, two), plans, (6, 3))
+    ]
+    assert rates[0].peak_lr == rates[1].peak_lr
+    assert [rate.warmup_steps for rate in rates] == [6, 5]
+    assert two.reading.reading == two.reading
+    assert one.reading == one.config
 
 
 @pytest.fixture

@@ -1,0 +1,178 @@
+"""One model's training step, measured beside others: numbers for machines, a table for people."""
+
+import gc
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mae_core.bench.config import StepConfig
+from mae_core.bench.contenders import Contender, contenders, input_images
+from mae_core.bench.flops import plain_flops, step_flops
+from mae_core.bench.timing import MatrixMultiply, interleaved, median_interval, ratio, spread
+
+_WARM_UP_STEPS = 3
+_ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@dataclass
+class _Entry:
+    """A contender, warmed up."""
+
+    contender: Contender
+    first_loss: float
+    peak_memory_bytes: int | None
+
+
+def measure(config: StepConfig) -> Iterator[dict[str, Any]]:
+    """For each model in turn, one object of plain values: rates, ratios, operation counts, memory."""
+    for arch in config.model:
+        yield _measure_model(config, arch)
+        gc.collect()
+
+
+def _measure_model(config: StepConfig, arch: str) -> dict[str, Any]:
+    device = _device(config)
+    model, images = config.of(arch), input_images(config, device)
+    entries = [_warmed(build(config, model, images), device) for build in contenders(config)]
+    _check_losses(config, entries)
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    peak = MatrixMultiply.fastest(device, getattr(torch, config.precision), clock)
+    steps = [_steps(entry.contender, config.steps_per_round) for entry in entries]
+    *rows, peak_s = interleaved([*steps, peak], config.rounds, device, clock)
+    times_s = {entry.contender.name: row / config.steps_per_round for entry, row in zip(entries, rows)}
+    flops = step_flops(model)
+    achieved = flops * config.batch / float(np.median(times_s["ours"]))
+    possible = peak.flops / float(np.median(peak_s))
+    return {
+        "model": arch,
+        "images_per_s": config.batch / float(np.median(times_s["ours"])),
+        "ratio_vs_plain": _of_medians(times_s, "plain"),
+        "ratio_vs_transformers": _of_medians(times_s, "transformers"),
+        "flops_ratio": plain_flops(model) / flops,
+        "mfu": achieved / possible,
+        "mfu_interval": _mfu_interval(flops * config.batch / times_s["ours"], peak.flops / peak_s),
+        "peak_memory_bytes": entries[0].peak_memory_bytes,
+        "ratio_vs_plain_interval": _interval(times_s, "plain"),
+        "ratio_vs_transformers_interval": _interval(times_s, "transformers"),
+        "flops_per_image": flops,
+        "flop_per_s": achieved,
+        "matmul_flop_per_s": possible,
+        "contenders": {
+            entry.contender.name: {
+                "images_per_s": config.batch / float(np.median(times_s[entry.contender.name])),
+                "step_s": float(np.median(times_s[entry.contender.name])),
+                "spread": spread(times_s[entry.contender.name]),
+                "peak_memory_bytes": entry.peak_memory_bytes,
+                "first_loss": entry.first_loss,
+            }
+            for entry in entries
+        },
+        "setting": _setting(config),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def _device(config: StepConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is not there; try --device cpu, or a host with a GPU")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if config.device == "auto" else config.device)
+
+
+def _warmed(contender: Contender, device: torch.device) -> _Entry:
+    """The contender after a few steps (compilation, autotuning and the optimizer's state are behind it)."""
+    first_loss = float(contender.step())
+    for _ in range(_WARM_UP_STEPS):
+        contender.step()
+    if device.type != "cuda":
+        return _Entry(contender, first_loss, None)
+    # What others hold is not this one's: their weights, gradients and moments stay where they are meanwhile.
+    own = sum(p.numel() * p.element_size() for g in contender.optimizer.param_groups for p in g["params"])
+    own += sum(v.numel() * v.element_size() for s in contender.optimizer.state.values() for v in s.values())
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    contender.step()
+    return _Entry(contender, first_loss, own + torch.cuda.max_memory_allocated(device) - before)
+
+
+def _check_losses(config: StepConfig, entries: list[_Entry]) -> None:
+    """Ours and the plain computation agree to rounding, where they are the same mathematics."""
+    losses = {entry.contender.name: entry.first_loss for entry in entries}
+    if "plain" not in losses or not config.same_mathematics:
+        return
+    allowed = max(_ROUNDING[entry.contender.precision] for entry in entries)
+    if not abs(losses["ours"] - losses["plain"]) <= allowed * abs(losses["plain"]):
+        raise RuntimeError(f"loss {losses['ours']} differs from the plain computation's {losses['plain']}; do not use")
+
+
+def _steps(contender: Contender, num_steps: int) -> Any:
+    def run() -> None:
+        for _ in range(num_steps):
+            contender.step()
+
+    return run
+
+
+def _of_medians(times_s: dict[str, NDArray[np.float64]], name: str) -> float | None:
+    return ratio(times_s[name], times_s["ours"]).of_medians if name in times_s else None
+
+
+def _interval(times_s: dict[str, NDArray[np.float64]], name: str) -> list[float] | None:
+    if name not in times_s:
+        return None
+    found = ratio(times_s[name], times_s["ours"])
+    return [found.low, found.high]
+
+
+def _mfu_interval(achieved: NDArray[np.float64], possible: NDArray[np.float64]) -> list[float]:
+    return list(median_interval(achieved / possible))
+
+
+def _setting(config: StepConfig) -> dict[str, Any]:
+    left_out = ("model", "device")
+    return {name: value for name, value in vars(config).items() if name not in left_out}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and the threads that torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def table(found: dict[str, Any]) -> str:
+    """One model's numbers as a person reads them."""
+    setting = found["setting"]
+    lines = [
+        f"{found['model']} at {setting['image_px']} px, batch {setting['batch']}, {setting['precision']}, "
+        f"decoder {setting['decoder_depth']} x {setting['decoder_width']} ({setting['decoder_attention']}), "
+        f"{setting['compile']}; {found['device']}, torch {found['versions']['torch']}",
+        f"  {'':<14}{'images/s':>10}{'step ms':>10}{'spread':>8}{'peak MiB':>10}  ours is faster by (95 %)",
+    ]
+    for name, entry in found["contenders"].items():
+        memory = entry["peak_memory_bytes"]
+        faster = ""
+        if name != "ours":
+            low, high = found[f"ratio_vs_{name}_interval"]
+            faster = f"{found[f'ratio_vs_{name}']:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(
+            f"  {name:<14}{entry['images_per_s']:>10.1f}{1e3 * entry['step_s']:>10.1f}{entry['spread']:>8.1%}"
+            f"{'-' if memory is None else round(memory / 2**20):>10}  {faster}"
+        )
+    low, high = found["mfu_interval"]
+    lines.append(
+        f"  operations: {found['flops_per_image'] / 1e9:.3f} G an image, the plain computation's "
+        f"{found['flops_ratio']:.3f} x as many; {found['flop_per_s'] / 1e9:,.0f} GFLOP/s of "
+        f"{found['matmul_flop_per_s'] / 1e9:,.0f} in a matrix product: MFU {found['mfu']:.1%} ({low:.1%} to {high:.1%})"
+    )
+    return "\n".join(lines)

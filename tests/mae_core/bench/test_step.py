@@ -1,0 +1,123 @@
+"""A measurement compares equals, says so, and gives what is promised."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from mae_core.bench import contenders, timing
+from mae_core.bench.config import StepConfig
+from mae_core.bench.step import measure, table
+
+TINY = StepConfig(
+    model=("vit_pico_patch4",), image_px=16, batch=4, decoder_depth=1, decoder_width=32, decoder_heads=4, rounds=6
+)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(timing, "_CPU_SIDES", (64,))
+
+
+def test_an_object_a_model_with_what_is_promised_and_a_table():
+    found = list(measure(dataclasses.replace(TINY, model=("vit_pico_patch4", "vit_pico_patch8"))))
+    assert [f["model"] for f in found] == ["vit_pico_patch4", "vit_pico_patch8"]
+    for values in found:
+        assert json.loads(json.dumps(values)).keys() == values.keys()
+        assert values["peak_memory_bytes"] is None
+        assert values["contenders"].keys() == {"ours", "plain", "transformers"}
+        for name in ("plain", "transformers"):
+            rates = [values["contenders"][c]["images_per_s"] for c in ("ours", name)]
+            assert values[f"ratio_vs_{name}"] == pytest.approx(rates[0] / rates[1])
+            assert values[f"ratio_vs_{name}_interval"][0] <= values[f"ratio_vs_{name}_interval"][1]
+        assert values["flops_ratio"] > 1
+        assert values["mfu"] == pytest.approx(values["flop_per_s"] / values["matmul_flop_per_s"])
+        assert values["flop_per_s"] == pytest.approx(values["images_per_s"] * values["flops_per_image"])
+        losses = [values["contenders"][c]["first_loss"] for c in ("ours", "plain")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert "vit_pico_patch" in table(values)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16"},
+        {"precision": "bfloat16", "plain_precision": "float32"},
+        {"decoder_attention": "cross", "predicted_share": 0.3, "masks_per_image": 2},
+        {"attention": "math", "optimizer": "foreach", "clock": "cpu", "steps_per_round": 2},
+    ],
+)
+def test_every_setting_runs(fields):
+    (found,) = measure(dataclasses.replace(TINY, against=("plain",), **fields))
+    assert found["ratio_vs_transformers"] is None
+    assert found["ratio_vs_plain"] > 0
+    assert found["setting"].items() >= fields.items()
+
+
+def test_a_computation_that_differs_is_refused(monkeypatch):
+    real = contenders.plain_loss
+    monkeypatch.setattr(contenders, "plain_loss", lambda *given: 1.001 * real(*given))
+    with pytest.raises(RuntimeError, match="differs from the plain"):
+        list(measure(TINY))
+
+
+def test_without_transformers_its_ratio_is_left_open(monkeypatch):
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    (found,) = measure(TINY)
+    assert found["ratio_vs_transformers"] is found["ratio_vs_transformers_interval"] is None
+
+
+def test_images_of_a_folder_are_what_is_seen(tmp_path):
+    for shade in (0, 255):
+        Image.new("RGB", (20, 30), (shade,) * 3).save(tmp_path / f"{shade}.png")
+    images = contenders.input_images(dataclasses.replace(TINY, images=str(tmp_path)), torch.device("cpu"))
+    assert images.shape == (4, 3, 16, 16)
+    assert (images[0] < images[1]).all()
+    assert torch.equal(images[:2], images[2:])
+    with pytest.raises(ValueError, match=r"has no \.jpg"):
+        contenders.input_images(dataclasses.replace(TINY, images=str(tmp_path / "none")), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rounds": 5}, "try 6 or more"),
+        ({"steps_per_round": 0}, "try 1"),
+        ({"batch": 10, "masks_per_image": 4}, "try 8"),
+        ({"model": ()}, "try --model vit_small_patch8"),
+        ({"image_px": 60}, "image side 60px is not a multiple of patch 8px; try 64px"),
+        ({"clock": "cpu", "device": "cuda"}, "try --clock wall"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        StepConfig(**fields)
+
+
+BARE = """
+import sys
+for absent in ("ray", "mlflow", "pydantic", "tyro", "pyarrow", "boto3", "yaml", "pipelines", "transformers"):
+    sys.modules[absent] = None
+from mae_core.bench.__main__ import main
+words = "--model vit_pico_patch4 --image-px 16 --batch 4 --decoder-depth 1 --decoder-width 32 --decoder-heads 4"
+sys.exit(main([*words.split(), *sys.argv[1:]]))
+"""
+
+
+def bare(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, check=False)
+
+
+def test_it_runs_where_nothing_but_torch_and_timm_is_installed():
+    done = bare("--json", "--rounds", "6", "--against", "plain")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ratio_vs_plain"] > 0
+    wrong = bare("--rounds", "2")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "try 6 or more" in wrong.stderr
+    assert "Share of patches that is hidden. [0.75]" in " ".join(bare("--help").stdout.split())
