@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mae_core.bench.config import StepConfig
+from pipelines.bench.config import RecipesConfig
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -135,6 +136,12 @@ def _bench_step(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def _bench_recipes(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.recipes import run
+
+    return run(call.config)
+
+
 def _config(call: Invocation) -> dict[str, Any]:
     return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
 
@@ -187,6 +194,9 @@ COMMANDS: dict[str, Command] = {
         help="Training steps a second, beside the plain computation and transformers.",
         config=StepConfig,
         run=_bench_step,
+    ),
+    "bench recipes": Command(
+        help="Linear probes of recipes that were given equal time.", config=RecipesConfig, run=_bench_recipes
     ),
     "config": Command(
         help="The whole config that a preset and overrides come to.",

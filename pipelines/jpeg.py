@@ -1,6 +1,7 @@
 """The header of a JPEG file (ITU-T T.81): where its parts lie, and how its pixels are cut into MCUs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 JFIF, ADOBE = 0xE0, 0xEE
@@ -10,8 +11,7 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, 0xCC}
 _MAX_PARTS = 1000
 
 
-@dataclass(frozen=True)
-class Component:
+class Component(NamedTuple):
     """A plane of samples: its sampling factors, and its Huffman tables by their numbers."""
 
     across: int
@@ -20,8 +20,7 @@ class Component:
     ac_table: int
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of the header: its marker and where its content lies."""
 
     marker: int

@@ -75,12 +75,12 @@ def _check(content: bytes, header: JpegHeader, offsets: Offsets) -> None:
     num_segments = header.mcu_rows * (header.mcus_per_row // interval)
     if len(offsets) != num_segments + 1 or offsets[0] != header.scan_at or offsets[-1] != len(content):
         raise ValueError("segment offsets are not those of this JPEG")
-    if (offsets[1:] - offsets[:-1] < 2).any() or offsets[-2] > len(content):
+    if (offsets[1:] - offsets[:-1]).min() < 2 or content[-2:] != b"\xff\xd9":
         raise ValueError("segment offsets are not those of this JPEG")
-    stored = np.frombuffer(content, np.uint8)
-    ends = offsets[1:-1]
-    expected = RST0 + np.arange(num_segments - 1) % 8
-    if (stored[ends - 2] != 0xFF).any() or (stored[ends - 1] != expected).any() or content[-2:] != b"\xff\xd9":
+    # Each offset is now within the file, since they rise from the first to the last.
+    stored, ends = np.frombuffer(content, np.uint8), offsets[1:-1]
+    expected = RST0 + (np.arange(num_segments - 1) & 7)
+    if (stored[ends - 2] != 0xFF).any() or (stored[ends - 1] != expected).any():
         raise ValueError("segment offsets are not those of this JPEG")
 
 
@@ -100,6 +100,6 @@ def _cut(content: bytes, header: JpegHeader, offsets: Offsets, rows: range, tile
     shift = header.scan_at + np.cumsum(stops[:, -1] - starts) - stops[:, -1]
     ends = (stops + shift[:, None]).reshape(-1)
     view = np.frombuffer(file, np.uint8)
-    view[ends - 1] = RST0 + np.arange(len(ends)) % 8
+    view[ends - 1] = RST0 + (np.arange(len(ends)) & 7)
     file[-1] = 0xD9
     return file

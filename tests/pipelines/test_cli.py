@@ -16,6 +16,7 @@ import yaml
 
 import mae_core.bench.config
 import mae_core.config
+import pipelines.bench.config
 import pipelines.config
 from pipelines import cli
 from pipelines.cli import COMMANDS, Command, parse
@@ -42,7 +43,7 @@ def documented(path: str) -> dict[str, dict[str, str]]:
     return found
 
 
-MODULES = (pipelines.config, mae_core.config, mae_core.bench.config)
+MODULES = (pipelines.config, pipelines.bench.config, mae_core.config, mae_core.bench.config)
 DOCSTRINGS = {name: fields for module in MODULES for name, fields in documented(str(module.__file__)).items()}
 
 

@@ -1,0 +1,143 @@
+"""`mae bench data`: how fast images become training views, a core and on the whole way from S3 to training."""
+
+import logging
+import platform
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+from typing import Any
+
+from pipelines.bench.decoding import Decoding, measure_decoding
+from pipelines.bench.loading import Loading, measure_loading
+from pipelines.decode import SUFFIXES, inspect
+
+log = logging.getLogger(__name__)
+
+_SAMPLE = "imagenet-sample.tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchConfig:
+    """What `mae bench data` measures."""
+
+    source: Path | None = None
+    """Folder of images to measure on; without it imagenet-sample.tar of ../shared/data, or of MAE_TEST_DATA."""
+    max_images: int = 250
+    """At most so many images are decoded in a round."""
+    rounds: int = 9
+    """Rounds in which all contenders take turns; figures are medians over them."""
+    whole_path: bool = True
+    """Also measure the way from shards in S3 through Ray Data to this process, against torch's DataLoader."""
+    cores: int = 2
+    """Data tasks of Ray, and workers of DataLoader, that run at a time."""
+    epoch_images: int = 1000
+    """Images of an epoch on the whole path; the source's, each as often as needed."""
+    gpu_images_per_s: float = 1500.0
+    """The training rate of one GPU, for which the cores that feed it are counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "rounds", "cores", "epoch_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")
+
+
+def run(config: DataBenchConfig) -> dict[str, Any]:
+    """The figures, and a table of them in `text`. Raises ValueError where there is no image to measure on."""
+    images = list(_images(config.source, config.max_images))
+    if not images:
+        raise ValueError(f"no readable image in {config.source}; give a folder that has some")
+    log.info("decoding %d images, %d rounds", len(images), config.rounds)
+    decoding = measure_decoding(images, config.rounds)
+    found: dict[str, Any] = {"machine": _machine(), "num_images": len(images), **decoding.figures()}
+    lines = [*_decoding_lines(decoding), _feeding_line(decoding, config.gpu_images_per_s)]
+    if config.whole_path:
+        with tempfile.TemporaryDirectory(prefix="mae-bench-") as folder:
+            loading = measure_loading(images, Path(folder), config.cores, config.epoch_images, config.rounds)
+        found |= loading.figures()
+        lines += ["", *_loading_lines(loading)]
+    return {**found, "text": "\n".join([f"{len(images)} images; {found['machine']}", *lines])}
+
+
+def _images(source: Path | None, most: int) -> Iterator[bytes]:
+    """Encoded images that are whole; those that are not are passed over."""
+    num_found = 0
+    for content in _files(source):
+        try:
+            inspect(content)
+        except ValueError:
+            continue
+        yield content
+        num_found += 1
+        if num_found == most:
+            return
+
+
+def _files(source: Path | None) -> Iterator[bytes]:
+    if source is not None:
+        if not source.is_dir():
+            raise ValueError(f"source {source} is not a folder; give a folder of images")
+        yield from (path.read_bytes() for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES)
+        return
+    sample = Path(environ.get("MAE_TEST_DATA", "../shared/data")) / _SAMPLE
+    if not sample.is_file():
+        raise ValueError(f"{sample} is not there; give a folder of images by --source, or set MAE_TEST_DATA")
+    with tarfile.open(sample) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None:
+                yield file.read()
+
+
+def _decoding_lines(decoding: Decoding) -> Iterator[str]:
+    yield "decode + random crop 224 + flip, one core (CPU time):"
+    yield f"  {'':34} images/s  spread   x PIL   x torchvision.io   bytes"
+    for name, contender in decoding.contenders.items():
+        yield (
+            f"  {contender.title:34} {decoding.images_per_s(name):8.0f}  {decoding.spread(name):5.0%}  "
+            f"{decoding.ratio(name, 'pil'):6.2f}  {decoding.ratio(name, 'torchvision_io'):16.2f}  "
+            f"{decoding.bytes_ratio(name):6.3f}"
+        )
+    difference = decoding.difference
+    yield (
+        f"  against PIL on the same crops: {difference.psnr_db:.1f} dB, mean {difference.mean:.4f}, "
+        f"maximum {difference.maximum} of 255"
+    )
+    yield f"  preparing with restart markers takes {decoding.prepare_ms:.0f} ms an image more than keeping it"
+
+
+def _feeding_line(decoding: Decoding, gpu_images_per_s: float) -> str:
+    cores = gpu_images_per_s / decoding.images_per_s("sliced")
+    return f"  a GPU that trains on {gpu_images_per_s:.0f} images/s needs {cores:.1f} cores that decode"
+
+
+def _loading_lines(loading: Loading) -> Iterator[str]:
+    yield f"from {loading.where} through Ray Data to this process, {loading.cores} cores (wall-clock time):"
+    yield f"  {'':34} images/s  spread"
+    for name, title in (
+        ("ray", "shards, Ray Data"), ("dataloader", "folder, DataLoader of ImageFolder"), ("bare", "bare decode")
+    ):  # fmt: skip
+        yield f"  {title:34} {loading.images_per_s(name):8.0f}  {loading.spread(name):5.0%}"
+    yield f"  {loading.ratio('dataloader'):.2f} x DataLoader, {loading.ratio('bare'):.0%} of the bare decode rate"
+    yield (
+        f"  first batch after {loading.first_batch_s:.2f} s with warm workers; between epochs "
+        f"{loading.epoch_gap_s:.3f} s, between other batches at most {loading.batch_gap_s:.3f} s (medians)"
+    )
+
+
+def _machine() -> str:
+    import simplejpeg
+    import torch
+    import torchvision
+    from PIL import Image
+
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown CPU")
+    versions = f"Pillow {Image.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"{model}; Python {platform.python_version()}, {versions}, simplejpeg {simplejpeg.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,230 @@
+"""Contenders decode the same images in turn on one core: the usual loaders, and ours on what `prepare` stores."""
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mae_core.augment import crop_boxes, flips
+from mae_core.config import AugmentConfig
+from pipelines.config import EncodeConfig
+from pipelines.decode import Box, Pixels, crop_resize, decode, inspect
+from pipelines.encode import StoredImage, encode
+from pipelines.jpeg_slice import Offsets, decode_crop
+
+_OUT_HW = (224, 224)
+_SCALE = (0.2, 1.0)
+_KINDS = {"full": EncodeConfig(kind="keep"), "sliced": EncodeConfig(), "shrunk": EncodeConfig(kind="shrink")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A way to decode all images once, given the number of the round."""
+
+    title: str
+    run: Callable[[int], Any]
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Of our pixels from Pillow's on the same crops."""
+
+    psnr_db: float
+    mean: float
+    maximum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """CPU seconds of every contender in every round."""
+
+    contenders: dict[str, Contender]
+    num_images: int
+    seconds: dict[str, list[float]]
+    difference: Difference
+    prepare_ms: float
+
+    def images_per_s(self, name: str) -> float:
+        return self.num_images / median(self.seconds[name])
+
+    def spread(self, name: str) -> float:
+        """From the fastest to the slowest round, as a share of the median."""
+        return (max(self.seconds[name]) - min(self.seconds[name])) / median(self.seconds[name])
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times as fast as another, by the median over rounds."""
+        return median(b / a for a, b in zip(self.seconds[name], self.seconds[other]))
+
+    def bytes_ratio(self, name: str) -> float:
+        return self.contenders[name].num_bytes / self.contenders["full"].num_bytes
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "images_per_s_per_core": self.images_per_s("sliced"),
+            "ratio_vs_pil": self.ratio("sliced", "pil"),
+            "ratio_vs_torchvision_io": self.ratio("sliced", "torchvision_io"),
+            "psnr_db": self.difference.psnr_db,
+            "mean_difference": self.difference.mean,
+            "max_difference": self.difference.maximum,
+            "prepare_ms": self.prepare_ms,
+            "contenders": {
+                name: {
+                    "images_per_s_per_core": self.images_per_s(name),
+                    "spread": self.spread(name),
+                    "bytes_ratio": self.bytes_ratio(name),
+                }
+                for name in self.contenders
+            },
+        }
+
+
+def measure_decoding(images: Sequence[bytes], rounds: int) -> Decoding:
+    """All contenders once a round, each round from another of them on, on one thread."""
+    stored, prepare_ms = _prepared(images)
+    contenders = _contenders(images, stored)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for contender in contenders.values():
+            contender.run(0)
+        for number in range(rounds):
+            names = list(contenders)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                started = time.process_time()
+                contenders[name].run(number)
+                seconds[name].append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(num_threads)
+    return Decoding(
+        contenders=contenders,
+        num_images=len(images),
+        seconds=seconds,
+        difference=_difference(images, stored["sliced"]),
+        prepare_ms=prepare_ms,
+    )
+
+
+def _prepared(images: Sequence[bytes]) -> tuple[dict[str, list[StoredImage]], float]:
+    """What `prepare` would store of every kind, and what restart markers cost an image."""
+    found: dict[str, list[StoredImage]] = {name: [] for name in _KINDS}
+    spent_s = 0.0
+    for content in images:
+        header = inspect(content)
+        pixels = decode(content, header.channels, header.orientation)
+        for name, config in _KINDS.items():
+            started = time.process_time()
+            found[name].append(encode(content, header, pixels, config))
+            spent_s += time.process_time() - started if name == "sliced" else 0
+    return found, 1000 * spent_s / len(images)
+
+
+def _contenders(images: Sequence[bytes], stored: dict[str, list[StoredImage]]) -> dict[str, Contender]:
+    num_bytes = sum(map(len, images))
+    titles = {
+        "full": "ours, the original bytes",
+        "sliced": "ours, restart markers (default)",
+        "shrunk": f"ours, shrunk to {_KINDS['shrunk'].short_side_px} px (lossy)",
+    }
+    return {
+        "pil": Contender(title="torchvision transforms on PIL", run=_pil(images), num_bytes=num_bytes),
+        "torchvision_io": Contender(title="torchvision.io + v2", run=_torchvision_io(images), num_bytes=num_bytes),
+        **{
+            name: Contender(
+                title=title,
+                run=partial(_ours, stored[name], _offsets(stored[name])),
+                num_bytes=sum(len(s.content) for s in stored[name]),
+            )
+            for name, title in titles.items()
+        },
+    }
+
+
+def _pil(images: Sequence[bytes]) -> Callable[[int], Any]:
+    """As the reference implementation loads, up to the uint8 tensor."""
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(_OUT_HW, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+
+    def run(number: int) -> None:
+        torch.manual_seed(number)
+        for content in images:
+            transform(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    return run
+
+
+def _torchvision_io(images: Sequence[bytes]) -> Callable[[int], Any]:
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(_OUT_HW, scale=_SCALE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    tensors = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in images]
+
+    def run(number: int) -> None:
+        torch.manual_seed(number)
+        for tensor in tensors:
+            transform(decode_image(tensor, mode=ImageReadMode.RGB))
+
+    return run
+
+
+def _ours(stored: Sequence[StoredImage], offsets: Sequence[Offsets], number: int) -> None:
+    """As training reads shards, boxes and flips drawn by their keys, into a batch."""
+    out = np.empty((*_OUT_HW, 3), np.uint8)
+    boxes, mirrored = _drawn(stored, number)
+    for image, found, box, flip in zip(stored, offsets, boxes, mirrored):
+        out[...] = _view(image, found, box, flip)
+
+
+def _offsets(stored: Sequence[StoredImage]) -> list[Offsets]:
+    """As they come from a shard, without a copy."""
+    return [np.array(image.segment_offsets or [], np.int32) for image in stored]
+
+
+def _drawn(stored: Sequence[StoredImage], epoch: int) -> tuple[list[Box], list[bool]]:
+    config, ids = AugmentConfig(scale=_SCALE), np.arange(len(stored))
+    heights, widths = (np.array([getattr(image, name) for image in stored]) for name in ("height_px", "width_px"))
+    boxes = crop_boxes(config, seed=0, epoch=epoch, sample_ids=ids, heights_px=heights, widths_px=widths)
+    return list(map(tuple, boxes.tolist())), flips(config, seed=0, epoch=epoch, sample_ids=ids).tolist()
+
+
+def _view(image: StoredImage, offsets: Offsets, box: Box, flip: bool) -> Pixels:
+    pixels, within = decode_crop(image.content, 3, image.orientation, offsets, box)
+    return crop_resize(pixels, within, flip, _OUT_HW)
+
+
+def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Difference:
+    """Over all images on their crops of round 0, without the flip; turned images are turned first."""
+    from PIL import ImageOps
+
+    boxes, _ = _drawn(stored, 0)
+    squares = total = maximum = count = 0
+    for content, image, offsets, box in zip(images, stored, _offsets(stored), boxes):
+        top, left, height, width = box
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        picture = picture.crop((left, top, left + width, top + height)).resize(_OUT_HW[::-1], Image.Resampling.BICUBIC)
+        steps = np.abs(_view(image, offsets, box, False).astype(np.int64) - np.asarray(picture))
+        squares, total = squares + int((steps**2).sum()), total + int(steps.sum())
+        maximum, count = max(maximum, int(steps.max())), count + steps.size
+    mean_square = max(squares, 1) / count
+    return Difference(psnr_db=10 * float(np.log10(255**2 / mean_square)), mean=total / count, maximum=maximum)

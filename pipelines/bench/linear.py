@@ -1,0 +1,105 @@
+"""A linear probe of an encoder in this process, by the recipe of a preset whose images never vary."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mae_core.augment import pixels_to_input, soft_targets
+from mae_core.classifier import ProbeHead, features
+from mae_core.config import Pixels
+from mae_core.model import MAE
+from mae_core.optim import build_optimizer
+from mae_core.randomness import Purpose, seed_of
+from mae_core.schedule import Schedule, apply_lr, peak_lr
+from mae_core.step import classify_loss
+from pipelines.bench.config import RecipesConfig
+from pipelines.config import ClassifyConfig, load_preset
+from pipelines.manifest import read_manifest
+from pipelines.plan import EpochPlan, Index
+from pipelines.storage import open_storage
+from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features [n d] of a split, and its labels [n]."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def probe_accuracy(mae: MAE, pixels: Pixels, config: RecipesConfig, uri: str, seed: int) -> float:
+    """Top-1 in percent, of a linear layer on the frozen encoder. Raises ValueError for a probe of varying images."""
+    recipe = load_preset(ClassifyConfig, config.probe)
+    if recipe.augment.is_random or recipe.classifier.method != "probe":
+        raise ValueError(f"probe {config.probe!r} is no linear probe of images that never vary; try nano_probe")
+    storage = open_storage(uri)
+    manifest = read_manifest(storage)
+    # The same images for every seed: what differs is what was pretrained.
+    train = Index.from_manifest(manifest, "train").take_per_class(storage, config.labels_per_class, seed=0)
+    learnt = _encode(mae, pixels, recipe, uri, train)
+    judged = _encode(mae, pixels, recipe, uri, Index.from_manifest(manifest, config.eval_split))
+    head = _fit(learnt, recipe, len(manifest.classes), seed).eval()
+    with torch.no_grad():
+        found = head(judged.features, torch.ones(len(judged.labels))).argmax(dim=1)
+    return 100 * float((found == judged.labels).double().mean())
+
+
+@torch.no_grad()
+def _encode(mae: MAE, pixels: Pixels, recipe: ClassifyConfig, uri: str, index: Index) -> Table:
+    micro_batch = recipe.data.micro_batch
+    plan = EpochPlan(
+        index=index,
+        seed=0,
+        batch=micro_batch,
+        micro_batch=micro_batch,
+        num_workers=1,
+        window=recipe.data.window,
+        shuffle=False,
+    )
+    model = mae.config
+    transform = Transform(train=False, image_px=model.image_px, channels=model.channels, augment=recipe.augment, seed=0)
+    segment = Segment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
+    found, labels = [], []
+    for batch in _batches(segment):
+        real = batch.weights > 0
+        found.append(features(mae.encoder, pixels_to_input(batch.images, pixels), recipe.classifier.pool)[real])
+        labels.append(batch.labels[real])
+    return Table(torch.cat(found), torch.cat(labels))
+
+
+def _batches(segment: Segment) -> Iterator[MicroBatch]:
+    for window in range(segment.num_windows):
+        yield from window_micro_batches(segment, window)
+
+
+def _fit(table: Table, recipe: ClassifyConfig, num_classes: int, seed: int) -> ProbeHead:
+    """The head after the preset's epochs over the table, in batches drawn by the seed."""
+    batch = min(recipe.data.batch, len(table.labels))
+    steps_per_epoch = len(table.labels) // batch
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, Purpose.INIT, 1))
+        head = ProbeHead(table.features.shape[1], num_classes, head_std=recipe.classifier.head_std)
+    peak = peak_lr(recipe.optim.base_lr, batch)
+    optimizer = build_optimizer(head, recipe.optim, peak)
+    schedule = Schedule(
+        peak_lr=peak,
+        min_lr=recipe.optim.min_lr,
+        warmup_steps=round(recipe.optim.warmup_epochs * steps_per_epoch),
+        total_steps=recipe.epochs * steps_per_epoch,
+    )
+    generator = torch.Generator().manual_seed(seed_of(seed, Purpose.ROWS))
+    weights = torch.ones(batch)
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(len(table.labels), generator=generator)
+        for place in range(steps_per_epoch):
+            rows = order[place * batch : (place + 1) * batch]
+            targets = soft_targets(table.labels[rows], num_classes, recipe.augment.label_smoothing)
+            loss = classify_loss(head(table.features[rows], weights), targets, weights) / batch
+            loss.backward()
+            apply_lr(optimizer, schedule.lr(epoch * steps_per_epoch + place))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return head

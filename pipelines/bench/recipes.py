@@ -1,0 +1,151 @@
+"""`mae bench recipes`: what recipes are worth at equal time, by linear probes of what they have learnt.
+
+One process, one rank, no Ray: data is decoded between the steps, so that its cost is in the time as it is where data
+tasks and training share the cores.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae_core.augment import pixels_to_input
+from mae_core.masking import training_masks
+from mae_core.model import MAE, build_mae
+from mae_core.optim import build_optimizer
+from mae_core.schedule import Schedule, peak_lr
+from mae_core.step import pretrain_loss
+from pipelines.bench.config import RecipesConfig
+from pipelines.bench.linear import probe_accuracy
+from pipelines.config import ComputeConfig, PretrainConfig, load_preset
+from pipelines.jobs import PretrainJob, segments, train_plan
+from pipelines.manifest import Manifest, read_manifest
+from pipelines.pretrain import open_dataset, pixels_of
+from pipelines.storage import open_storage
+from pipelines.windows import MicroBatch, Segment, window_micro_batches
+from pipelines.worker.loop import TrainState
+
+log = logging.getLogger(__name__)
+
+_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+# Parts into which the budget is divided for the learning rate.
+_PARTS = 10_000
+
+
+def run(config: RecipesConfig) -> dict[str, Any]:
+    """Every run that the file lacks is done and added to it; returns all runs, and a table of their accuracies."""
+    uri, _ = open_dataset(config.uri)
+    path = Path(config.out)
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = {(r["recipe"], r["share"], r["seed"]) for r in found if r["budget_s"] == config.budget_s}
+    for seed in range(config.seeds):
+        for share in config.shares:
+            for recipe in config.recipes:
+                if (recipe, share, seed) in done:
+                    continue
+                result = one_run(config, uri, recipe, share, seed)
+                with path.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                log.info("%s", result)
+                found.append(result)
+    shown = [r for r in found if r["budget_s"] == config.budget_s]
+    return {"objects": shown, "text": table(shown)}
+
+
+def one_run(config: RecipesConfig, uri: str, recipe: str, share: float, seed: int) -> dict[str, Any]:
+    """One recipe and seed, pretrained for a share of the budget and probed."""
+    pretrain = load_preset(PretrainConfig, recipe)
+    pretrain = dataclasses.replace(
+        pretrain,
+        seed=seed,
+        data=dataclasses.replace(pretrain.data, uri=uri),
+        compute=ComputeConfig(threads=torch.get_num_threads()),
+    )
+    manifest = read_manifest(open_storage(uri))
+    job = PretrainJob(folder="", config=pretrain, pixels=pixels_of(manifest, pretrain.model.channels))
+    mae, figures = pretrain_for(job, manifest, config.budget_s * share, _CLOCKS[config.clock])
+    accuracy = probe_accuracy(mae.eval(), job.pixels, config, uri, seed)
+    return {"recipe": recipe, "share": share, "seed": seed, "budget_s": config.budget_s, "top1": accuracy, **figures}
+
+
+def pretrain_for(
+    job: PretrainJob, manifest: Manifest, budget_s: float, clock: Callable[[], float]
+) -> tuple[MAE, dict[str, Any]]:
+    """A model pretrained until the budget is spent, and what was done with it.
+
+    The learning rate follows the share of the budget that is spent, so that every run ends at its schedule's end.
+    """
+    config, plan = job.config, train_plan(job, manifest)
+    mae = build_mae(config.model, config.seed)
+    peak = peak_lr(config.optim.base_lr, config.data.batch)
+    state = TrainState(
+        model=mae,
+        optimizer=build_optimizer(mae, config.optim, peak),
+        schedule=Schedule(
+            peak_lr=peak,
+            min_lr=config.optim.min_lr,
+            warmup_steps=round(_PARTS * config.optim.warmup_epochs / config.epochs),
+            total_steps=_PARTS,
+        ),
+        clip_norm=config.optim.clip_norm,
+    )
+    feed, losses, in_steps_s = _steps(segments(job, 0)[0]), [], 0.0
+    start_s = clock()
+    while (begin_s := clock()) - start_s < budget_s:
+        step, batches = next(feed)
+        read_s = clock()
+        loss = sum(_backward(job, mae, batch, step // plan.steps_per_epoch, plan.planned(step)) for batch in batches)
+        state.step = int(_PARTS * (begin_s - start_s) / budget_s)
+        state.update()
+        losses.append(float(loss))
+        in_steps_s += clock() - read_s
+    spent_s = clock() - start_s
+    return mae, {
+        "steps": len(losses),
+        "masked_images": len(losses) * config.data.batch,
+        "loss": float(np.mean(losses[-20:])) if losses else None,
+        "data_share": 1 - in_steps_s / spent_s if losses else None,
+        "spent_s": spent_s,
+    }
+
+
+def _steps(segment: Segment) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """The micro-batches of step after step, without end."""
+    endless = dataclasses.replace(segment, last_step=2**40)
+    batches = (batch for window in count() for batch in window_micro_batches(endless, window))
+    return ((step, list(some)) for step, some in groupby(batches, key=lambda batch: batch.step))
+
+
+def _backward(job: PretrainJob, mae: MAE, batch: MicroBatch, epoch: int, planned: int) -> float:
+    """The micro-batch's gradients are added; returns its share of the step's mean loss."""
+    config = job.config
+    mask = training_masks(
+        config.model,
+        seed=config.seed,
+        epoch=epoch,
+        sample_ids=batch.ids,
+        masks_per_image=config.masks_per_image,
+    )
+    loss = pretrain_loss(mae, pixels_to_input(batch.images, job.pixels), mask, batch.weights) / planned
+    loss.backward()
+    return float(loss.detach())
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Accuracy of every recipe at every share of the budget: its mean over seeds, and the seeds."""
+    lines = [f"{'recipe':<20}{'share':>6}{'masked images':>15}{'data':>7}{'top-1':>8}  seeds"]
+    for recipe, share in sorted({(r["recipe"], r["share"]) for r in found}, key=lambda key: (key[1], key[0])):
+        runs = [r for r in found if (r["recipe"], r["share"]) == (recipe, share)]
+        images = round(float(np.mean([r["masked_images"] for r in runs])))
+        waits = float(np.mean([r["data_share"] or 0.0 for r in runs]))
+        top1 = [r["top1"] for r in runs]
+        seeds = " ".join(f"{value:.1f}" for value in top1)
+        lines.append(f"{recipe:<20}{share:>6g}{images:>15,}{waits:>7.1%}{np.mean(top1):>8.2f}  {seeds}")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""A training process that is killed again and again, at random moments, ends as one that nobody disturbed.
+
+Real processes and SIGKILL, without Ray: what is proved is the loop, the writer's thread and the store on a real disk.
+"""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mae_core.state import tensors_digest, unpack
+from pipelines.config import CheckpointConfig, TrackingConfig
+from pipelines.jobs import RunFolder
+from pipelines.worker.goodput import Clock
+from pipelines.worker.loop import train
+from pipelines.worker.rank import Feed
+from pipelines.worker.recorder import Due, Recorder
+from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
+
+STEPS = 60
+_SERVER: Any = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([__name__, "tests.pipelines.worker.test_loop"])
+
+
+def work(folder: str, max_file_bytes: int | None = None) -> None:
+    """The run in the folder is at its last step; every step saves a checkpoint."""
+    torch.set_num_threads(1)
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    rank, plan, run = rank_of(0, 1), plan_of(1), RunFolder(folder)
+    state, clock = state_of(rank), Clock()
+    recorder = Recorder(
+        state=state,
+        rank=rank,
+        plan=plan,
+        due=Due.of(CheckpointConfig(every_epochs=0.5), TrackingConfig(log_every_steps=1), 2, STEPS // 2),
+        folder=run,
+        checkpoint=CheckpointConfig(every_epochs=0.5, keep=2, patience_s=0),
+        clock=clock,
+    )
+    newest = run.checkpoints.latest()
+    if newest:
+        recorder.resume(newest)
+    feed = Feed(batch for step in range(state.step, STEPS) for batch in batches_of(plan, step, rank))
+    feed.clock = clock
+    train(state, rank, plan, feed, STEPS, loss_of, recorder.after_step)
+    recorder.finish()
+
+
+def started(*args: object) -> Any:
+    process = _SERVER.Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def newest_step(folder: Path) -> int:
+    return max(RunFolder(str(folder)).checkpoints.steps(), default=0)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    checkpoint = RunFolder(str(folder)).checkpoints.latest()
+    assert checkpoint is not None
+    assert checkpoint.step == STEPS
+    return {name: tensors_digest(unpack(content)) for name, content in checkpoint.files.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = started(str(folder))
+    process.join(240)
+    assert process.exitcode == 0
+    yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [5, pytest.param(100, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, undisturbed: Path, num_kills: int) -> None:
+    chance, moments = random.Random(num_kills), []
+    for kill in range(num_kills):
+        process = started(str(tmp_path))
+        # Each life is long enough for a step and ends anywhere in the next one, its checkpoint or its deletions.
+        before = newest_step(tmp_path)
+        wanted = before + (kill + 1) * (STEPS - 5) // num_kills - kill * (STEPS - 5) // num_kills
+        while newest_step(tmp_path) < max(wanted, before) and process.is_alive():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"the run was over before the kills, at {moments}"
+        moments.append(newest_step(tmp_path))
+        assert newest_step(tmp_path) - before <= STEPS
+    process = started(str(tmp_path))
+    process.join(240)
+    assert process.exitcode == 0
+    assert digests(tmp_path) == digests(undisturbed), f"killed after {moments}"
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [f"step-{STEPS - 1:010d}", f"step-{STEPS:010d}"]
+    assert not [path for path in (tmp_path / "checkpoints").rglob(".*")]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_the_reason_and_costs_no_checkpoint(
+    tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """RLIMIT_FSIZE refuses what is larger, as a full disk would."""
+    process = started(str(tmp_path))
+    while newest_step(tmp_path) < 5:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    before = newest_step(tmp_path)
+    process = started(str(tmp_path), 20_000)
+    process.join(240)
+    assert process.exitcode == 1
+    assert "could not be written within 0 s" in capfd.readouterr().err
+    assert RunFolder(str(tmp_path)).checkpoints.latest_step() == before
+    process = started(str(tmp_path))
+    process.join(240)
+    assert digests(tmp_path) == digests(undisturbed)
