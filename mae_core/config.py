@@ -1,5 +1,6 @@
 """What a user may set about the method. Frozen, validated once, free of torch so that `mae --help` is quick."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -114,6 +115,8 @@ class ModelConfig:
                 f"mask ratio {self.mask.ratio} leaves none of {num_patches} patches visible; "
                 f"try {int(100 * (1 - 1 / num_patches)) / 100 if num_patches > 1 else 'a smaller patch'}"
             )
+        if self.num_visible == num_patches:
+            raise ValueError(f"mask ratio {self.mask.ratio} hides none of {num_patches} patches; try 0.75")
         if self.mask.kind == "grid":
             cell = self.mask.grid_cell()
             if grid[0] % cell or grid[1] % cell:
@@ -126,6 +129,8 @@ class ModelConfig:
             raise ValueError(f"channels {self.channels} is below 1; try 3, or 1 for grayscale")
         if self.decoder_depth < 1:
             raise ValueError(f"decoder depth {self.decoder_depth} is below 1; try 8, or 1 for the fastest")
+        if self.decoder_heads < 1:
+            raise ValueError(f"decoder heads {self.decoder_heads} are below 1; try 16")
         if self.decoder_width < 4 or self.decoder_width % 4 or self.decoder_width % self.decoder_heads:
             raise ValueError(
                 f"decoder width {self.decoder_width} must be a multiple of 4 and of its {self.decoder_heads} heads; "
@@ -189,10 +194,15 @@ class OptimConfig:
     """Gradients longer than this are shortened to it; without a value they are left alone."""
 
     def __post_init__(self) -> None:
-        if self.base_lr <= 0:
+        if not 0 < self.base_lr < math.inf:
             raise ValueError(f"base_lr {self.base_lr} is not positive; try 1.5e-4")
-        if self.warmup_epochs < 0 or self.weight_decay < 0 or self.min_lr < 0:
-            raise ValueError("warmup_epochs, weight_decay and min_lr must not be negative; try 0")
+        for name in ("warmup_epochs", "weight_decay", "min_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0")
+        if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
+            raise ValueError(f"betas {self.betas} and momentum {self.momentum} are not within [0, 1); try 0.9 0.95")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm {self.clip_norm} is not positive; try 1.0, or leave it out")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay {self.layer_decay} is outside (0, 1]; try 0.75, or 1 for none")
 
@@ -225,6 +235,11 @@ class AugmentConfig:
             raise ValueError(f"crop scale {self.scale} is not within 0 < min <= max <= 1; try 0.2 1.0")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"crop aspect {self.aspect} is not 0 < min <= max; try 0.75 1.3333")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0.8, or 0 for none")
+        if self.rand_augment and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", self.rand_augment):
+            raise ValueError(f"rand_augment {self.rand_augment!r} is no recipe of timm's; try rand-m9-mstd0.5-inc1")
         for name in ("erase", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")

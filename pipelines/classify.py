@@ -87,7 +87,7 @@ def start_of(
     model = from_dict(ModelConfig, values["model"])
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
-    if manifest.channels > model.channels:
+    if manifest.channels not in (1, model.channels):
         raise ValueError(
             f"dataset {config.data.uri} has {manifest.channels} channels but {ref.uri} takes {model.channels}; "
             "try a backbone that was pretrained on such images"
@@ -104,6 +104,9 @@ def start_of(
 
 def classify_task(config: ClassifyConfig, name: str, start: Start, manifest: Manifest) -> Task:
     """The run as a task; publishing a fine-tuned classifier registers it unless the config says not to."""
+    depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
+    if train_blocks is not None and train_blocks > depth:
+        raise ValueError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
     storage = open_storage(open_storage(config.output).join(name))
     # Workers read the weights from the run's folder, so that only the driver talks to MLflow.
     inputs = {"backbone/encoder.safetensors": start.encoder} if start.encoder else {}

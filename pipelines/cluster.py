@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -47,7 +48,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet_ray()
     if ray_address():
-        ray.init(logging_level=logging.WARNING)
+        _init(logging_level=logging.WARNING)
     else:
         # No one takes this machine away with notice, and the watcher is one process more to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -59,7 +60,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         # A few small processes are many times what Ray expects of a small machine, and it would say so each time.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
         os.environ[_EMBEDDED] = "1"
-        ray.init(
+        _init(
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
             include_dashboard=False,
             logging_level=logging.ERROR,
@@ -72,6 +73,17 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     finally:
         ray.shutdown()
         os.environ.pop(_EMBEDDED, None)
+
+
+def _init(**arguments: Any) -> None:
+    """Ray is there. Raises RuntimeError where it does not come."""
+    try:
+        ray.init(**arguments)
+    except Exception as error:  # ray.init raises bare Exceptions, too
+        place = ray_address() or "on this machine"
+        raise RuntimeError(
+            f"Ray {place} did not answer ({' '.join(str(error).split())}); see `mae doctor`, and try again"
+        ) from error
 
 
 def quiet_ray() -> None:

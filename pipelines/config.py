@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,8 @@ class DataConfig:
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
                 f"try {max(1, round(self.batch / max(1, self.micro_batch))) * max(1, self.micro_batch)}"
             )
+        if self.window < 1:
+            raise ValueError(f"window {self.window} is below 1; try 8192")
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise ValueError(f"labels_per_class {self.labels_per_class} is below 1; try 100")
 
@@ -159,6 +162,17 @@ class TrackingConfig:
     pictures_every_epochs: int = 10
     """Epochs between two pictures of reconstructions."""
 
+    def __post_init__(self) -> None:
+        _check_model_name(self.name)
+        for name in ("log_every_steps", "pictures_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 10")
+
+
+def _check_model_name(name: str) -> None:
+    if set(name) & set("/:"):
+        raise ValueError(f"name {name!r} of a registered model holds / or :, which MLflow refuses; try -")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -176,7 +190,7 @@ class CheckpointConfig:
     """How long a checkpoint that the storage refuses is tried again, while training goes on, before the run fails."""
 
     def __post_init__(self) -> None:
-        if self.every_epochs <= 0 or self.keep < 1:
+        if not 0 < self.every_epochs < math.inf or self.keep < 1:
             raise ValueError("every_epochs must be positive and keep at least 1; try 1 and 2")
         if self.keep_best < 0 or self.patience_s < 0:
             raise ValueError("keep_best and patience_s must be at least 0; try 0 and 300")
@@ -301,6 +315,8 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs, self.optim)
+        if self.image_px is not None and min(self.image_px) < 1:
+            raise ValueError(f"image_px {self.image_px[0]} x {self.image_px[1]} is below 1; try 224 224")
         if self.eval_every_epochs < 1:
             raise ValueError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
         if self.backbone.startswith("random:"):
@@ -319,7 +335,10 @@ def parse_space(words: list[str]) -> dict[str, list[Any]]:
         dotted, equals, values = word.partition("=")
         if not equals or not values:
             raise ValueError(f"space {word!r} is not FIELD=V1,V2; try model.mask.ratio=0.5,0.75")
-        space[dotted] = yaml.safe_load(f"[{values}]")
+        try:
+            space[dotted] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            raise ValueError(f"{values!r} for {dotted} is no list of values; try model.mask.ratio=0.5,0.75") from None
     return space
 
 
@@ -405,6 +424,8 @@ class ReconstructConfig:
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
             raise ValueError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
+        if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+            raise ValueError(f"out {self.out!r} is no picture's name; try reconstructions.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,9 +449,12 @@ class RegisterConfig:
     """A checkpoint of a pretraining run becomes a version of a registered model."""
 
     name: str = ""
-    """Registered model; empty for mae-<arch>."""
-    experiment: str = "mae"
-    """MLflow experiment that holds the run."""
+    """Registered model; empty for the run's own, mae-<arch>."""
+    experiment: str = ""
+    """MLflow experiment that holds the run; empty for the run's own."""
+
+    def __post_init__(self) -> None:
+        _check_model_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

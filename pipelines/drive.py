@@ -13,7 +13,7 @@ from pipelines.cluster import ray_address, ray_session
 from pipelines.config import identity, to_dict
 from pipelines.jobs import Job, RunFolder, train_plan
 from pipelines.launch import launch
-from pipelines.manifest import Manifest
+from pipelines.manifest import MANIFEST, Manifest
 from pipelines.progress import ProgressDisplay
 from pipelines.report import MetricFollower, PictureFollower
 from pipelines.runs import Pulse, last_alive_s
@@ -54,16 +54,18 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
     what was published. Raises RunFailed when the workers give up.
     """
     registry.refuse_local_tracking(ray_address())
-    for task in tasks:
-        train_plan(task.job, task.manifest)  # refuses what the data cannot give, before anything is written
+    for task in tasks:  # refuses what cannot be, before anything is written
+        registry.check_run_name(task.name)
+        train_plan(task.job, task.manifest)
     folders = [RunFolder(task.job.folder) for task in tasks]
     died_s = last_alive_s(folders[0].storage)
     runs: dict[int, registry.Run] = {}
     for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
         if fresh:
             folder.clear()
+        key = claim(task.job, task.kind, task.manifest)
         if folder.outcome() is None:
-            runs[i] = _start(task, folder, tracking)
+            runs[i] = _start(task, folder, tracking, key)
     try:
         with Pulse([folders[i].storage for i in runs]):
             _train(tasks, runs, group, died_s)
@@ -89,9 +91,8 @@ def _train(tasks: Sequence[Task], runs: dict[int, registry.Run], group: str, die
             launch([tasks[i].job for i in unfinished], group, died_s)
 
 
-def _start(task: Task, folder: RunFolder, tracking: registry.Tracking) -> registry.Run:
-    """The folder is claimed and the MLflow run is there; a new folder gets a new run."""
-    key = claim(task.job, task.kind, task.manifest)
+def _start(task: Task, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
+    """The workers find what they need in the folder, and the MLflow run of that key is there."""
     _refuse_foreign(folder, key)
     for path, content in task.inputs.items():
         folder.storage.write(path, content)
@@ -125,15 +126,17 @@ def _refuse_foreign(folder: RunFolder, key: str) -> None:
 
 
 def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
-    """The job's folder says what it is and how it is run; returns the folder's id, by which MLflow's run is found.
+    """The job's folder says what it is, on what data and how it is run; returns its id, the key of the run in MLflow.
 
-    Raises ValueError where the folder holds another run.
+    Raises ValueError where the folder holds another run, or something else.
     """
     folder = RunFolder(job.folder)
     key = folder.claim(
         {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
     )
-    folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
+    if folder.outcome() is None:
+        folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
+        folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
     return key
 
 

@@ -133,9 +133,9 @@ class RunFolder:
     def claim(self, identity: dict[str, Any]) -> str:
         """The folder belongs to the run so described; returns the id that it has had since it was claimed first.
 
-        Raises ValueError where it belongs to another.
+        Raises ValueError where it belongs to another, or holds something else than a run.
         """
-        found = self.described()
+        found = self._described_or_empty()
         if found is not None:
             key = found.pop("id")
             differing = list(_differing(found, identity))
@@ -177,10 +177,23 @@ class RunFolder:
         self.storage.write(f"bad_steps/{step:010d}.json", json.dumps({"step": step, "ids": sample_ids}).encode())
 
     def clear(self) -> None:
-        """Everything that the run left is gone; result.json first, so that a half-cleared run is not a finished one."""
-        paths = [path for path, _ in self.storage.list()]
-        for path in sorted(paths, key=lambda p: p not in ("outcome.json", "result.json")):
+        """Everything that the run left is gone; its results first and run.json last, so that nothing else is seen of a
+        half-cleared run than that it is unfinished. Raises ValueError where the folder holds something else than a run.
+        """
+        if self._described_or_empty() is None:
+            return
+        order = {"outcome.json": 0, "result.json": 0, "run.json": 2}
+        for path in sorted((path for path, _ in self.storage.list()), key=lambda path: order.get(path, 1)):
             self.storage.delete(path)
+        self.storage.delete_empty("")
+
+    def _described_or_empty(self) -> dict[str, Any] | None:
+        found = self.described()
+        if found is None and not self.storage.is_empty():
+            raise ValueError(
+                f"folder {self.storage.uri} holds something else than a run; try another --name or --output"
+            )
+        return found
 
 
 def _differing(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:

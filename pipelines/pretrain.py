@@ -29,7 +29,7 @@ def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
     """The config and the dataset it names. Raises ValueError where they do not fit each other."""
     uri, manifest = open_dataset(config.data.uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
-    if manifest.channels > config.model.channels:
+    if manifest.channels not in (1, config.model.channels):
         raise ValueError(
             f"dataset {config.data.uri} has {manifest.channels} channels but model.channels is "
             f"{config.model.channels}; try --model.channels {manifest.channels}"
@@ -90,37 +90,63 @@ def describe(config: PretrainConfig, manifest: Manifest) -> str:
 
 
 def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
-    """The run's last checkpoint, or that of RUN@STEP, is a new version of the registered model."""
+    """The run's last checkpoint, or that of RUN@STEP, is a new version of the registered model.
+
+    Nothing but the run's folder is read: the dataset may be gone by now.
+    """
     from pipelines.worker.export import backbone_files
 
-    uri, _, step_text = run_and_step.partition("@")
-    if step_text and not step_text.isdigit():
-        raise ValueError(f"step {step_text!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
-    folder = RunFolder(uri)
+    folder, step = _checkpoint_named(run_and_step)
+    values, uri = folder.described(), folder.storage.uri
+    assert values is not None, "a folder without a run has no checkpoint to name"
+    checkpoint = folder.checkpoints.load(step)
+    run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
+    files: dict[str, bytes | Path] = dict(
+        backbone_files(
+            run_config.model, from_dict(Pixels, values["job"]["pixels"]), checkpoint.files["model.safetensors"]
+        )
+    )
+    manifest = read_manifest(open_storage(folder.storage.join("dataset")))
+    files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
+    name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
+    tags = {"mae.step": str(step)}
+    tracking = registry.open_tracking(config.experiment or run_config.tracking.experiment)
+    run = tracking.find_run(values["id"])
+    if run is not None:
+        ref = registry.register_backbone(run, files, name, tags=tags)
+        return {"model": ref.uri, "step": step, "run_id": run.id}
+    # This MLflow has never seen the run, such as that of another site.
+    run = tracking.run(
+        Path(uri).name,
+        "pretrain",
+        to_dict(run_config),
+        dataset=manifest,
+        dataset_uri=run_config.data.uri,
+        key=values["id"],
+    )
+    try:
+        ref = registry.register_backbone(run, files, name, tags=tags)
+    finally:
+        run.finish("FINISHED" if folder.result() else "KILLED")
+    return {"model": ref.uri, "step": step, "run_id": run.id}
+
+
+def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:
+    """The folder and the step that RUN or RUN@STEP means. Raises ValueError where there is no such checkpoint."""
+    uri, at, wanted = run_and_step.rpartition("@")
+    folder = RunFolder(run_and_step)
+    if at and folder.described() is None:
+        if not wanted.isdigit():
+            raise ValueError(f"step {wanted!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
+        folder = RunFolder(uri)
+    else:
+        uri, wanted = run_and_step, ""
     values = folder.described()
     if values is None or values.get("kind") != "pretrain":
         raise ValueError(f"{uri} is not the folder of a pretraining run; try the folder that `mae pretrain` printed")
     steps = folder.checkpoints.steps()
-    if not steps or (step_text and int(step_text) not in steps):
+    if not steps or (wanted and int(wanted) not in steps):
         raise ValueError(
-            f"run {uri} has no checkpoint {step_text or 'at all'}; it has steps {', '.join(map(str, steps)) or 'none'}"
+            f"run {uri} has no checkpoint {wanted or 'at all'}; it has steps {', '.join(map(str, steps)) or 'none'}"
         )
-    checkpoint = folder.checkpoints.load(int(step_text or steps[-1]))
-    config_of_run = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
-    model = config_of_run.model
-    files: dict[str, bytes | Path] = dict(
-        backbone_files(model, from_dict(Pixels, values["job"]["pixels"]), checkpoint.files["model.safetensors"])
-    )
-    dataset = config_of_run.data.uri
-    manifest = read_manifest(open_storage(dataset))
-    files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
-    tracking = registry.open_tracking(config.experiment)
-    name = Path(uri.rstrip("/")).name
-    run = tracking.run(
-        name, "pretrain", to_dict(config_of_run), dataset=manifest, dataset_uri=dataset, key=values["id"]
-    )
-    ref = registry.register_backbone(
-        run, files, config.name or f"mae-{model.arch}", tags={"mae.step": str(checkpoint.step)}
-    )
-    run.finish("FINISHED" if folder.result() else "KILLED")
-    return {"model": ref.uri, "step": checkpoint.step, "run_id": run.id}
+    return folder, int(wanted or steps[-1])

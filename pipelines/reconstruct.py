@@ -62,7 +62,13 @@ def sample_images(uri: str, split: str, count: int, image_px: Size, channels: in
     """
     storage = open_storage(uri)
     encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
-    return np.stack([evaluation_view(decode(content, channels), image_px) for content in encoded])
+    views = []
+    for path, content in encoded:
+        try:
+            views.append(evaluation_view(decode(content, channels), image_px))
+        except ValueError as error:
+            raise ValueError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
+    return np.stack(views)
 
 
 def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int) -> Block:
@@ -77,6 +83,8 @@ def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, s
 
 def run(config: ReconstructConfig) -> Path:
     """The picture is written, from the registry alone; returns its path."""
+    if not config.uri:
+        raise ValueError("no images are named; try --uri with a prepared dataset or a folder of images")
     tracking = registry.open_tracking("mae")
     with TemporaryDirectory() as folder:
         files = tracking.fetch(tracking.resolve(config.model), Path(folder))
@@ -101,8 +109,9 @@ def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _from_dataset(storage: Storage, split: str, count: int) -> list[bytes]:
-    """Encoded images of rows spread evenly over the split, each row group read once."""
+def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes]]:
+    """Sources and encoded images of rows spread evenly over the split, each row group read once."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     manifest = read_manifest(storage)
@@ -110,7 +119,7 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[bytes]:
         raise ValueError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
     rows = manifest.splits[split].num_rows
     wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
-    found: list[bytes] = []
+    found: list[tuple[str, bytes]] = []
     start = 0
     for shard in manifest.splits[split].shards:
         inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
@@ -118,17 +127,15 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[bytes]:
         if len(inside):
             with pq.ParquetFile(storage.open_input(shard.path)) as file:
                 for group in np.unique(inside // shard.rows_per_group):
-                    column = file.read_row_group(int(group), columns=["image"])["image"]
-                    found += [
-                        column[int(i)].as_py()
-                        for i in inside[inside // shard.rows_per_group == group] % shard.rows_per_group
-                    ]
+                    rows_of = file.read_row_group(int(group), columns=["source", "image"])
+                    chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
+                    found += [(row["source"], row["image"]) for row in rows_of.take(pa.array(chosen)).to_pylist()]
     return found
 
 
-def _from_folder(storage: Storage, count: int) -> list[bytes]:
+def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes]]:
     paths = [path for path, _ in storage.list() if path.lower().endswith(SUFFIXES)]
     if not paths:
         raise ValueError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
-    return [storage.read(paths[i]) for i in chosen]
+    return [(paths[i], storage.read(paths[i])) for i in chosen]

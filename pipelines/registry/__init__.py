@@ -4,7 +4,7 @@ from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.patience import TrackingUnreachable
 from pipelines.registry.points import Point
 from pipelines.registry.runs import Kind, Run
-from pipelines.registry.tracking import Tracking, open_tracking, refuse_local_tracking
+from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
 from pipelines.registry.versions import ModelRef, Step
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Step",
     "Tracking",
     "TrackingUnreachable",
+    "check_run_name",
     "open_tracking",
     "refuse_local_tracking",
     "register_backbone",

@@ -72,8 +72,7 @@ class Tracking:
         A driver that was killed and started again says the same key and gets the same run, whose parameters stay those
         of the first start. Training that starts anew needs a new key: an old run's points would be taken for its own.
         """
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
+        check_run_name(name)
         found = self.find_run(key or name)
         if found is None:
             made = first_tags(key or name, kind, dataset, parent, tags or {})
@@ -117,6 +116,12 @@ class Tracking:
         return lineage(self.client, model_uri)
 
 
+def check_run_name(name: str) -> None:
+    """A run may be called so. Raises ValueError where it may not."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
+
+
 def open_tracking(experiment: str) -> Tracking:
     """The experiment in the MLflow of MLFLOW_TRACKING_URI, or else in ./mae-mlflow; it exists and answers.
 
@@ -132,6 +137,8 @@ def open_tracking(experiment: str) -> Tracking:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    # Whoever imported mlflow before us had it read another level from the environment.
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         found = client.get_experiment_by_name(experiment)

@@ -191,9 +191,12 @@ def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
         deleted.append(path)
         storage.delete(path)
 
-    folder.storage = SimpleNamespace(list=storage.list, delete=delete)  # pyright: ignore[reportAttributeAccessIssue]
+    watched = SimpleNamespace(list=storage.list, delete=delete, delete_empty=storage.delete_empty)
+    monkeypatch.setattr(folder, "storage", watched)
+    monkeypatch.setattr(folder, "described", lambda: {"id": key})
     folder.clear()
+    monkeypatch.undo()
     assert set(deleted[:2]) == {"outcome.json", "result.json"}
-    folder.storage = storage
+    assert deleted[-1] == "run.json"
     assert storage.list() == []
     assert folder.claim({"kind": "finetune"}) != key

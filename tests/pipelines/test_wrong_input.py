@@ -106,6 +106,22 @@ Says = tuple[str, ...]
         (["pretrain", "--model.arch", "resnet50"], ("'resnet50'", "try vit_")),
         (["pretrain", "--optim.base-lr", "0"], ("base_lr 0.0", "try 1.5e-4")),
         (["pretrain"], ("no dataset", "try --data.uri")),
+        (["pretrain", *SMALL, "--model.mask.ratio", "1e-17"], ("1e-17", "hides none of 16", "try 0.75")),
+        (["pretrain", "--model.decoder-heads", "0"], ("heads 0", "try 16")),
+        (["pretrain", "--optim.betas", "1.5", "0.9"], ("1.5", "[0, 1)", "try 0.9 0.95")),
+        (["pretrain", "--optim.base-lr", "nan"], ("nan", "try 1.5e-4")),
+        (["pretrain", "--optim.clip-norm", "-1"], ("-1", "try 1.0")),
+        (["pretrain", "--data.window", "0"], ("window 0", "try 8192")),
+        (["pretrain", "--tracking.log-every-steps", "0"], ("log_every_steps 0", "try 10")),
+        (["pretrain", "--tracking.name", "a/b"], ("'a/b'", "MLflow refuses")),
+        (["finetune", "--augment.rand-augment", "foo"], ("'foo'", "try rand-m9")),
+        (["finetune", "--augment.mixup", "-1"], ("mixup -1", "try 0.8")),
+        (["finetune", "--image-px", "0", "0"], ("0 x 0", "try 224 224")),
+        (["sweep", "--space", "model.mask.ratio=["], ("'['", "try model.mask.ratio=0.5,0.75")),
+        (["prepare", "--val-fraction", "0.2", "a", "b"], ("missing SOURCE", "before all options")),
+        (["prepare", "a", "b", "--fresh"], ("unknown option --fresh",)),
+        (["reconstruct"], ("no images", "try --uri")),
+        (["reconstruct", "--out", "x.foo"], ("'x.foo'", "try reconstructions.png")),
         (["finetune", "--backbone", "runs/x"], ("'runs/x'", "try models:/")),
         (["finetune", "--preset", "vit_base_probe"], ("'probe'", "try `mae probe`")),
         (["sweep", "--space", "ratio"], ("'ratio'", "try model.mask.ratio=0.5,0.75")),
@@ -253,6 +269,43 @@ def test_a_run_folder_of_another_config(place: Path, capsys: pytest.CaptureFixtu
     said = refusal(place, capsys, "pretrain", "--name", "mine", "--data.uri", labelled(place), *SMALL)
     assert "holds a run with another config." in said
     assert said.endswith("try another --name, or --fresh to replace it")
+
+
+def test_another_config_of_a_finished_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.jobs import RunFolder
+
+    folder = RunFolder(str(place / "runs" / "mine"))
+    folder.claim({"kind": "pretrain", "config": {"epochs": 1}})
+    folder.remember({"loss": 0.1})
+    said = refusal(place, capsys, "pretrain", "--name", "mine", "--data.uri", labelled(place), *SMALL)
+    assert "holds a run with another config." in said
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_folder_of_something_else_is_neither_used_nor_cleared(
+    place: Path, capsys: pytest.CaptureFixture[str], fresh: list[str]
+) -> None:
+    uri = labelled(place)
+    said = refusal(
+        place, capsys, "pretrain", "--output", str(place), "--name", "data", "--data.uri", uri, *SMALL, *fresh
+    )
+    assert said.endswith("holds something else than a run; try another --name or --output")
+
+
+def test_a_name_that_mlflow_cannot_find_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(place, capsys, "pretrain", "--name", "bad name!", "--data.uri", labelled(place), *SMALL)
+    assert said.endswith("try letters, digits, . _ / -")
+    assert not (place / "runs").exists()
+
+
+def test_channels_that_the_images_do_not_have(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3)).astype(np.uint8)
+    (place / "images").mkdir()
+    for i, pixels in enumerate(colours):
+        Image.fromarray(pixels).save(place / "images" / f"{i}.png")
+    prepare.prepare(str(place / "images"), str(place / "data"), PrepareConfig())
+    said = refusal(place, capsys, "pretrain", "--data.uri", str(place / "data"), *SMALL, "--model.channels", "4")
+    assert said.endswith("try --model.channels 3")
 
 
 @contextlib.contextmanager

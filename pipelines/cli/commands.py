@@ -1,0 +1,201 @@
+"""What each `mae` command takes and where its work is done; nothing heavy is imported before it is called for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mae_core.bench.config import StepConfig
+from pipelines.bench.config import RecipesConfig
+from pipelines.config import (
+    KINDS,
+    PROBE,
+    ClassifyConfig,
+    DemoConfig,
+    InspectConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    RegisterConfig,
+    RunsConfig,
+    SweepConfig,
+    to_dict,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One `mae` command: what it takes and where its work is done."""
+
+    help: str
+    config: type | None
+    run: Callable[["Invocation"], dict[str, Any]]
+    positional: tuple[tuple[str, str], ...] = ()
+    default: Any = None
+    """Config in use where no preset is named; None for the defaults of its type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """A parsed command line."""
+
+    command: str
+    config: Any
+    arguments: tuple[str, ...]
+    preset: str
+    json: bool
+    fresh: bool
+
+
+def _prepare(call: Invocation) -> dict[str, Any]:
+    from pipelines.prepare import prepare
+
+    manifest = prepare(call.arguments[0], call.arguments[1], call.config)
+    return {
+        "uri": call.arguments[1],
+        "digest": manifest.digest,
+        "num_found": manifest.num_found,
+        "num_ok": manifest.num_ok,
+        "num_quarantined": manifest.num_quarantined,
+        "num_duplicates": manifest.num_duplicates,
+        "reasons": dict(manifest.quarantine_reasons),
+        "splits": {name: split.num_rows for name, split in manifest.splits.items()},
+        "channels": manifest.channels,
+        "classes": list(manifest.classes),
+    }
+
+
+def _inspect(call: Invocation) -> dict[str, Any]:
+    from pipelines.inspect import inspect_uri
+
+    return inspect_uri(call.arguments[0], call.config)
+
+
+def _pretrain(call: Invocation) -> dict[str, Any]:
+    from pipelines.pretrain import pretrain
+
+    return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh)
+
+
+def _finetune(call: Invocation) -> dict[str, Any]:
+    from pipelines.finetune import finetune
+
+    return finetune(call.config, call.preset or "finetune", fresh=call.fresh)
+
+
+def _probe(call: Invocation) -> dict[str, Any]:
+    from pipelines.probe import probe
+
+    return probe(call.config, call.preset or "probe", fresh=call.fresh)
+
+
+def _sweep(call: Invocation) -> dict[str, Any]:
+    from tune.sweep import sweep
+
+    return sweep(call.config, call.preset or "sweep", fresh=call.fresh)
+
+
+def _reconstruct(call: Invocation) -> dict[str, Any]:
+    from pipelines import reconstruct
+
+    return {"picture": str(reconstruct.run(call.config))}
+
+
+def _register(call: Invocation) -> dict[str, Any]:
+    from pipelines.pretrain import register
+
+    return register(call.arguments[0], call.config)
+
+
+def _runs(call: Invocation) -> dict[str, Any]:
+    from pipelines.runs import runs
+
+    return runs(call.arguments[0], call.config)
+
+
+def _demo(call: Invocation) -> dict[str, Any]:
+    from pipelines.demo import demo
+
+    return demo(call.config, fresh=call.fresh)
+
+
+def _doctor(call: Invocation) -> dict[str, Any]:
+    from pipelines.doctor import doctor
+
+    return doctor()
+
+
+def _bench_step(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.step import run
+
+    return run(call.config)
+
+
+def _bench_recipes(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.recipes import run
+
+    return run(call.config)
+
+
+def _config(call: Invocation) -> dict[str, Any]:
+    return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        help="Images become shards and a manifest.",
+        config=PrepareConfig,
+        run=_prepare,
+        positional=(
+            ("SOURCE", "folder or s3:// prefix of images, tars or Parquet, or a list of URIs"),
+            ("OUT", "folder or s3:// prefix of the prepared dataset"),
+        ),
+    ),
+    "inspect": Command(
+        help="Counts, sizes, classes and a contact sheet of a source or a prepared dataset.",
+        config=InspectConfig,
+        run=_inspect,
+        positional=(("URI", "source of images, or prepared dataset"),),
+    ),
+    "pretrain": Command(help="Shards become a pretrained, registered MAE.", config=PretrainConfig, run=_pretrain),
+    "probe": Command(
+        help="A linear probe measures a backbone's frozen features.",
+        config=ClassifyConfig,
+        run=_probe,
+        default=PROBE,
+    ),
+    "finetune": Command(help="A registered backbone becomes a classifier.", config=ClassifyConfig, run=_finetune),
+    "sweep": Command(help="Trials over mask ratio, decoder depth and more.", config=SweepConfig, run=_sweep),
+    "reconstruct": Command(
+        help="Pictures of masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
+    ),
+    "register": Command(
+        help="A checkpoint of a pretraining run becomes a model version.",
+        config=RegisterConfig,
+        run=_register,
+        positional=(("RUN", "folder or URI of a pretraining run, RUN@STEP for one of its checkpoints"),),
+    ),
+    "runs": Command(
+        help="Runs at a URI with state, step, last checkpoint and loss.",
+        config=RunsConfig,
+        run=_runs,
+        positional=(("URI", "folder or s3:// prefix of one run or of many, such as runs"),),
+    ),
+    "demo": Command(help="The whole pipeline on an embedded sample, in minutes.", config=DemoConfig, run=_demo),
+    "doctor": Command(
+        help="What would be used (Ray, MLflow, storage), and whether it answers.", config=None, run=_doctor
+    ),
+    "bench step": Command(
+        help="Training steps a second, beside the plain computation and transformers.",
+        config=StepConfig,
+        run=_bench_step,
+    ),
+    "bench recipes": Command(
+        help="Linear probes of recipes that were given equal time.", config=RecipesConfig, run=_bench_recipes
+    ),
+    "config": Command(
+        help="The whole config that a preset and overrides come to.",
+        config=None,
+        run=_config,
+        positional=(("COMMAND", "pretrain, probe, finetune or sweep"),),
+    ),
+}

@@ -1,0 +1,161 @@
+"""A command line becomes a command with its config; what does not parse becomes one sentence."""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.cli.commands import COMMANDS, Command, Invocation
+from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
+
+# Commands that resume, so that starting again must be said.
+_STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
+
+
+def parse(argv: Sequence[str]) -> Invocation:
+    """The command and its config. Raises ValueError for what does not parse; exits with status 0 after --help."""
+    rest = list(argv)
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(_overview())
+        raise SystemExit(0)
+    name = rest.pop(0)
+    if any(known.startswith(f"{name} ") for known in COMMANDS) and rest:
+        name = f"{name} {rest.pop(0)}"
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {name!r}; {hint}")
+    if name in ("finetune", "probe"):
+        # What a classifier starts from is a registered model, as in `mae reconstruct --model`.
+        rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
+    as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
+    wants_help = "-h" in rest or "--help" in rest
+    arguments = () if wants_help else _take_positionals(rest, name)
+    shown = arguments[0] if name == "config" and arguments else name
+    if name == "config" and arguments and not _takes_preset(shown):
+        raise ValueError(f"no config for {shown!r}; try one of {', '.join(filter(_takes_preset, COMMANDS))}")
+    preset = _take_option(rest, "--preset") if _takes_preset(shown) else ""
+    config = _parse_fields(name, COMMANDS[shown], preset, rest)
+    _check_method(shown, config)
+    return Invocation(command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh)
+
+
+def _parse_fields(name: str, command: Command, preset: str, rest: list[str]) -> Any:
+    """The config with defaults from the preset and fields from flags, read by tyro."""
+    import tyro
+
+    target = command.config or _NoFields
+    default = load_preset(target, preset) if preset else command.default or target()
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(target, default=default, args=rest, prog=_usage(name), description=_describe(name, target))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_tyro_in_words(text.getvalue(), name)) from None
+
+
+@dataclass(frozen=True)
+class _NoFields:
+    """Takes no fields."""
+
+
+def _takes_preset(name: str) -> bool:
+    return name in COMMANDS and COMMANDS[name].config in (PretrainConfig, ClassifyConfig, SweepConfig)
+
+
+def _check_method(name: str, config: Any) -> None:
+    if name in ("probe", "finetune") and config.classifier.method != name:
+        other = "finetune" if name == "probe" else "probe"
+        raise ValueError(
+            f"classifier.method is {config.classifier.method!r} but the command is {name}; try `mae {other}`"
+        )
+
+
+def _take_switch(rest: list[str], flag: str) -> bool:
+    found = flag in rest
+    rest[:] = [word for word in rest if word != flag]
+    return found
+
+
+def _take_option(rest: list[str], flag: str) -> str:
+    """The value after `flag` (or `flag=value`), taken out of the words; empty where the flag is absent."""
+    for i, word in enumerate(rest):
+        if word.startswith(f"{flag}="):
+            del rest[i]
+            return word.split("=", 1)[1]
+        if word == flag:
+            if i + 1 == len(rest):
+                raise ValueError(f"{flag} needs a name or a file; try {flag} vit_base")
+            del rest[i]
+            return rest.pop(i)
+    return ""
+
+
+def _take_positionals(rest: list[str], name: str) -> tuple[str, ...]:
+    """The command's positional words, which come first."""
+    wanted = COMMANDS[name].positional
+    found = []
+    while rest and not rest[0].startswith("-") and len(found) < len(wanted):
+        found.append(rest.pop(0))
+    if len(found) < len(wanted):
+        missing, what = wanted[len(found)]
+        before = ", which comes before all options" if rest else ""
+        raise ValueError(f"missing {missing}, the {what}{before}; usage: {_usage(name)}")
+    return tuple(found)
+
+
+def _usage(name: str) -> str:
+    return " ".join(["mae", name, *(word for word, _ in COMMANDS[name].positional)])
+
+
+def _describe(name: str, target: type) -> str:
+    """What --help says above the fields: the switches that belong to the command, not to its config."""
+    lines = [COMMANDS[name].help, ""]
+    lines += [f"  {word}: {what}." for word, what in COMMANDS[name].positional]
+    if target in (PretrainConfig, ClassifyConfig, SweepConfig) or name == "config":
+        lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; fields given as flags go on top of it.")
+    if name in _STARTING:
+        lines.append("  --fresh: start again, where the same command would resume or print the finished result.")
+    if target in (PretrainConfig, ClassifyConfig, SweepConfig):
+        lines.append("  On resuming may change: output, name, data.uri, checkpoint, tracking and compute (but for")
+        lines.append("  compute.precision); any other field makes it another run.")
+    lines.append("  --json: one JSON object with the result on stdout.")
+    return "\n".join(lines)
+
+
+def _tyro_in_words(text: str, name: str) -> str:
+    """tyro's box as one sentence, without its frame."""
+    body = " ".join(re.sub("[│╭╰╮╯─|+]|-{3,}", " ", text).split())
+    unknown = re.search(r"Unrecognized options: ([^,\s]+)", body)
+    if unknown:
+        near = re.search(r"Perhaps you meant: (--\S+)", body)
+        hint = f"did you mean {near[1]}?" if near else f"`mae {name} --help` lists all"
+        return f"unknown option {unknown[1]}; {hint}"
+    sentence = re.sub(r" (Argument helptext|For full helptext).*", "", body)
+    sentence = re.sub(r"^(Value error|Parsing error|Required options|Missing argument) ", "", sentence)
+    sentence = re.sub(r"^Error parsing ([^:]+): ", lambda found: found[1] + ": " if "-" in found[1] else "", sentence)
+    sentence = re.sub(r"invalid literal for int\(\) with base 10: (\S+)", r"\1 is not a whole number", sentence)
+    sentence = re.sub(r"could not convert string to float: (\S+)", r"\1 is not a number", sentence)
+    return sentence if "; try " in sentence else f"{sentence.rstrip('.')}; see `mae {name} --help`"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mae COMMAND [--preset NAME|FILE] [--dotted.field VALUE ...] [--json] [--fresh]",
+            "",
+            "Masked-autoencoder pretraining as a pipeline on Ray and MLflow.",
+            "",
+            *rows,
+            "",
+            "RAY_ADDRESS, MLFLOW_TRACKING_URI and AWS_ENDPOINT_URL decide what is used; without them all is local.",
+            "`mae COMMAND --help` explains every field.",
+        ]
+    )
