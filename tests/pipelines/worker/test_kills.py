@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +72,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     process = started(str(folder))
     process.join(240)
     assert process.exitcode == 0
-    yield folder
+    return folder
 
 
 @pytest.mark.slow
@@ -90,21 +89,20 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, undi
         # Each life is long enough for a step and ends anywhere in the next one, its checkpoint or its deletions.
         before = newest_step(tmp_path)
         wanted = before + (kill + 1) * (STEPS - 5) // num_kills - kill * (STEPS - 5) // num_kills
-        while newest_step(tmp_path) < max(wanted, before) and process.is_alive():
+        while newest_step(tmp_path) < wanted and process.is_alive():
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"the run was over before the kills, at {moments}"
         moments.append(newest_step(tmp_path))
-        assert newest_step(tmp_path) - before <= STEPS
     process = started(str(tmp_path))
     process.join(240)
     assert process.exitcode == 0
     assert digests(tmp_path) == digests(undisturbed), f"killed after {moments}"
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [f"step-{STEPS - 1:010d}", f"step-{STEPS:010d}"]
-    assert not [path for path in (tmp_path / "checkpoints").rglob(".*")]
+    assert not list((tmp_path / "checkpoints").rglob(".*"))
 
 
 @pytest.mark.slow
