@@ -19,6 +19,7 @@ from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_MOST_LISTINGS = 20
 
 # One file in parts, which a writer hashes and writes one after another.
 Parts = Sequence[bytes | memoryview]
@@ -92,7 +93,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending; their files are not yet verified."""
         found = []
-        for path, _ in self._storage.list(self._prefix, suffix=f"/{_MANIFEST}"):
+        for path in paths_now(self._storage, self._prefix, suffix=f"/{_MANIFEST}"):
             name = path.split("/")[-2]
             if name.startswith("step-") and name[5:].isdigit():
                 found.append(int(name[5:]))
@@ -183,7 +184,7 @@ class CheckpointStore:
         if self._storage.is_local:
             names = {entry.name for entry in Path(self._storage.join(self._prefix)).iterdir() if entry.is_dir()}
         else:
-            names = {path.split("/")[-2] for path, _ in self._storage.list(self._prefix)}
+            names = {path.split("/")[-2] for path in paths_now(self._storage, self._prefix)}
         found = {int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()}
         return found - set(committed)
 
@@ -207,6 +208,14 @@ class CheckpointStore:
         if place.is_local:
             with suppress(OSError):  # another driver writes into it, or has removed it
                 Path(place.uri).rmdir()
+
+
+def paths_now(storage: Storage, prefix: str = "", suffix: str = "") -> list[str]:
+    """Paths below the prefix, sorted, while others may be deleting there: what vanishes meanwhile is no error."""
+    for _ in range(_MOST_LISTINGS):
+        with suppress(FileNotFoundError):
+            return [path for path, _ in storage.list(prefix, suffix)]
+    return [path for path, _ in storage.list(prefix, suffix)]
 
 
 def _create(storage: Storage, path: str, content: bytes) -> bool:

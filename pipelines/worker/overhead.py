@@ -8,6 +8,7 @@ Rounds of both kinds alternate, so that whatever else the machine does falls on 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -29,7 +30,7 @@ from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder
 
 MODEL = ModelConfig(arch="vit_tiny_patch8", image_px=(64, 64), decoder_depth=2, decoder_width=128, decoder_heads=4)
-BATCH, STEPS_PER_ROUND, ROUNDS = 32, 10, 12
+BATCH, STEPS_PER_ROUND, ROUNDS = 32, 5, 10
 PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
@@ -40,7 +41,7 @@ def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tenso
 
 
 def plan() -> EpochPlan:
-    """An epoch of ten steps, so that metrics and a checkpoint fall due once a round."""
+    """An epoch of one round."""
     rows = BATCH * STEPS_PER_ROUND
     index = Index(
         paths=("part",),
@@ -91,7 +92,7 @@ def measure(folder: str) -> Iterator[tuple[tuple[float, float], tuple[float, flo
         data=DataConfig(batch=BATCH, micro_batch=BATCH),
         model=MODEL,
         optim=OptimConfig(warmup_epochs=0.0),
-        checkpoint=CheckpointConfig(every_epochs=5),
+        checkpoint=CheckpointConfig(every_epochs=10),
         tracking=TrackingConfig(log_every_steps=10, pictures_every_epochs=1000),
     )
     rank = Rank(index=0, world=1, device=torch.device("cpu"), compute=ComputeConfig())
@@ -104,8 +105,8 @@ def measure(folder: str) -> Iterator[tuple[tuple[float, float], tuple[float, flo
     recorder = Recorder.of(config, looped, rank, epoch, RunFolder(folder), feed.clock)
     for i in range(ROUNDS + 1):
         first, last = i * STEPS_PER_ROUND, (i + 1) * STEPS_PER_ROUND
-        one = timed(lambda: bare_round(bare, first))
-        other = timed(lambda: train(looped, rank, epoch, feed, last, loss_of, recorder.after_step))
+        one = timed(partial(bare_round, bare, first))
+        other = timed(partial(train, looped, rank, epoch, feed, last, loss_of, recorder.after_step))
         if i:
             yield one, other
     recorder.finish()

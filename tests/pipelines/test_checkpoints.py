@@ -112,6 +112,20 @@ def test_a_manifest_that_says_nothing_makes_no_checkpoint(
     assert store.latest() == checkpoint(6)
 
 
+def test_what_another_driver_deletes_while_steps_are_listed_is_no_error(tmp_path: Path) -> None:
+    class Deleting(Storage):
+        left = 3
+
+        def list(self, prefix: str = "", suffix: str = "") -> list[tuple[str, int]]:
+            if Deleting.left:
+                Deleting.left -= 1
+                raise FileNotFoundError(prefix)
+            return super().list(prefix, suffix)
+
+    CheckpointStore(open_storage(tmp_path)).save(checkpoint(5), ONE)
+    assert CheckpointStore(Deleting(str(tmp_path))).steps() == [5]
+
+
 def test_leftovers_without_a_manifest_are_never_mixed_in_and_go_in_time(store: CheckpointStore, tmp_path: Path) -> None:
     store.save(checkpoint(5), THREE)
     for step in (9, 11):

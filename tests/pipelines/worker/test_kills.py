@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,12 @@ def work(folder: str, max_file_bytes: int | None = None) -> None:
         recorder.resume(newest)
     feed = Feed(batch for step in range(state.step, STEPS) for batch in batches_of(plan, step, rank))
     feed.clock = clock
-    train(state, rank, plan, feed, STEPS, loss_of, recorder.after_step)
-    recorder.finish()
+    try:
+        train(state, rank, plan, feed, STEPS, loss_of, recorder.after_step)
+        recorder.finish()
+    except OSError as error:
+        (Path(folder) / "error.txt").write_text(str(error))
+        os._exit(1)
 
 
 def started(*args: object) -> Any:
@@ -73,12 +76,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     process = started(str(folder))
     process.join(240)
     assert process.exitcode == 0
-    yield folder
+    return folder
 
 
 @pytest.mark.slow
@@ -90,27 +93,24 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, undi
         # Each life is long enough for a step and ends anywhere in the next one, its checkpoint or its deletions.
         before = newest_step(tmp_path)
         wanted = before + (kill + 1) * (STEPS - 5) // num_kills - kill * (STEPS - 5) // num_kills
-        while newest_step(tmp_path) < max(wanted, before) and process.is_alive():
+        while newest_step(tmp_path) < wanted and process.is_alive():
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"the run was over before the kills, at {moments}"
         moments.append(newest_step(tmp_path))
-        assert newest_step(tmp_path) - before <= STEPS
     process = started(str(tmp_path))
     process.join(240)
     assert process.exitcode == 0
     assert digests(tmp_path) == digests(undisturbed), f"killed after {moments}"
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [f"step-{STEPS - 1:010d}", f"step-{STEPS:010d}"]
-    assert not [path for path in (tmp_path / "checkpoints").rglob(".*")]
+    assert not list((tmp_path / "checkpoints").rglob(".*"))
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_the_reason_and_costs_no_checkpoint(
-    tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_ends_the_run_with_the_reason_and_costs_no_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
     """RLIMIT_FSIZE refuses what is larger, as a full disk would."""
     process = started(str(tmp_path))
     while newest_step(tmp_path) < 5:
@@ -121,7 +121,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_costs_no_checkpoint(
     process = started(str(tmp_path), 20_000)
     process.join(240)
     assert process.exitcode == 1
-    assert "could not be written within 0 s" in capfd.readouterr().err
+    assert "could not be written within 0 s" in (tmp_path / "error.txt").read_text()
     assert RunFolder(str(tmp_path)).checkpoints.latest_step() == before
     process = started(str(tmp_path))
     process.join(240)
