@@ -1,4 +1,4 @@
-"""What lies at a URI: counts, sizes and classes of a prepared dataset or a source, and a sheet of samples to look at."""
+"""What lies at a URI: counts, sizes and classes of a prepared dataset or a source, and a sheet of samples."""
 
 import random
 from collections import Counter

@@ -23,23 +23,28 @@ class CsvList:
         self.place = Place(storage, takes_uris=True)
         self.classes: list[str] = []
         self._storage, self._path, self._uri = storage, path, storage.join(path)
-        with self._text() as text:
-            header = next(csv.reader(text), [])
+        header = next(self._rows(), (0, []))[1]
         self._columns = _columns(header, self._uri)
         self._width = len(header)
         self.has_explicit_labels = "label" in self._columns
 
     def entries(self) -> Iterator[Entry]:
+        rows = self._rows()
+        next(rows)
+        for number, row in rows:
+            where = f"line {number} of {self._uri}"
+            if row and len(row) != self._width:
+                raise ValueError(f"{where} has {len(row)} fields where the header has {self._width}; mend it")
+            if row:
+                yield _entry(self._storage, where, {key: row[i].strip() for key, i in self._columns.items()})
+
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Fields, with the number of the line that they end on."""
         with self._text() as text:
             try:
                 rows = csv.reader(text)
-                next(rows)
                 for row in rows:
-                    where = f"line {rows.line_num} of {self._uri}"
-                    if row and len(row) != self._width:
-                        raise ValueError(f"{where} has {len(row)} fields where the header has {self._width}; mend it")
-                    if row:
-                        yield _entry(self._storage, where, {key: row[i].strip() for key, i in self._columns.items()})
+                    yield rows.line_num, row
             except (csv.Error, UnicodeDecodeError) as error:
                 raise ValueError(f"{self._uri} is not a CSV file in UTF-8 ({error}); save it as one") from None
 

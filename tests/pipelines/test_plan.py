@@ -145,6 +145,31 @@ def test_without_shuffling_samples_stand_in_storage_order(plan: EpochPlan) -> No
     assert seen == sorted(seen)
 
 
+@pytest.mark.parametrize("groups_per_window", [8, 64])
+def test_a_window_mixes_as_many_row_groups_as_it_holds(groups_per_window: int) -> None:
+    """Class-sorted input, a class a row group: a batch draws on the window's row groups as a random one would."""
+    rows_per_group, num_groups, batch = 16, 512, 128
+    index = Index.from_manifest(manifest_of([rows_per_group * num_groups], rows_per_group), "train")
+    window = rows_per_group * groups_per_window
+    plan = EpochPlan(index=index, seed=3, batch=batch, micro_batch=batch, num_workers=1, window=window)
+    ids = np.concatenate([plan.window_ids(0, w) for w in range(plan.windows_per_epoch)])
+    # Both are permutations, so this is the correlation of ranks; 1 / sqrt(row groups) is its spread.
+    assert abs(np.corrcoef(np.arange(len(ids)), ids)[0, 1]) < 4 / num_groups**0.5
+    classes = [len(np.unique(row)) for row in (ids // rows_per_group).reshape(-1, batch)]
+    expected = groups_per_window * (1 - (1 - 1 / groups_per_window) ** batch)
+    assert np.mean(classes) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_plan_of_a_billion_images_is_that_of_its_row_groups() -> None:
+    """Far fewer here, of as many rows each: what is held is some bytes a row group, whatever the rows."""
+    index = Index.from_manifest(manifest_of([1_000_000] * 50, 250_000), "train")
+    plan = EpochPlan(index=index, seed=0, batch=4096, micro_batch=64, num_workers=8, window=8192)
+    held = sum(array.nbytes for array in (index.shard, index.group, index.first_id, index.num_rows))
+    assert held == 20 * 200
+    assert sum(len(read.rows) for read in plan.window_reads(3, plan.windows_per_epoch - 1, range(64))) == 64
+    assert sum(array.nbytes for array in plan._order(3)) == 16 * 200
+
+
 def test_epochs_and_seeds_differ() -> None:
     index = Index.from_manifest(manifest_of([500, 500], 10), "train")
     plan = EpochPlan(index=index, seed=1, batch=50, micro_batch=10, num_workers=1, window=200)
