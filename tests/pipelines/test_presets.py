@@ -1,5 +1,6 @@
 """Presets are data: each loads, says how it is run, what it costs and gives, and has the paper's numbers."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -112,3 +113,12 @@ def test_the_sweep_is_figure_5() -> None:
         "model.decoder_depth": [1, 2, 4, 8, 12],
     }
     assert (config.pretrain.model.arch, config.pretrain.epochs) == ("vit_large_patch16", 800)
+
+
+@pytest.mark.parametrize(("fast", "plain"), [("fast", "vit_base"), ("nano_fast", "nano")])
+def test_a_fast_preset_is_the_plain_one_but_for_the_three_options(fast: str, plain: str) -> None:
+    config, paper = load_preset(PretrainConfig, fast), load_preset(PretrainConfig, plain)
+    assert (config.masks_per_image, config.model.decoder_attention) == (4, "cross")
+    assert config.model.num_predicted == config.model.num_patches // 4
+    model = dataclasses.replace(config.model, decoder_attention="self", predicted_share=1.0)
+    assert dataclasses.replace(config, masks_per_image=1, model=model) == paper

@@ -1,0 +1,167 @@
+"""Recipes at equal time: the budget is kept, the schedule ends with it, and what is done is not done again."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.bench import recipes
+from pipelines.bench.config import RecipesConfig
+from pipelines.cli import parse
+from pipelines.config import PretrainConfig, from_dict
+from pipelines.jobs import PretrainJob
+from pipelines.manifest import Manifest, Shard, Split, write_manifest
+from pipelines.pretrain import pixels_of
+from pipelines.shards import SCHEMA
+from pipelines.storage import open_storage
+from pipelines.worker.loop import TrainState
+
+PRETRAIN = {
+    "kind": "pretrain",
+    "epochs": 4,
+    "data": {"batch": 16, "micro_batch": 8, "window": 32},
+    "model": {
+        "arch": "vit_pico_patch4",
+        "image_px": [8, 8],
+        "mask": {"ratio": 0.5},
+        "decoder_depth": 1,
+        "decoder_width": 16,
+        "decoder_heads": 2,
+    },
+    "optim": {"base_lr": 1e-2, "warmup_epochs": 1},
+}
+PROBE = {
+    "kind": "classify",
+    "epochs": 60,
+    "data": {"batch": 16, "micro_batch": 8},
+    "classifier": {"method": "probe", "head_std": 0.01},
+    "optim": {"name": "lars", "base_lr": 80.0, "warmup_epochs": 0},
+    "augment": {"crop": "none", "flip": False},
+}
+
+
+def tile(label: int, number: int) -> bytes:
+    """A noisy tile, dark or bright as its label says."""
+    pixels = np.random.default_rng(number).integers(0, 60, (8, 8, 3))
+    pixels += 150 * label
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> tuple[str, Manifest]:
+    splits, first_id = {}, 0
+    numbers = {"num_bytes": 1, "sha256": "", "rows_per_group": 8}
+    for name, rows in {"train": 40, "val": 20}.items():
+        labels = [i % 2 for i in range(rows)]
+        columns = {
+            "image": [tile(label, first_id + i) for i, label in enumerate(labels)],
+            "label": labels,
+            "height_px": [8] * rows,
+            "width_px": [8] * rows,
+            "orientation": [1] * rows,
+            "segment_offsets": [None] * rows,
+            "source": [str(i) for i in range(rows)],
+        }
+        path = tmp_path / "data" / name / "part-00000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table(columns, SCHEMA), path, row_group_size=8)
+        shard = Shard(path=f"{name}/part-00000.parquet", num_rows=rows, first_id=first_id, **numbers)
+        splits[name] = Split(num_rows=rows, num_bytes=1, shards=[shard])
+        first_id += rows
+    storage = open_storage(str(tmp_path / "data"))
+    manifest = Manifest(
+        channels=3, image_px=(8, 8), classes=["dark", "bright"], splits=splits, num_found=60, num_ok=60,
+        num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.4] * 3, std=[0.3] * 3, config={},
+        source_digest="",
+    )  # fmt: skip
+    return storage.uri, write_manifest(storage, manifest)
+
+
+@pytest.fixture
+def study(dataset: tuple[str, Manifest], tmp_path: Path) -> Callable[..., RecipesConfig]:
+    files = {
+        "plain": PRETRAIN,
+        "fast": {
+            **PRETRAIN,
+            "masks_per_image": 2,
+            "model": {**PRETRAIN["model"], "decoder_attention": "cross", "predicted_share": 0.5},
+        },
+        "probe": PROBE,
+    }
+    for name, values in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+
+    def make(**fields) -> RecipesConfig:
+        defaults = {
+            "recipes": (str(tmp_path / "plain.yaml"), str(tmp_path / "fast.yaml")),
+            "probe": str(tmp_path / "probe.yaml"),
+            "labels_per_class": 16,
+            "budget_s": 0.2,
+            "shares": (0.0, 1.0),
+            "seeds": 1,
+            "out": str(tmp_path / "out.jsonl"),
+        }
+        return RecipesConfig(uri=dataset[0], **{**defaults, **fields})
+
+    return make
+
+
+def test_every_recipe_is_probed_at_every_share_and_seed_and_never_twice(study, monkeypatch) -> None:
+    first = recipes.run(study())
+    assert [(r["share"], r["seed"]) for r in first["objects"]] == [(0.0, 0), (0.0, 0), (1.0, 0), (1.0, 0)]
+    assert all(r["steps"] > 0 for r in first["objects"] if r["share"])
+    assert all(r["top1"] >= 90 for r in first["objects"])  # any encoder tells dark from bright
+    calls = []
+    real = recipes.one_run
+    monkeypatch.setattr(recipes, "one_run", lambda *given: calls.append(given[2:]) or real(*given))
+    again = recipes.run(study(seeds=2))
+    assert {seed for _, _, seed in calls} == {1}
+    assert again["objects"][:4] == first["objects"]
+    assert len(again["objects"]) == len(Path(study().out).read_text().splitlines()) == 8
+    assert again["text"].count("\n") == 4
+    assert json.loads(json.dumps(again["objects"])) == again["objects"]
+
+
+def test_the_budget_ends_the_run_and_the_schedule(dataset, monkeypatch) -> None:
+    uri, manifest = dataset
+    values = {k: v for k, v in PRETRAIN.items() if k != "kind"}
+    config = from_dict(PretrainConfig, {**values, "data": {**PRETRAIN["data"], "uri": uri}})
+    job = PretrainJob(folder="", config=config, pixels=pixels_of(manifest, 3))
+    rates: list[float] = []
+    real = recipes.TrainState.update
+
+    def update(state: TrainState) -> None:
+        rates.append(state.schedule.lr(state.step))
+        real(state)
+
+    monkeypatch.setattr(recipes.TrainState, "update", update)
+    ticks = itertools.count()
+    _, figures = recipes.pretrain_for(job, manifest, 60.0, lambda: float(next(ticks)))
+    # The clock is read thrice a step, so 60 ticks are twenty steps, more than the preset's epochs have (12).
+    assert figures["steps"] == len(rates) == 20
+    assert figures["masked_images"] == 20 * 16
+    assert rates.index(max(rates)) == 5  # warm-up is a quarter, as in the preset
+    assert rates[-1] < 0.05 * max(rates)
+
+
+def test_a_probe_of_varying_images_is_refused(study, tmp_path: Path) -> None:
+    (tmp_path / "varying.yaml").write_text(yaml.safe_dump({**PROBE, "augment": {"flip": True}}))
+    with pytest.raises(ValueError, match="no linear probe of images that never vary"):
+        recipes.run(study(probe=str(tmp_path / "varying.yaml"), shares=(0.0,)))
+
+
+def test_the_command_takes_it() -> None:
+    config = parse(["bench", "recipes", "--uri", "x", "--shares", "0", "1", "--recipes", "nano"]).config
+    assert (config.shares, config.recipes, config.seeds) == ((0.0, 1.0), ("nano",), 3)
+    with pytest.raises(ValueError, match=r"shares within \[0, 1\]"):
+        parse(["bench", "recipes", "--shares", "2"])
