@@ -45,7 +45,7 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     if rank.is_main:
         for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
             folder.storage.write(f"export/{name}", content)
-    return {"kind": "pretrain", "steps": total, "loss": recorder.last["train/loss"]}
+    return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss")}
 
 
 def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:

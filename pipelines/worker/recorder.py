@@ -2,21 +2,19 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipelines.checkpoints import Checkpoint, Retention
-from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig, TrackingConfig
+from pipelines.checkpoints import Checkpoint
+from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
 from pipelines.jobs import RunFolder
 from pipelines.plan import EpochPlan
 from pipelines.report import MetricSpool
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import TrainState
+from pipelines.worker.meter import Due, Meter, retention
 from pipelines.worker.rank import Rank
 from pipelines.worker.saving import CheckpointWriter
 
@@ -36,85 +34,6 @@ class Stopped(Exception):
 
 class RolledBack(RuntimeError):
     """The worker group must start again from the newest checkpoint."""
-
-
-@dataclass(frozen=True)
-class Due:
-    """Which steps are followed by what; durations became steps here, once."""
-
-    log_every: int
-    save_every: int
-    picture_every: int
-    last: int
-
-    @classmethod
-    def of(cls, checkpoint: CheckpointConfig, tracking: TrackingConfig, steps_per_epoch: int, epochs: int) -> "Due":
-        return cls(
-            log_every=tracking.log_every_steps,
-            save_every=max(1, round(checkpoint.every_epochs * steps_per_epoch)),
-            picture_every=tracking.pictures_every_epochs * steps_per_epoch,
-            last=epochs * steps_per_epoch,
-        )
-
-    def log(self, step: int) -> bool:
-        return step % self.log_every == 0 or step == self.last
-
-    def save(self, step: int) -> bool:
-        return step % self.save_every == 0 or step == self.last
-
-    def picture(self, step: int) -> bool:
-        return step % self.picture_every == 0 or step == self.last
-
-
-def retention(checkpoint: CheckpointConfig, steps_per_epoch: int) -> Retention:
-    """Which checkpoints stay; epochs became steps here, once."""
-    every = checkpoint.keep_every_epochs
-    return Retention(
-        newest=checkpoint.keep,
-        best=checkpoint.keep_best,
-        every_steps=None if every is None else every * steps_per_epoch,
-    )
-
-
-class Meter:
-    """Sums on the device; read, and summed over ranks, only when logging or saving."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self._loss = torch.zeros((), dtype=torch.float64, device=rank.device)
-        self._steps = self._samples = 0
-        self._since_s = time.perf_counter()
-        self._unread: list[tuple[int, Tensor]] = []
-
-    def add(self, step: int, loss: Tensor, bad: Tensor, num_samples: int) -> None:
-        """One step's loss on this rank, already divided by the samples planned over all ranks."""
-        self._loss += torch.where(bad > 0, torch.zeros_like(loss), loss)
-        self._steps += 1
-        self._samples += num_samples
-        self._unread.append((step, bad))
-
-    def bad_steps(self) -> list[int]:
-        """Steps since the last call that were left out for their gradient; the same on every rank."""
-        if not self._unread:
-            return []
-        steps, flags = zip(*self._unread, strict=True)
-        self._unread = []
-        found = [step for step, bad in zip(steps, torch.stack(flags).tolist(), strict=True) if bad]
-        self._steps -= len(found)
-        return found
-
-    def drain(self) -> dict[str, float]:
-        """Mean loss over the steps that counted, and global images/s, since the last call; every rank calls it."""
-        assert not self._unread, "bad steps must be looked for first"
-        loss = self._rank.sum(self._loss.clone()).item()
-        now_s = time.perf_counter()
-        found = {"images_per_s": self._samples / max(1e-9, now_s - self._since_s)}
-        if self._steps:
-            found["train/loss"] = loss / self._steps
-        self._loss.zero_()
-        self._steps = self._samples = 0
-        self._since_s = now_s
-        return found
 
 
 class Recorder:

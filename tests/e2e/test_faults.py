@@ -59,7 +59,8 @@ class Place:
                 "decoder_heads": 2,
             },
             "optim": {"base_lr": 1e-3, "warmup_epochs": 2.0},
-            "compute": {"num_workers": 2, "stall_s": STALL_S},
+            # On a busy machine ranks may stand apart for longer than that without a fault.
+            "compute": {"num_workers": 2, "stall_s": STALL_S, "max_failures": 20},
             "checkpoint": {"every_epochs": 0.5, "keep": 2},
             "tracking": {"log_every_steps": 1, "pictures_every_epochs": 1000},
         }
@@ -176,6 +177,7 @@ def test_a_worker_that_stands_still_is_noticed_and_changes_nothing(place: Place)
     assert place.weights("still") == place.weights("undisturbed")
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_no_number_ends_the_run_at_once_with_the_sample_ids(place: Place) -> None:
     ended = place.run(place.command("nan", optim={"base_lr": 1e30}, compute={"num_workers": 1}))
     assert ended.returncode == 1

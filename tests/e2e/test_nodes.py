@@ -149,7 +149,7 @@ def drain(address: str, node: Any, in_s: float) -> None:
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     accepted, reason = GcsClient(address=address).drain_node(
-        node.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "", int(1000 * (time.time() + in_s))
+        node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "", int(1000 * (time.time() + in_s))
     )
     assert accepted, reason
 

@@ -20,8 +20,9 @@ from pipelines.config import CheckpointConfig, TrackingConfig
 from pipelines.jobs import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train
+from pipelines.worker.meter import Due
 from pipelines.worker.rank import Feed
-from pipelines.worker.recorder import Due, Recorder
+from pipelines.worker.recorder import Recorder
 from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
 
 STEPS = 60

@@ -14,8 +14,9 @@ from pipelines.ingest import MicroBatch
 from pipelines.jobs import RunFolder
 from pipelines.worker.goodput import KINDS, Clock
 from pipelines.worker.loop import TrainState, train
+from pipelines.worker.meter import Due, retention
 from pipelines.worker.rank import Feed, Rank
-from pipelines.worker.recorder import Due, Recorder, RolledBack, Stopped, retention
+from pipelines.worker.recorder import Recorder, RolledBack, Stopped
 from tests.pipelines.worker.test_loop import EPOCHS, batches_of, digests_of, loss_of, plan_of, rank_of, state_of
 
 BAD = 3
