@@ -61,7 +61,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
         draw.line((left, top + _SIDE_PX - 1, left + _SIDE_PX - 1, top), fill="#bbbbbb")
     else:
         sheet.paste(picture, (left + (_SIDE_PX - picture.width) // 2, top + (_SIDE_PX - picture.height) // 2))
-    letters = _SIDE_PX // 6
+    letters = _SIDE_PX // 7
     name = tile.name if len(tile.name) <= letters else "..." + tile.name[-letters + 3 :]
     draw.text((left, top + _SIDE_PX + 1), _plain(name), fill="black", font=font)
     draw.text((left, top + _SIDE_PX + 1 + _LINE_PX), _plain(_fit(tile.note, letters)), fill="#aa0000", font=font)

@@ -9,7 +9,6 @@ from contextlib import closing
 from typing import Any
 
 from pipelines.assembly import assemble
-from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig, PrepareConfig, to_dict
 from pipelines.duplicates import duplicates
 from pipelines.manifest import Manifest, is_prepared, read_manifest, write_manifest
@@ -49,6 +48,9 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         work.claim(identity)
         num_slices = work.put_slices(cut(entries, tally, classes, config))
     job = _Job(work, target, origin.place, config, tally.num_entries)
+    # Not before there is something to do: Ray takes seconds.
+    from pipelines.cluster import ray_session
+
     with ray_session(ComputeConfig()):
         job.first_pass(num_slices)
         job.refuse_bad()

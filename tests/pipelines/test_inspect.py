@@ -27,7 +27,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(todo: Any, *arguments: Any) -> Iterator[Any]:
         return (module.write_one(row["number"], row["skip"], *arguments) for row in todo)
 
-    monkeypatch.setattr(module, "ray_session", lambda compute: contextlib.nullcontext())
+    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
     monkeypatch.setattr(module, "_run", run)
 
 

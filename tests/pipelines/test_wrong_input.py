@@ -35,7 +35,7 @@ def place(tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> P
     """The empty folder that the command runs in; Ray's part of `prepare` is done in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
-    monkeypatch.setattr(prepare, "ray_session", lambda compute: contextlib.nullcontext())
+    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
     monkeypatch.setattr(prepare, "_run", run_here)
     return tmp_path
 

@@ -133,5 +133,5 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(todo: Any, *arguments: Any) -> Iterator[Any]:
         return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
 
-    monkeypatch.setattr(prepare, "ray_session", lambda compute: contextlib.nullcontext())
+    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
     monkeypatch.setattr(prepare, "_run", run)

@@ -38,7 +38,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
         return (module.write_one(row["number"], row["skip"], *arguments) for row in todo)
 
     def prepare(source: str | Path, out: str = "out", **options: Any) -> tuple[Manifest, dict[str, list[dict]]]:
-        monkeypatch.setattr(module, "ray_session", lambda compute: contextlib.nullcontext())
+        monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
         monkeypatch.setattr(module, "_run", run)
         config = PrepareConfig(**{"val_fraction": 0, "rows_per_shard": 6, "rows_per_group": 2, **options})
         manifest = module.prepare(str(source), str(tmp_path / out), config)

@@ -1,0 +1,176 @@
+"""`prepare` killed at random moments goes on from where it was; readers never see what is unfinished."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipelines.config import PrepareConfig
+from pipelines.manifest import is_prepared, read_manifest
+from pipelines.prepare import prepare
+from pipelines.storage import open_storage
+
+OPTIONS = {"rows_per_shard": 7, "rows_per_group": 3}
+FLAGS = ["--rows-per-shard", "7", "--rows-per-group", "3"]
+# Each slice takes a little longer, so that a kill may fall anywhere.
+IN_ONE_PROCESS = """
+import contextlib, sys, time, types
+sys.modules["pipelines.cluster"] = types.SimpleNamespace(ray_session=lambda compute: contextlib.nullcontext())
+from pipelines import prepare
+from pipelines.config import PrepareConfig
+def run(todo, *arguments):
+    for row in todo:
+        yield prepare.write_one(row["number"], row["skip"], *arguments)
+        time.sleep(0.01)
+prepare._run = run
+prepare.prepare(source, out, PrepareConfig(**options))
+"""
+WITH_RAY = "import sys; from pipelines import cli; cli.main(sys.argv[1:])"
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def started(with_ray: bool, source: Path, out: Path) -> psutil.Process:
+    """The job, in a process of its own; without Ray in one that has imported everything already."""
+    if with_ray:
+        words = [sys.executable, "-c", WITH_RAY, "prepare", str(source), str(out), *FLAGS]
+        with (out.parent / "log").open("ab") as log:
+            return psutil.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    SERVER.set_forkserver_preload(["pipelines.prepare", "pipelines.shards"])
+    names = {"source": str(source), "out": str(out), "options": OPTIONS}
+    process = SERVER.Process(target=exec, args=(IN_ONE_PROCESS, names), daemon=True)
+    process.start()
+    return Watched(process)
+
+
+class Watched(psutil.Process):
+    """A process of multiprocessing with the manners of psutil.Popen."""
+
+    def __init__(self, process: Any) -> None:
+        self._started = process
+        super().__init__(process.pid)
+
+    def poll(self) -> int | None:
+        return self._started.exitcode
+
+    def wait(self, timeout: float | None = None) -> Any:
+        self._started.join(timeout)
+        if self._started.exitcode is None:
+            raise psutil.TimeoutExpired(timeout or 0)
+        return self._started.exitcode
+
+
+@pytest.fixture
+def source(few: Path, tmp_path: Path) -> Path:
+    """300 images, eight of them once more."""
+    folder = tmp_path / "source"
+    for number, path in enumerate(sorted(few.rglob("*.png"))):
+        names = [f"{number:03d}.png"] + ([f"{number}-again.png"] if number % 40 == 0 else [])
+        for name in names:
+            target = folder / path.relative_to(few).parent / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """sha256 of everything in it, hidden files too."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def check_readers(out: Path) -> bool:
+    """Whether there is a dataset; if so, it is whole."""
+    if not is_prepared(open_storage(out)):
+        return False
+    manifest, found = read_manifest(open_storage(out)), files_of(out)
+    for split in manifest.splits.values():
+        assert all(found[shard.path] == shard.sha256 for shard in split.shards)
+    return True
+
+
+def killed_until_done(with_ray: bool, source: Path, out: Path, longest_s: float, chance: random.Random) -> int:
+    """Starts again and again until there is a dataset; the number of kills."""
+    num_kills = 0
+    while True:
+        job: Any = started(with_ray, source, out)
+        deadline_s = time.monotonic() + 120
+        while not (out / ".prepare").exists() and job.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            job.wait(chance.uniform(0, longest_s))
+        if job.poll() is not None:
+            assert job.poll() == 0, out.parent
+            return num_kills
+        # With all of its processes, as a lost machine would be.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in job.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            job.kill()
+        job.wait()
+        num_kills += 1
+        check_readers(out)
+
+
+@pytest.mark.parametrize(
+    ("with_ray", "min_kills", "longest_s"),
+    [
+        pytest.param(False, 5, 0.6, marks=pytest.mark.slow, id="short"),
+        pytest.param(False, 40, 0.4, marks=pytest.mark.long, id="many"),
+        pytest.param(True, 20, 10.0, marks=[pytest.mark.long, pytest.mark.ray], id="ray"),
+    ],
+)
+@pytest.mark.timeout(1800)
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    with_ray: bool, min_kills: int, longest_s: float, source: Path, tmp_path: Path, without_ray: None
+) -> None:
+    undisturbed = prepare(str(source), str(tmp_path / "undisturbed"), PrepareConfig(**OPTIONS))
+    assert (undisturbed.num_ok, undisturbed.num_duplicates) == (300, 8)
+    seed = random.SystemRandom().randrange(2**32)
+    chance, num_kills, rounds = random.Random(seed), 0, 0
+    while num_kills < min_kills:
+        out = tmp_path / f"round-{rounds}" / "out"
+        out.parent.mkdir()
+        num_kills += killed_until_done(with_ray, source, out, longest_s, chance)
+        assert check_readers(out)
+        assert files_of(out) == files_of(tmp_path / "undisturbed"), f"seed {seed}, {num_kills} kills"
+        rounds += 1
+
+
+def test_what_was_done_is_not_done_again(
+    source: Path, tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import prepare as module
+
+    written: list[tuple[int, bool]] = []
+    write_one = module.write_one
+
+    def dies_at_20(number: int, skip: list[int], *arguments: object) -> dict[str, int]:
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.append((number, bool(skip)))
+        return write_one(number, skip, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_one", dies_at_20)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
+    assert not check_readers(tmp_path / "out")
+    monkeypatch.setattr(
+        module,
+        "write_one",
+        lambda number, skip, *a: (written.append((number, bool(skip))), write_one(number, skip, *a))[1],
+    )
+    prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
+    assert len(written) == len(set(written))
+    first_pass = [number for number, again in written if not again]
+    assert first_pass == list(range(len(first_pass)))
+    assert 1 <= sum(again for _, again in written) <= 8
