@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -182,8 +183,10 @@ def _torchvision_io(images: Sequence[bytes]) -> Callable[[int], Any]:
 
     def run(number: int) -> None:
         torch.manual_seed(number)
-        for tensor in tensors:
-            transform(decode_image(tensor, mode=ImageReadMode.RGB))
+        # torchvision 0.29 announces at each call that torchcodec will follow it.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            for tensor in tensors:
+                transform(decode_image(tensor, mode=ImageReadMode.RGB))
 
     return run
 
@@ -222,7 +225,9 @@ def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Diffe
     for content, image, offsets, box in zip(images, stored, _offsets(stored), boxes):
         top, left, height, width = box
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-        picture = picture.crop((left, top, left + width, top + height)).resize(_OUT_HW[::-1], Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + width, top + height)).resize(
+            (_OUT_HW[1], _OUT_HW[0]), Image.Resampling.BICUBIC
+        )
         steps = np.abs(_view(image, offsets, box, False).astype(np.int64) - np.asarray(picture))
         squares, total = squares + int((steps**2).sum()), total + int(steps.sum())
         maximum, count = max(maximum, int(steps.max())), count + steps.size

@@ -15,6 +15,9 @@ import torch
 from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.decode import crop_resize, decode, evaluation_view, inspect
+from pipelines.jpeg import read_header
+from pipelines.jpeg_restarts import _rewritten
+from pipelines.jpeg_scan import read_scan
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import PLACEHOLDER, EpochPlan, Index
 from pipelines.shards import SCHEMA
@@ -28,7 +31,9 @@ def contents_of(zoo: list) -> list[bytes]:
     return [whole[i % len(whole)] for i in range(sum(SHARD_ROWS))]
 
 
-def write_dataset(folder: Path, contents: list[bytes], orientations: list[int]) -> Manifest:
+def write_dataset(
+    folder: Path, contents: list[bytes], orientations: list[int], offsets: list[list[int] | None] | None = None
+) -> Manifest:
     shards, first_id = [], 0
     for number, rows in enumerate(SHARD_ROWS):
         ids = range(first_id, first_id + rows)
@@ -39,7 +44,7 @@ def write_dataset(folder: Path, contents: list[bytes], orientations: list[int]) 
             "height_px": [header.height_px if header else 9 for header in headers],
             "width_px": [header.width_px if header else 9 for header in headers],
             "orientation": [orientations[i] for i in ids],
-            "segment_offsets": [None] * rows,
+            "segment_offsets": [offsets[i] if offsets else None for i in ids],
             "source": [str(i) for i in ids],
         }
         path = f"train/part-{number:05d}.parquet"
@@ -163,6 +168,32 @@ def test_a_sample_that_cannot_be_decoded_counts_for_nothing(
         assert torch.equal(batch.weights, torch.where(spoilt, 0, other.weights))
         assert torch.equal(batch.images[~spoilt], other.images[~spoilt])
         assert not batch.images[spoilt].any()
+
+
+def test_sliceable_images_give_the_same_views_and_wrong_offsets_count_for_nothing(
+    zoo: list, tmp_path: Path, make_segment: Callable
+) -> None:
+    expected = list(all_of(make_segment()))
+    orientations = [inspect(content).orientation for content in contents_of(zoo)]
+    stored = []
+    for content, orientation in zip(contents_of(zoo), orientations):
+        # Small files would grow by more than is allowed, so they are cut without that limit; turned ones are not cut,
+        # since write_dataset takes their sizes from their EXIF.
+        try:
+            jpeg = read_header(content)
+            found = _rewritten(content, jpeg, read_scan(content, jpeg), 1) if orientation == 1 else None
+        except ValueError:
+            found = None
+        stored.append((content, None) if found is None else (found[0], found[1].tolist()))
+    contents, offsets = [content for content, _ in stored], [found for _, found in stored]
+    assert sum(found is not None for found in offsets) >= 4
+    write_dataset(tmp_path, contents, orientations, offsets)
+    assert_same(list(all_of(make_segment())), expected)
+    crafted = next(i for i, found in enumerate(offsets) if found is not None)
+    offsets[crafted] = [0, 5, 2**31 - 1]
+    write_dataset(tmp_path, contents, orientations, offsets)
+    for batch, other in zip(all_of(make_segment()), expected, strict=True):
+        assert torch.equal(batch.weights, torch.where(batch.ids == crafted, 0, other.weights))
 
 
 def test_augmentation_is_the_same_in_any_batch_and_differs_between_epochs(make_segment: Callable) -> None:
