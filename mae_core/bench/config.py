@@ -52,6 +52,8 @@ class StepConfig:
     """Rounds; in each, everything is timed once, in changing order."""
     steps_per_round: int = 1
     """Steps that are timed together; more hide the launch of a GPU's first kernels."""
+    profile: int = 0
+    """Operations of ours to list by their share of the time, profiled after the rounds."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: processor seconds of this process, for one thread (OMP_NUM_THREADS=1) of a machine that others use too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

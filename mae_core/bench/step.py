@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from mae_core.bench.config import StepConfig
 from mae_core.bench.contenders import Contender, contenders, input_images
 from mae_core.bench.flops import plain_flops, step_flops
+from mae_core.bench.profile import most_expensive
 from mae_core.bench.timing import MatrixMultiply, interleaved, median_interval, ratio, spread
+from mae_core.config import ModelConfig
+
+Times = NDArray[np.float64]
 
 _WARM_UP_STEPS = 3
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -43,41 +47,59 @@ def _measure_model(config: StepConfig, arch: str) -> dict[str, Any]:
     entries = [_warmed(build(config, model, images), device) for build in contenders(config)]
     _check_losses(config, entries)
     clock = time.perf_counter if config.clock == "wall" else time.process_time
-    peak = MatrixMultiply.fastest(device, getattr(torch, config.precision), clock)
+    product = MatrixMultiply.fastest(device, getattr(torch, config.precision), clock)
     steps = [_steps(entry.contender, config.steps_per_round) for entry in entries]
-    *rows, peak_s = interleaved([*steps, peak], config.rounds, device, clock)
+    *rows, product_s = interleaved([*steps, product], config.rounds, device, clock)
     times_s = {entry.contender.name: row / config.steps_per_round for entry, row in zip(entries, rows)}
-    flops = step_flops(model)
-    achieved = flops * config.batch / float(np.median(times_s["ours"]))
-    possible = peak.flops / float(np.median(peak_s))
     return {
         "model": arch,
-        "images_per_s": config.batch / float(np.median(times_s["ours"])),
-        "ratio_vs_plain": _of_medians(times_s, "plain"),
-        "ratio_vs_transformers": _of_medians(times_s, "transformers"),
-        "flops_ratio": plain_flops(model) / flops,
-        "mfu": achieved / possible,
-        "mfu_interval": _mfu_interval(flops * config.batch / times_s["ours"], peak.flops / peak_s),
+        **_rates(config, model, times_s["ours"], product.flops / product_s),
+        **_ratios(times_s),
         "peak_memory_bytes": entries[0].peak_memory_bytes,
-        "ratio_vs_plain_interval": _interval(times_s, "plain"),
-        "ratio_vs_transformers_interval": _interval(times_s, "transformers"),
-        "flops_per_image": flops,
-        "flop_per_s": achieved,
-        "matmul_flop_per_s": possible,
         "contenders": {
             entry.contender.name: {
-                "images_per_s": config.batch / float(np.median(times_s[entry.contender.name])),
-                "step_s": float(np.median(times_s[entry.contender.name])),
-                "spread": spread(times_s[entry.contender.name]),
+                **_times(config, times_s[entry.contender.name]),
                 "peak_memory_bytes": entry.peak_memory_bytes,
                 "first_loss": entry.first_loss,
             }
             for entry in entries
         },
-        "setting": _setting(config),
+        "profile": most_expensive(steps[0], config.profile, device) if config.profile else [],
+        "setting": {name: value for name, value in vars(config).items() if name not in ("model", "device")},
         "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, possible: Times) -> dict[str, Any]:
+    """Images and operations a second, and what share the operations are of what a matrix product reaches."""
+    flops = step_flops(model)
+    images_per_s = config.batch / float(np.median(ours_s))
+    most = float(np.median(possible))
+    return {
+        "images_per_s": images_per_s,
+        "flops_per_image": flops,
+        "flops_ratio": plain_flops(model) / flops,
+        "flop_per_s": flops * images_per_s,
+        "matmul_flop_per_s": most,
+        "mfu": flops * images_per_s / most,
+        "mfu_interval": list(median_interval(flops * config.batch / ours_s / possible)),
+    }
+
+
+def _ratios(times_s: dict[str, Times]) -> dict[str, Any]:
+    """How many times as fast ours is as each of the others; None for one that did not take part."""
+    found: dict[str, Any] = {}
+    for name in ("plain", "transformers"):
+        there = ratio(times_s[name], times_s["ours"]) if name in times_s else None
+        found[f"ratio_vs_{name}"] = there and there.of_medians
+        found[f"ratio_vs_{name}_interval"] = there and [there.low, there.high]
+    return found
+
+
+def _times(config: StepConfig, step_s: Times) -> dict[str, float]:
+    middle_s = float(np.median(step_s))
+    return {"images_per_s": config.batch / middle_s, "step_s": middle_s, "spread": spread(step_s)}
 
 
 def _device(config: StepConfig) -> torch.device:
@@ -121,26 +143,6 @@ def _steps(contender: Contender, num_steps: int) -> Any:
     return run
 
 
-def _of_medians(times_s: dict[str, NDArray[np.float64]], name: str) -> float | None:
-    return ratio(times_s[name], times_s["ours"]).of_medians if name in times_s else None
-
-
-def _interval(times_s: dict[str, NDArray[np.float64]], name: str) -> list[float] | None:
-    if name not in times_s:
-        return None
-    found = ratio(times_s[name], times_s["ours"])
-    return [found.low, found.high]
-
-
-def _mfu_interval(achieved: NDArray[np.float64], possible: NDArray[np.float64]) -> list[float]:
-    return list(median_interval(achieved / possible))
-
-
-def _setting(config: StepConfig) -> dict[str, Any]:
-    left_out = ("model", "device")
-    return {name: value for name, value in vars(config).items() if name not in left_out}
-
-
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and the threads that torch uses of it."""
     if device.type == "cuda":
@@ -175,4 +177,5 @@ def table(found: dict[str, Any]) -> str:
         f"{found['flops_ratio']:.3f} x as many; {found['flop_per_s'] / 1e9:,.0f} GFLOP/s of "
         f"{found['matmul_flop_per_s'] / 1e9:,.0f} in a matrix product: MFU {found['mfu']:.1%} ({low:.1%} to {high:.1%})"
     )
+    lines += [f"  {entry['share']:>6.1%}  {entry['operation']}" for entry in found["profile"]]
     return "\n".join(lines)

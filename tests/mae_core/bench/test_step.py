@@ -60,6 +60,15 @@ def test_every_setting_runs(fields):
     assert found["setting"].items() >= fields.items()
 
 
+def test_a_profile_says_where_the_time_goes():
+    (found,) = measure(dataclasses.replace(TINY, against=(), profile=4))
+    shares = [entry["share"] for entry in found["profile"]]
+    assert len(shares) == 4
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1
+    assert f"{shares[0]:.1%}  {found['profile'][0]['operation']}" in table(found)
+
+
 def test_a_computation_that_differs_is_refused(monkeypatch):
     real = contenders.plain_loss
     monkeypatch.setattr(contenders, "plain_loss", lambda *given: 1.001 * real(*given))

@@ -1,0 +1,23 @@
+"""Where the time of a step goes, operation by operation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_STEPS = 3
+
+
+def most_expensive(step: Callable[[], object], count: int, device: torch.device) -> list[dict[str, Any]]:
+    """The `count` operations (kernels, on a GPU) that take most of a step's own time, each with its share."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        for _ in range(_STEPS):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    own = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in found.key_averages()}
+    total = sum(own.values())
+    ranked = sorted(own.items(), key=lambda item: -item[1])[:count]
+    return [{"operation": name, "share": time / total} for name, time in ranked]
