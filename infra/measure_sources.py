@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import cluster
 from pipelines import prepare as module
 from pipelines.config import PrepareConfig
-from pipelines.shards import SCHEMA
+from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import open_storage
 
 

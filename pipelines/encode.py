@@ -9,8 +9,8 @@ from PIL import Image
 from pipelines.config import EncodeConfig
 from pipelines.decode import ImageHeader, Pixels, crop_resize, decode
 from pipelines.jpeg import read_header
-from pipelines.jpeg_restarts import with_restarts
-from pipelines.jpeg_slice import find_segments
+from pipelines.jpeg.restarts import with_restarts
+from pipelines.jpeg.slice import find_segments
 
 # Of the segments of a smaller JPEG, where one may choose: shorter ones leave less to decode beside a crop.
 _TILE_PX = 48

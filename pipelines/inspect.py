@@ -16,8 +16,8 @@ from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.contact_sheet import Tile, contact_sheet
 from pipelines.decode import decode
 from pipelines.manifest import Manifest, is_prepared, read_manifest
-from pipelines.quarantine import quarantined
-from pipelines.slices import Tally, check_splits, class_names
+from pipelines.prepare.quarantine import quarantined
+from pipelines.prepare.slices import Tally, check_splits, class_names
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, open_storage
 

@@ -17,7 +17,7 @@ from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import AugmentConfig, Size
 from mae_core.randomness import Purpose, seed_of
 from pipelines.decode import crop_resize, decode, evaluation_view
-from pipelines.jpeg_slice import decode_crop
+from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.storage import Storage, open_storage
 

@@ -1,6 +1,7 @@
 """What the measurements of `mae bench` take."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -34,3 +35,28 @@ class RecipesConfig:
             raise ValueError("budget_s and seeds must be positive and shares within [0, 1]; try 600, 3 and 0.4 1.0")
         if self.labels_per_class < 1:
             raise ValueError(f"labels_per_class {self.labels_per_class} is below 1; try 500")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchConfig:
+    """What `mae bench data` measures."""
+
+    source: Path | None = None
+    """Folder of images to measure on; without it imagenet-sample.tar of ../shared/data, or of MAE_TEST_DATA."""
+    max_images: int = 250
+    """At most so many images are decoded in a round."""
+    rounds: int = 9
+    """Rounds in which all contenders take turns; figures are medians over them."""
+    whole_path: bool = True
+    """Also measure the way from shards in S3 through Ray Data to this process, against torch's DataLoader."""
+    cores: int = 2
+    """Data tasks of Ray, and workers of DataLoader, that run at a time."""
+    epoch_images: int = 1000
+    """Images of an epoch on the whole path; the source's, each as often as needed."""
+    gpu_images_per_s: float = 1500.0
+    """The training rate of one GPU, for which the cores that feed it are counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "rounds", "cores", "epoch_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")

@@ -18,7 +18,7 @@ from mae_core.config import AugmentConfig
 from pipelines.config import EncodeConfig
 from pipelines.decode import Box, Pixels, crop_resize, decode, inspect
 from pipelines.encode import StoredImage, encode
-from pipelines.jpeg_slice import Offsets, decode_crop
+from pipelines.jpeg.slice import Offsets, decode_crop
 
 _OUT_HW = (224, 224)
 _SCALE = (0.2, 1.0)

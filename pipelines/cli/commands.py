@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mae_core.bench.config import StepConfig
-from pipelines.bench.config import RecipesConfig
+from pipelines.bench.config import DataBenchConfig, RecipesConfig
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -130,6 +130,12 @@ def _bench_step(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def _bench_data(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.data import run
+
+    return run(call.config)
+
+
 def _bench_recipes(call: Invocation) -> dict[str, Any]:
     from pipelines.bench.recipes import run
 
@@ -188,6 +194,11 @@ COMMANDS: dict[str, Command] = {
         help="Training steps a second, beside the plain computation and transformers.",
         config=StepConfig,
         run=_bench_step,
+    ),
+    "bench data": Command(
+        help="Images a second, decoded and on the whole way from S3 to training, beside other loaders.",
+        config=DataBenchConfig,
+        run=_bench_data,
     ),
     "bench recipes": Command(
         help="Linear probes of recipes that were given equal time.", config=RecipesConfig, run=_bench_recipes

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from pipelines.duplicates import duplicates
-from pipelines.summaries import DIGEST_BYTES, SliceSummary
+from pipelines.prepare.duplicates import duplicates
+from pipelines.prepare.summaries import DIGEST_BYTES, SliceSummary
 
 
 @pytest.mark.parametrize("images_per_pass", [1, 7, 1000])

@@ -13,8 +13,8 @@ from pipelines.config import EncodeConfig
 from pipelines.decode import decode, inspect
 from pipelines.encode import encode
 from pipelines.jpeg import read_header
-from pipelines.jpeg_restarts import MAX_GROWTH, with_restarts
-from pipelines.jpeg_slice import decode_box, decode_crop, find_segments
+from pipelines.jpeg.restarts import MAX_GROWTH, with_restarts
+from pipelines.jpeg.slice import decode_box, decode_crop, find_segments
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
 
@@ -57,8 +57,8 @@ images = st.builds(
 
 def rewritten(content: bytes, interval: int) -> tuple[bytes, np.ndarray] | None:
     """With restart markers whatever the file grows by."""
-    from pipelines import jpeg_restarts
-    from pipelines.jpeg_scan import read_scan
+    from pipelines.jpeg import restarts as jpeg_restarts
+    from pipelines.jpeg.scan import read_scan
 
     header = read_header(content)
     return jpeg_restarts._rewritten(content, header, read_scan(content, header), interval)

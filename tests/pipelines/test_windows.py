@@ -16,11 +16,11 @@ from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.decode import crop_resize, decode, evaluation_view, inspect
 from pipelines.jpeg import read_header
-from pipelines.jpeg_restarts import _rewritten
-from pipelines.jpeg_scan import read_scan
+from pipelines.jpeg.restarts import _rewritten
+from pipelines.jpeg.scan import read_scan
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import PLACEHOLDER, EpochPlan, Index
-from pipelines.shards import SCHEMA
+from pipelines.prepare.shards import SCHEMA
 from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
 
 SHARD_ROWS, PER_GROUP = (30, 23), 8

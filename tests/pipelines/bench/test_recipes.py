@@ -19,8 +19,8 @@ from pipelines.cli import parse
 from pipelines.config import PretrainConfig, from_dict
 from pipelines.jobs import PretrainJob
 from pipelines.manifest import Manifest, Shard, Split, write_manifest
+from pipelines.prepare.shards import SCHEMA
 from pipelines.pretrain import pixels_of
-from pipelines.shards import SCHEMA
 from pipelines.storage import open_storage
 from pipelines.worker.loop import TrainState
 

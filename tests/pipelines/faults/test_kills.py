@@ -43,7 +43,7 @@ def started(with_ray: bool, source: Path, out: Path) -> psutil.Process:
         words = [sys.executable, "-c", WITH_RAY, "prepare", str(source), str(out), *FLAGS]
         with (out.parent / "log").open("ab") as log:
             return psutil.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    SERVER.set_forkserver_preload(["pipelines.prepare", "pipelines.shards"])
+    SERVER.set_forkserver_preload(["pipelines.prepare", "pipelines.prepare.shards"])
     names = {"source": str(source), "out": str(out), "options": OPTIONS}
     process = SERVER.Process(target=exec, args=(IN_ONE_PROCESS, names), daemon=True)
     process.start()

@@ -13,9 +13,9 @@ import pytest
 
 from pipelines.config import PrepareConfig
 from pipelines.manifest import Manifest
-from pipelines.patience import patience
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
+from pipelines.storage.patience import patience
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 CONFIG = PrepareConfig(rows_per_shard=50, rows_per_group=16)

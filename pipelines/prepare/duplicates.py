@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.prepare.summaries import DIGEST_BYTES, NO_SPLIT, SliceSummary
 from pipelines.sources import SPLITS
-from pipelines.summaries import DIGEST_BYTES, NO_SPLIT, SliceSummary
 
 # Digests that are compared at a time, so that memory does not grow with the dataset.
 IMAGES_PER_PASS = 8_000_000

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipelines.config import PrepareConfig
 from pipelines.manifest import Manifest, Shard, Split
+from pipelines.prepare.summaries import PixelSums, SliceSummary
 from pipelines.sources import SPLITS
-from pipelines.summaries import PixelSums, SliceSummary
 
 
 def assemble(

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
-from pipelines.assembly import assemble
 from pipelines.config import ComputeConfig, PrepareConfig, to_dict
-from pipelines.duplicates import duplicates
 from pipelines.manifest import Manifest, is_prepared, read_manifest, write_manifest
-from pipelines.quarantine import quarantined
-from pipelines.shards import write_slice
-from pipelines.slices import Tally, check_splits, class_names, cut, listing_digest
+from pipelines.prepare.assembly import assemble
+from pipelines.prepare.duplicates import duplicates
+from pipelines.prepare.quarantine import quarantined
+from pipelines.prepare.shards import write_slice
+from pipelines.prepare.slices import Tally, check_splits, class_names, cut, listing_digest
+from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, open_source
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
-from pipelines.workfolder import WorkFolder
 
 log = logging.getLogger(__name__)
 

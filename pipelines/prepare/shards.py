@@ -15,11 +15,11 @@ from mae_core.randomness import Purpose, uniform_numpy
 from pipelines.config import PrepareConfig
 from pipelines.decode import decode, inspect
 from pipelines.encode import encode
-from pipelines.slices import Slice
+from pipelines.prepare.slices import Slice
+from pipelines.prepare.summaries import DIGEST_BYTES, SliceSummary, WrittenShard
 from pipelines.sources import Place
 from pipelines.sources.reading import Content
 from pipelines.storage import Storage
-from pipelines.summaries import DIGEST_BYTES, SliceSummary, WrittenShard
 
 SCHEMA = pa.schema(
     [

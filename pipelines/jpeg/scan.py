@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.jpeg import EOI, RST0, JpegHeader
-from pipelines.jpeg_huffman import Huffman, read_tables, walk
+from pipelines.jpeg.huffman import Huffman, read_tables, walk
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.patience import patiently
+from pipelines.storage.patience import patiently
 
 _ARROW_CODES = {
     "NoSuchBucket": "NO_SUCH_BUCKET",

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.jpeg import ADOBE, DHT, DRI, EOI, JFIF, RST0, SOI, SOS, JpegHeader, read_header
-from pipelines.jpeg_huffman import STANDARD_DC, Huffman, table_part
-from pipelines.jpeg_scan import Scan, blocks_of, read_scan
+from pipelines.jpeg.huffman import STANDARD_DC, Huffman, table_part
+from pipelines.jpeg.scan import Scan, blocks_of, read_scan
 
 MAX_GROWTH = 0.02
 # A marker, half a byte of padding and longer DC codes; the estimate that picks the first interval to try.

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipelines.slices import Slice
+from pipelines.prepare.slices import Slice
+from pipelines.prepare.summaries import SliceSummary
 from pipelines.storage import Storage
-from pipelines.summaries import SliceSummary
 
 log = logging.getLogger(__name__)
 
