@@ -30,10 +30,10 @@ WITH_PRESET = ("pretrain", "probe", "finetune", "sweep")
 INTERNAL = {"Arch"}
 
 
-def documented(path: str) -> dict[str, dict[str, str]]:
+def documented(path: Path) -> dict[str, dict[str, str]]:
     """The attribute docstrings of every dataclass of a file, by class and field; empty where there is none."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(path).read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.decorator_list:
             fields = found.setdefault(node.name, {})
             for here, after in zip(node.body, [*node.body[1:], None]):
@@ -43,8 +43,11 @@ def documented(path: str) -> dict[str, dict[str, str]]:
     return found
 
 
-MODULES = (pipelines.config, pipelines.bench.config, mae_core.config, mae_core.bench.config)
-DOCSTRINGS = {name: fields for module in MODULES for name, fields in documented(str(module.__file__)).items()}
+FILES = [
+    *sorted(Path(str(pipelines.config.__file__)).parent.glob("*.py")),
+    *(Path(str(module.__file__)) for module in (pipelines.bench.config, mae_core.config, mae_core.bench.config)),
+]
+DOCSTRINGS = {name: fields for path in FILES for name, fields in documented(path).items()}
 
 
 def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,0 +1,46 @@
+"""What every command takes, as frozen dataclasses that refuse what cannot be."""
+
+from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
+from pipelines.config.looking import DemoConfig, InspectConfig, ReconstructConfig, RegisterConfig, RunsConfig
+from pipelines.config.reading import (
+    KINDS,
+    PRESETS,
+    config_hash,
+    from_dict,
+    identity,
+    load_preset,
+    run_name,
+    to_dict,
+    with_overrides,
+)
+from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
+from pipelines.config.sweeping import SweepConfig, parse_space
+from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "PROBE",
+    "CheckpointConfig",
+    "ClassifyConfig",
+    "ComputeConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EncodeConfig",
+    "InspectConfig",
+    "PrepareConfig",
+    "PretrainConfig",
+    "ReconstructConfig",
+    "RegisterConfig",
+    "RunsConfig",
+    "SweepConfig",
+    "TrackingConfig",
+    "config_hash",
+    "from_dict",
+    "identity",
+    "load_preset",
+    "parse_space",
+    "run_name",
+    "to_dict",
+    "with_overrides",
+]

@@ -1,0 +1,119 @@
+"""Every dict (YAML, sweep point, checkpoint metadata, train_loop_config) becomes an object here, or is refused."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.config.sweeping import SweepConfig
+from pipelines.config.training import ClassifyConfig, PretrainConfig
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The config that a dict describes, defaults filled in. Raises ValueError that names each wrong key or value."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected fields of {cls.__name__}, got {values!r}; try `key: value` lines")
+    unknown = list(_unknown_keys(cls, values, ""))
+    if unknown:
+        raise ValueError("; ".join(unknown))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_in_words(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, such that from_dict(type(config), to_dict(config)) == config."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def with_overrides(config: T, point: dict[str, Any]) -> T:
+    """The config with dotted fields replaced, as `{"model.mask.ratio": 0.5}`."""
+    values = to_dict(config)
+    for dotted, value in point.items():
+        *parents, last = dotted.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{dotted} does not name a field of {type(config).__name__}: {parent} has no fields")
+        inner[last] = value
+    return from_dict(type(config), values)
+
+
+def load_preset(cls: type[T], preset: str) -> T:
+    """The config in a YAML file, or in the shipped preset of that name."""
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+        near = difflib.get_close_matches(preset, names, 1)
+        raise ValueError(f"no preset {preset!r}; {f'did you mean {near[0]}?' if near else 'try ' + ', '.join(names)}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; mend it there") from None
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind != KINDS[cls]:
+        raise ValueError(
+            f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}"
+        )
+    return from_dict(cls, values)
+
+
+KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify", SweepConfig: "sweep"}
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What decides a run's result: not what it is called, where it is written or how many workers share the work."""
+    values = to_dict(config)
+    for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
+        for key in ("name", "output", "tracking", "checkpoint"):
+            part.pop(key, None)
+        if "compute" in part:
+            part["precision"] = part.pop("compute")["precision"]
+        # Where the dataset lies does not matter either: its digest is its identity.
+        part.get("data", {}).pop("uri", None)
+    return values
+
+
+def config_hash(config: Any, dataset_digest: str) -> str:
+    """Twelve hex digits over the config's identity and the dataset's."""
+    said = json.dumps([identity(config), dataset_digest], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
+
+
+def run_name(config: Any, preset: str, dataset_digest: str) -> str:
+    """The given name, or the preset's stem and a hash of config and dataset."""
+    return config.name or f"{Path(preset).stem}-{config_hash(config, dataset_digest)}"
+
+
+def _unknown_keys(cls: Any, values: dict[str, Any], prefix: str) -> Iterator[str]:
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+            yield f"unknown key {prefix}{key}; {hint}"
+        elif dataclasses.is_dataclass(known[key]) and isinstance(value, dict):
+            yield from _unknown_keys(known[key], value, f"{prefix}{key}.")
+
+
+def _in_words(error: ValidationError) -> str:
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(part) for part in e["loc"])
+        message = e["msg"].removeprefix("Value error, ")
+        got = "" if e["type"] == "value_error" else f", got {e['input']!r}"
+        lines.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(lines)

@@ -1,0 +1,74 @@
+"""What a sweep tries."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
+
+
+def parse_space(words: list[str]) -> dict[str, list[Any]]:
+    """The space that words such as `model.mask.ratio=0.5,0.75` describe; values are read as YAML."""
+    space = {}
+    for word in words:
+        dotted, equals, values = word.partition("=")
+        if not equals or not values:
+            raise ValueError(f"space {word!r} is not FIELD=V1,V2; try model.mask.ratio=0.5,0.75")
+        try:
+            space[dotted] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            raise ValueError(f"{values!r} for {dotted} is no list of values; try model.mask.ratio=0.5,0.75") from None
+    return space
+
+
+_SPACE_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="FIELD=V1,V2 ...",
+    instance_from_str=parse_space,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda space: [f"{k}={','.join(map(str, v))}" for k, v in space.items()],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A search: every trial pretrains, is probed and fine-tuned; the best on val is registered."""
+
+    name: str = ""
+    """Name of the sweep; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which the ledger, the table, the figure and the best preset are written."""
+    space: Annotated[dict[str, list[Any]], _SPACE_FLAG] = field(
+        default_factory=lambda: {"model.mask.ratio": [0.5, 0.75, 0.9], "model.decoder_depth": [1, 4]}
+    )
+    """Dotted fields of `pretrain`, each with the values to try, such as model.mask.ratio=0.5,0.75."""
+    search: Literal["grid", "random"] = "grid"
+    """grid tries every combination; random draws num_trials of them without repetition."""
+    num_trials: int = 8
+    """Trials of a random search."""
+    seed: int = 0
+    """Seed of a random search."""
+    max_concurrent: int = 1
+    """Worker groups that run at the same time."""
+    trials_per_group: int = 1
+    """Trials that one worker group runs in turn; more save the start of a group where trials take seconds."""
+    select_by: Literal["finetune", "probe"] = "finetune"
+    """Accuracy on val that decides the best trial."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """What every trial pretrains, before the point of the space is applied."""
+    probe: ClassifyConfig = field(default_factory=lambda: PROBE)
+    """How a trial is probed; data.uri, backbone and compute are the trial's own."""
+    finetune: ClassifyConfig = field(default_factory=ClassifyConfig)
+    """How a trial is fine-tuned; data.uri, backbone and compute are the trial's own."""
+
+    def __post_init__(self) -> None:
+        if not self.space or not all(isinstance(v, list) and v for v in self.space.values()):
+            raise ValueError(
+                "space must name at least one field with a list of values; try model.mask.ratio: [0.5, 0.75]"
+            )
+        if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
+            raise ValueError("probe.classifier.method must be probe and finetune.classifier.method finetune")
+        if min(self.num_trials, self.max_concurrent, self.trials_per_group) < 1:
+            raise ValueError("num_trials, max_concurrent and trials_per_group must be at least 1; try 8, 1 and 1")

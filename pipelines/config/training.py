@@ -1,0 +1,149 @@
+"""What is trained: pretraining, and classifiers on top of it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
+from pipelines.config.data import DataConfig
+from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
+
+
+def _check_epochs(epochs: int, optim: OptimConfig) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs {epochs} is below 1; try 1")
+    if optim.warmup_epochs > epochs:
+        raise ValueError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Masked-autoencoder pretraining (Table 8)."""
+
+    name: str = ""
+    """Name of the run; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    seed: int = 0
+    """Seed of initial weights, order, crops and masks."""
+    epochs: int = 800
+    """Passes over the training split."""
+    masks_per_image: int = 1
+    """Masks that a step learns from for each decoded image; every count stays one of masked images (`reading`)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Dataset and batch."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model, mask and target."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation; the paper's is a random resized crop and a flip, nothing else."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Workers and precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        _check_epochs(self.epochs, self.optim)
+        for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
+            if getattr(self.augment, name):
+                raise ValueError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
+        if self.masks_per_image < 1:
+            raise ValueError(f"masks_per_image {self.masks_per_image} is below 1; try 4, or 1 for the paper's")
+        for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
+            if count % self.masks_per_image:
+                raise ValueError(
+                    f"{name} {count} is not a multiple of masks_per_image {self.masks_per_image}; "
+                    f"try {-(-count // self.masks_per_image) * self.masks_per_image}"
+                )
+
+    @property
+    def reading(self) -> "PretrainConfig":
+        """The same run counted in decoded images: a pass over them is as many epochs as each has masks.
+
+        Steps, masked images a step, learning rates and, in samples, every duration are those of the recipe.
+        """
+        views = self.masks_per_image
+        if views == 1:
+            return self
+        data, optim, replace = self.data, self.optim, dataclasses.replace
+        return replace(
+            self,
+            epochs=self.epochs // views,
+            masks_per_image=1,
+            data=replace(data, batch=data.batch // views, micro_batch=data.micro_batch // views),
+            optim=replace(optim, base_lr=optim.base_lr * views, warmup_epochs=optim.warmup_epochs / views),
+            checkpoint=replace(self.checkpoint, every_epochs=self.checkpoint.every_epochs / views),
+            tracking=replace(
+                self.tracking, pictures_every_epochs=max(1, round(self.tracking.pictures_every_epochs / views))
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Fine-tuning, linear probing or training from scratch: a classifier on labelled images (Tables 9 to 11)."""
+
+    name: str = ""
+    """Name of the run; empty for the preset's name and a hash of the config."""
+    output: str = "runs"
+    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    backbone: str = "models:/mae-vit_base_patch16@candidate"
+    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> for none;
+    `mae finetune` and `mae probe` know it as --model too."""
+    image_px: tuple[int, int] | None = None
+    """Height and width of the input; without a value those of the backbone (of the stored images for random)."""
+    seed: int = 0
+    """Seed of head, order, augmentation, mixup and drop path."""
+    epochs: int = 100
+    """Passes over the training split."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch=1024))
+    """Dataset and batch."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """What learns, and what is classified."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            base_lr=5e-4, min_lr=1e-6, warmup_epochs=5.0, betas=(0.9, 0.999), layer_decay=0.65
+        )
+    )
+    """Optimizer and schedule."""
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(scale=(0.08, 1.0)))
+    """Augmentation of training images."""
+    eval_split: Literal["val", "test"] = "val"
+    """Split on which the final accuracy is measured; test is for the end of a study, once."""
+    eval_every_epochs: int = 10
+    """Epochs between two evaluations on val while training."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Workers and precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        _check_epochs(self.epochs, self.optim)
+        if self.image_px is not None and min(self.image_px) < 1:
+            raise ValueError(f"image_px {self.image_px[0]} x {self.image_px[1]} is below 1; try 224 224")
+        if self.eval_every_epochs < 1:
+            raise ValueError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
+        if self.backbone.startswith("random:"):
+            parse_arch(self.backbone.removeprefix("random:"))
+        elif not self.backbone.startswith("models:/"):
+            raise ValueError(
+                f"backbone {self.backbone!r} is neither models:/NAME@ALIAS, models:/NAME/VERSION nor random:<arch>; "
+                "try models:/mae-vit_base_patch16@candidate"
+            )
+
+
+PROBE = ClassifyConfig(
+    epochs=90,
+    data=DataConfig(batch=16384, micro_batch=512),
+    classifier=ClassifierConfig(method="probe", pool="token", head_std=0.01),
+    optim=OptimConfig(name="lars", base_lr=0.1, warmup_epochs=10.0, weight_decay=0.0),
+    augment=AugmentConfig(scale=(0.08, 1.0)),
+)
+"""Linear probing as in Table 10, what `mae probe` starts from where no preset is named."""
