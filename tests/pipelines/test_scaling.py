@@ -22,7 +22,7 @@ def test_operations_are_those_of_the_presets_headers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ViT-B/16", "ViT-L/16"])
+@pytest.mark.parametrize("name", ["ViT-B/16"])
 def test_parameters_are_the_models_to_a_percent(name: str) -> None:
     mae = build_mae(MODELS[name], seed=0)
     assert num_parameters(MODELS[name]) == pytest.approx(sum(p.numel() for p in mae.parameters()), rel=0.01)
