@@ -73,7 +73,8 @@ class WorkFolder:
         return {int(path[-11:-5]) for path, _ in self._target.walk(f"{_FOLDER}/{folder}")}
 
     def remove(self) -> None:
-        """Nothing of the work is left; the claim goes last."""
+        """Nothing of the work is left, nor of what killed tasks had begun to write; the claim goes last."""
+        self._target.delete_temporaries()
         paths = [path for path, _ in self._target.walk(_FOLDER) if path != _CLAIM]
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(self._target.delete, paths))

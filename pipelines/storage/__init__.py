@@ -1,6 +1,7 @@
 """A URI becomes a place to read and write: a folder of this machine, or a prefix of an S3 store."""
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import pyarrow.fs as pafs
 from pipelines.storage import s3
 from pipelines.storage.patience import patiently
 
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 _MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
 
@@ -140,8 +142,15 @@ class Storage:
         with self._named_errors("delete", path):
             if self.is_local:
                 Path(self.join(path)).unlink(missing_ok=True)
-            elif self._info(path).type == pafs.FileType.File:
-                patiently(lambda: s3.filesystem().delete_file(self._key(path)), self.join(path))
+            else:
+                s3.delete(self._key(path))
+
+    def delete_temporaries(self) -> None:
+        """What killed writers left half-written is gone; nobody may be writing. A store keeps no such files."""
+        if self.is_local:
+            for path in Path(self.uri).rglob(".*.tmp"):
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def delete_empty(self, path: str) -> None:
         """Folders below and at the path that hold no file are gone; a store has none."""
@@ -157,7 +166,7 @@ class Storage:
                 for entry in Path(self.uri).iterdir() if Path(self.uri).is_dir() else ():
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             elif self._info("").type == pafs.FileType.Directory:
-                patiently(lambda: s3.filesystem().delete_dir_contents(self._key("")), self.uri)
+                patiently(lambda: s3.filesystem().delete_dir_contents(self._key(""), missing_dir_ok=True), self.uri)
 
     @contextmanager
     def create(self, path: str) -> Iterator[IO[bytes]]:

@@ -77,6 +77,15 @@ def write_new(key: str, content: bytes) -> bool:
     return True
 
 
+def delete(key: str) -> None:
+    """The object is gone, whether or not it was there.
+
+    By boto3: pyarrow's own is several requests, of which a later one fails where an earlier one has done its work.
+    """
+    bucket, _, name = key.partition("/")
+    _ask("delete_object", f"s3://{key}", Bucket=bucket, Key=name)
+
+
 def open_input(key: str) -> pa.PythonFile:
     """A random-access file for pyarrow that outlives a store's absence."""
     return pa.PythonFile(_PatientFile(key), mode="r")

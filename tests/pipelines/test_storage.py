@@ -130,6 +130,14 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_leftovers_of_killed_writers_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in (".x.parquet.123-0a1b2c3d.tmp", ".mine.tmp", "x.tmp", ".x"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    open_storage(tmp_path).delete_temporaries()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".mine.tmp", ".x", "x.tmp"]
+
+
 def test_links_out_of_the_root_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "secret.txt").write_text("secret")
