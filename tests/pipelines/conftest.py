@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from pipelines.manifest import Manifest, Shard, Split, write_manifest
+from pipelines.prepare.shards import SCHEMA
+from pipelines.storage import open_storage
 
 BIN = Path(sys.executable).parent
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
@@ -168,6 +174,46 @@ def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for path in sorted((sample / split / name).iterdir())[:count]:
                 shutil.copy(path, folder / split / name / path.name)
     return folder
+
+
+def _tile(label: int, number: int) -> bytes:
+    """A noisy tile, dark or bright as its label says."""
+    pixels = np.random.default_rng(number).integers(0, 60, (8, 8, 3))
+    pixels += 150 * label
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> tuple[str, Manifest]:
+    """A prepared dataset of 40 and 20 labelled tiles of 8 x 8 px, made without Ray, and its manifest."""
+    splits, first_id = {}, 0
+    numbers = {"num_bytes": 1, "sha256": "", "rows_per_group": 8}
+    for name, rows in {"train": 40, "val": 20}.items():
+        labels = [i % 2 for i in range(rows)]
+        columns = {
+            "image": [_tile(label, first_id + i) for i, label in enumerate(labels)],
+            "label": labels,
+            "height_px": [8] * rows,
+            "width_px": [8] * rows,
+            "orientation": [1] * rows,
+            "segment_offsets": [None] * rows,
+            "source": [str(i) for i in range(rows)],
+        }
+        path = tmp_path / "data" / name / "part-00000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table(columns, SCHEMA), path, row_group_size=8)
+        shard = Shard(path=f"{name}/part-00000.parquet", num_rows=rows, first_id=first_id, **numbers)
+        splits[name] = Split(num_rows=rows, num_bytes=1, shards=[shard])
+        first_id += rows
+    storage = open_storage(str(tmp_path / "data"))
+    manifest = Manifest(
+        channels=3, image_px=(8, 8), classes=["dark", "bright"], splits=splits, num_found=60, num_ok=60,
+        num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.4] * 3, std=[0.3] * 3, config={},
+        source_digest="",
+    )  # fmt: skip
+    return storage.uri, write_manifest(storage, manifest)
 
 
 def _free_ports(count: int) -> list[int]:

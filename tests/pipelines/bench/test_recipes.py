@@ -1,27 +1,20 @@
 """Recipes at equal time: the budget is kept, the schedule ends with it, and what is done is not done again."""
 
-import io
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from pipelines.bench import recipes
 from pipelines.bench.config import RecipesConfig
 from pipelines.cli import parse
 from pipelines.config import PretrainConfig, from_dict
 from pipelines.jobs import PretrainJob
-from pipelines.manifest import Manifest, Shard, Split, write_manifest
-from pipelines.prepare.shards import SCHEMA
+from pipelines.manifest import Manifest
 from pipelines.pretrain import pixels_of
-from pipelines.storage import open_storage
 from pipelines.worker.loop import TrainState
 
 PRETRAIN = {
@@ -48,47 +41,8 @@ PROBE = {
 }
 
 
-def tile(label: int, number: int) -> bytes:
-    """A noisy tile, dark or bright as its label says."""
-    pixels = np.random.default_rng(number).integers(0, 60, (8, 8, 3))
-    pixels += 150 * label
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture
-def dataset(tmp_path: Path) -> tuple[str, Manifest]:
-    splits, first_id = {}, 0
-    numbers = {"num_bytes": 1, "sha256": "", "rows_per_group": 8}
-    for name, rows in {"train": 40, "val": 20}.items():
-        labels = [i % 2 for i in range(rows)]
-        columns = {
-            "image": [tile(label, first_id + i) for i, label in enumerate(labels)],
-            "label": labels,
-            "height_px": [8] * rows,
-            "width_px": [8] * rows,
-            "orientation": [1] * rows,
-            "segment_offsets": [None] * rows,
-            "source": [str(i) for i in range(rows)],
-        }
-        path = tmp_path / "data" / name / "part-00000.parquet"
-        path.parent.mkdir(parents=True)
-        pq.write_table(pa.table(columns, SCHEMA), path, row_group_size=8)
-        shard = Shard(path=f"{name}/part-00000.parquet", num_rows=rows, first_id=first_id, **numbers)
-        splits[name] = Split(num_rows=rows, num_bytes=1, shards=[shard])
-        first_id += rows
-    storage = open_storage(str(tmp_path / "data"))
-    manifest = Manifest(
-        channels=3, image_px=(8, 8), classes=["dark", "bright"], splits=splits, num_found=60, num_ok=60,
-        num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.4] * 3, std=[0.3] * 3, config={},
-        source_digest="",
-    )  # fmt: skip
-    return storage.uri, write_manifest(storage, manifest)
-
-
-@pytest.fixture
-def study(dataset: tuple[str, Manifest], tmp_path: Path) -> Callable[..., RecipesConfig]:
+def study(tiles: tuple[str, Manifest], tmp_path: Path) -> Callable[..., RecipesConfig]:
     files = {
         "plain": PRETRAIN,
         "fast": {
@@ -111,7 +65,7 @@ def study(dataset: tuple[str, Manifest], tmp_path: Path) -> Callable[..., Recipe
             "seeds": 1,
             "out": str(tmp_path / "out.jsonl"),
         }
-        return RecipesConfig(uri=dataset[0], **{**defaults, **fields})
+        return RecipesConfig(uri=tiles[0], **{**defaults, **fields})
 
     return make
 
@@ -132,8 +86,8 @@ def test_every_recipe_is_probed_at_every_share_and_seed_and_never_twice(study, m
     assert json.loads(json.dumps(again["objects"])) == again["objects"]
 
 
-def test_the_budget_ends_the_run_and_the_schedule(dataset, monkeypatch) -> None:
-    uri, manifest = dataset
+def test_the_budget_ends_the_run_and_the_schedule(tiles, monkeypatch) -> None:
+    uri, manifest = tiles
     values = {k: v for k, v in PRETRAIN.items() if k != "kind"}
     config = from_dict(PretrainConfig, {**values, "data": {**PRETRAIN["data"], "uri": uri}})
     job = PretrainJob(folder="", config=config, pixels=pixels_of(manifest, 3))
