@@ -60,11 +60,11 @@ def test_spoiled_answers_change_no_byte_and_are_asked_for_again_a_few_times(
     proxy.reset(0.0, "503")
     assert prepare(source, f"{root}/calm", CONFIG) == local[0]
     calm = proxy.num_requests
-    for share, kinds in ((0.3, ("503",)), (0.2, ("short", "reset"))):
+    for share, kinds in ((0.2, ("short", "reset")), (0.3, ("503",))):
         proxy.reset(share, *kinds)
         out = f"{root}/{kinds[0]}"
         manifest = prepare(source, out, CONFIG)
-        assert proxy.num_spoiled > 0.5 * share * calm
+        assert proxy.num_spoiled > 10
         assert proxy.num_requests < 3 * calm
         assert num_rows_read(out, manifest) == 300
         proxy.reset(0.0, "503")
