@@ -7,8 +7,6 @@ for it. The manifest is created, never replaced: of two drivers that commit the 
 import hashlib
 import json
 import logging
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
-_MOST_LISTINGS = 20
 
 # One file in parts, which a writer hashes and writes one after another.
 Parts = Sequence[bytes | memoryview]
@@ -79,7 +76,7 @@ class CheckpointStore:
         folder = self._folder(step)
         entries = {name: self._write(folder, name, parts) for name, parts in files.items()}
         manifest = json.dumps({"step": step, "meta": meta, "files": entries}, indent=1, sort_keys=True).encode()
-        while not _create(self._storage, f"{folder}/{_MANIFEST}", manifest):
+        while not self._storage.write_new(f"{folder}/{_MANIFEST}", manifest):
             try:
                 self.verify(step)
             except ValueError as error:
@@ -93,7 +90,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending; their files are not yet verified."""
         found = []
-        for path in paths_now(self._storage, self._prefix, suffix=f"/{_MANIFEST}"):
+        for path, _ in self._storage.list(self._prefix, suffix=f"/{_MANIFEST}"):
             name = path.split("/")[-2]
             if name.startswith("step-") and name[5:].isdigit():
                 found.append(int(name[5:]))
@@ -184,7 +181,7 @@ class CheckpointStore:
         if self._storage.is_local:
             names = {entry.name for entry in Path(self._storage.join(self._prefix)).iterdir() if entry.is_dir()}
         else:
-            names = {path.split("/")[-2] for path in paths_now(self._storage, self._prefix)}
+            names = {path.split("/")[-2] for path, _ in self._storage.list(self._prefix)}
         found = {int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()}
         return found - set(committed)
 
@@ -208,43 +205,3 @@ class CheckpointStore:
         if place.is_local:
             with suppress(OSError):  # another driver writes into it, or has removed it
                 Path(place.uri).rmdir()
-
-
-def paths_now(storage: Storage, prefix: str = "", suffix: str = "") -> list[str]:
-    """Paths below the prefix, sorted, while others may be deleting there: what vanishes meanwhile is no error."""
-    for _ in range(_MOST_LISTINGS):
-        with suppress(FileNotFoundError):
-            return [path for path, _ in storage.list(prefix, suffix)]
-    return [path for path, _ in storage.list(prefix, suffix)]
-
-
-def _create(storage: Storage, path: str, content: bytes) -> bool:
-    """The file holds the content, unless it was there before; says whether it was not."""
-    if storage.exists(path):
-        return False
-    if not storage.is_local:
-        storage.write(path, content)
-        return True
-    folder = path.rpartition("/")[0]
-    draft = f"{folder}/draft-{secrets.token_hex(8)}.json"
-    storage.write(draft, content)
-    try:
-        os.link(storage.join(draft), storage.join(path))
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        storage.write(path, content)
-        return True
-    finally:
-        storage.delete(draft)
-        _sync_folder(Path(storage.join(folder)))
-
-
-def _sync_folder(path: Path) -> None:
-    """The names in the folder are durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipelines.checkpoints import CheckpointStore, paths_now
+from pipelines.checkpoints import CheckpointStore
 from pipelines.config import RunsConfig
 from pipelines.report import read_points
 from pipelines.storage import Storage, open_storage
@@ -85,7 +85,7 @@ class Row:
 def list_runs(uri: str) -> list[Row]:
     """The runs below the URI, or that which it names. Raises ValueError where there is none."""
     storage = open_storage(uri)
-    paths = paths_now(storage)
+    paths = [path for path, _ in storage.list()]
     found = [path.removesuffix("run.json") for path in paths if path == "run.json" or path.endswith("/run.json")]
     if not found:
         raise ValueError(f"no run lies in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")

@@ -1,10 +1,13 @@
 """The same laws hold for a folder and for a real S3 server."""
 
+import errno
 import os
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,3 +218,29 @@ def test_wrong_credentials_are_named_without_the_secret(s3: str, monkeypatch: py
         with pytest.raises(PermissionError, match=r"no permission to .*; check the credentials") as caught:
             act(open_storage(f"{s3}/denied"))
         assert "wrongsecret" not in str(caught.value)
+
+
+def test_what_vanishes_while_it_is_listed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("a", b"x")
+    storage.write("b", b"x")
+    walk = os.walk
+
+    def deleting(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for found in walk(*arguments, **named):
+            (tmp_path / "b").unlink()
+            yield found
+
+    monkeypatch.setattr(os, "walk", deleting)
+    assert storage.list() == [("a", 1)]
+
+
+def test_a_folder_without_links_holds_what_was_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    storage = open_storage(tmp_path)
+    assert storage.write_new("a", b"mine")
+    assert not storage.write_new("a", b"theirs")
+    assert storage.list() == [("a", 4)]
