@@ -26,6 +26,8 @@ class Tile:
     name: str
     note: str
     content: bytes
+    orientation: int | None = None
+    """That of EXIF, where the content no longer says it."""
 
 
 def contact_sheet(title: str, whole: Sequence[Tile], broken: Sequence[Tile]) -> bytes:
@@ -54,7 +56,7 @@ def contact_sheet(title: str, whole: Sequence[Tile], broken: Sequence[Tile]) -> 
 
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: int, top: int) -> None:
     font = ImageFont.load_default(_TEXT_PX)
-    picture = _thumbnail(tile.content)
+    picture = _thumbnail(tile.content, tile.orientation)
     draw.rectangle((left, top, left + _SIDE_PX - 1, top + _SIDE_PX - 1), fill="#eeeeee")
     if picture is None:
         draw.line((left, top, left + _SIDE_PX - 1, top + _SIDE_PX - 1), fill="#bbbbbb")
@@ -67,10 +69,10 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
     draw.text((left, top + _SIDE_PX + 1 + _LINE_PX), _plain(_fit(tile.note, letters)), fill="#aa0000", font=font)
 
 
-def _thumbnail(content: bytes) -> Image.Image | None:
+def _thumbnail(content: bytes, orientation: int | None) -> Image.Image | None:
     """The image, small; of a broken one what a tolerant decoder makes of it; None where that is nothing."""
     try:
-        pixels = decode(content, 3)
+        pixels = decode(content, 3, orientation)
         picture = Image.fromarray(pixels)
     except ValueError:
         picture = _tolerated(content)

@@ -127,7 +127,7 @@ def _dataset_tiles(storage: Storage, manifest: Manifest, config: InspectConfig) 
 
 
 def _rows(storage: Storage, manifest: Manifest, wanted: Sequence[int]) -> Iterator[Tile]:
-    columns = ["image", "label", "source"]
+    columns = ["image", "label", "source", "orientation"]
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         rows = [i - shard.first_id for i in wanted if shard.first_id <= i < shard.first_id + shard.num_rows]
         if not rows:
@@ -137,4 +137,4 @@ def _rows(storage: Storage, manifest: Manifest, wanted: Sequence[int]) -> Iterat
                 group, place = divmod(row, shard.rows_per_group)
                 found = file.read_row_group(group, columns=columns).slice(place, 1).to_pylist()[0]
                 label = "" if found["label"] is None else manifest.classes[found["label"]]
-                yield Tile(found["source"], label, found["image"])
+                yield Tile(found["source"], label, found["image"], found["orientation"])

@@ -63,9 +63,9 @@ def sample_images(uri: str, split: str, count: int, image_px: Size, channels: in
     storage = open_storage(uri)
     encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
     views = []
-    for path, content in encoded:
+    for path, content, orientation in encoded:
         try:
-            views.append(evaluation_view(decode(content, channels), image_px))
+            views.append(evaluation_view(decode(content, channels, orientation), image_px))
         except ValueError as error:
             raise ValueError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
     return np.stack(views)
@@ -109,8 +109,8 @@ def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes]]:
-    """Sources and encoded images of rows spread evenly over the split, each row group read once."""
+def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:
+    """Sources, encoded images and their EXIF orientations, of rows spread evenly over the split."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -119,7 +119,7 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
         raise ValueError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
     rows = manifest.splits[split].num_rows
     wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
-    found: list[tuple[str, bytes]] = []
+    found: list[tuple[str, bytes, int | None]] = []
     start = 0
     for shard in manifest.splits[split].shards:
         inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
@@ -127,15 +127,16 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
         if len(inside):
             with pq.ParquetFile(storage.open_input(shard.path)) as file:
                 for group in np.unique(inside // shard.rows_per_group):
-                    rows_of = file.read_row_group(int(group), columns=["source", "image"])
+                    rows_of = file.read_row_group(int(group), columns=["source", "image", "orientation"])
                     chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
-                    found += [(row["source"], row["image"]) for row in rows_of.take(pa.array(chosen)).to_pylist()]
+                    taken = rows_of.take(pa.array(chosen)).to_pylist()
+                    found += [(row["source"], row["image"], row["orientation"]) for row in taken]
     return found
 
 
-def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes]]:
+def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes, int | None]]:
     paths = [path for path, _ in storage.list() if path.lower().endswith(SUFFIXES)]
     if not paths:
         raise ValueError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
-    return [(paths[i], storage.read(paths[i])) for i in chosen]
+    return [(paths[i], storage.read(paths[i]), None) for i in chosen]
