@@ -128,19 +128,29 @@ def _objects(bucket: str, page: dict[str, Any]) -> list[tuple[str, int]]:
 def _responses(bucket: str, base: str, delimiter: str) -> Iterator[dict[str, Any]]:
     more: dict[str, Any] = {"Bucket": bucket, "Prefix": base, "Delimiter": delimiter}
     while True:
-        page = _ask("list_objects_v2", f"s3://{bucket}/{base}", **more)
+        page = _ask("list_objects_v2", f"s3://{bucket}/{base}", needs="IsTruncated", **more)
         yield page
-        if not page.get("IsTruncated"):
+        if not page["IsTruncated"]:
             return
         more["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _ask(operation: str, what: str, **parameters: Any) -> dict[str, Any]:
-    """boto3's answer. What it raises becomes OSError, its code spelled as pyarrow does, which storage.py knows."""
+def _ask(operation: str, what: str, needs: str = "", **parameters: Any) -> dict[str, Any]:
+    """boto3's answer. What it raises becomes OSError, its code spelled as pyarrow does, which storage.py knows.
+
+    boto3 takes a body that never came for an answer that says nothing, so that a listing would be empty: an answer
+    without what every whole one has is asked for again.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
+    def act() -> dict[str, Any]:
+        answer = getattr(client(), operation)(**parameters)
+        if needs and needs not in answer:
+            raise OSError(f"short body: an answer to {operation} without {needs}")
+        return answer
+
     try:
-        return patiently(lambda: getattr(client(), operation)(**parameters), what)
+        return patiently(act, what)
     except (ClientError, BotoCoreError) as error:
         code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else type(error).__name__
         if code in ("PreconditionFailed", "412"):

@@ -68,7 +68,7 @@ def test_a_png_of_the_same_size_every_time(tmp_path):
             assert image.size == (1080, 1080)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_no_text_covers_another_or_a_marker(data, tmp_path_factory):
     ratios = data.draw(st.sampled_from([(0.75,), (0.5, 0.75), (0.1, 0.3, 0.5, 0.75, 0.9)]))
@@ -83,11 +83,13 @@ def test_no_text_covers_another_or_a_marker(data, tmp_path_factory):
         masking_ratio_figure(points, tmp_path_factory.mktemp("f") / "a.png", baselines)
     (figure,) = figures
     figure.draw_without_rendering()
-    for axes in figure.axes:
+    for axes, measure in zip(figure.axes, ("finetune", "probe")):
         boxes = [text.get_window_extent().padded(-1) for text in axes.texts]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         markers = np.concatenate([line.get_xydata() for line in axes.lines if line.get_marker() not in ("None", "_")])
         dots = axes.transData.transform(markers)
         assert not any(box.contains(*dot) for box in boxes for dot in dots)
-        # Where many values coincide there is no place for all; no ratio stays without one.
-        assert len(axes.texts) >= len(ratios)
+        # Every value is written but one; markers that coincide and read the same need no more than one text.
+        told_apart = {(p["ratio"], f"{p[measure]:.1f}") for p in points}
+        written = {(text.xy[0], text.get_text()) for text in axes.texts if "\n" not in text.get_text()}
+        assert len(written) >= len(told_apart) - 1
