@@ -11,9 +11,10 @@ from mae_core.config import ModelConfig, Pixels, Size, parse_arch, patch_grid
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict
 from pipelines.drive import Publish, Task, exported
-from pipelines.jobs import ClassifyJob, RunFolder
+from pipelines.jobs import ClassifyJob
 from pipelines.manifest import Manifest
 from pipelines.pretrain import open_dataset, pixels_of
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 
 _RANDOM = "random:"

@@ -11,11 +11,12 @@ from typing import Any
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import identity, to_dict
-from pipelines.jobs import Job, RunFolder, train_plan
+from pipelines.jobs import Job, train_plan
 from pipelines.launch import launch
 from pipelines.manifest import MANIFEST, Manifest
 from pipelines.progress import ProgressDisplay
 from pipelines.report import MetricFollower, PictureFollower
+from pipelines.run_folder import RunFolder
 from pipelines.runs import Pulse, last_alive_s
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipelines.cluster import data_tasks_at_once
 from pipelines.config import ComputeConfig
-from pipelines.jobs import Job, RunFolder, job_to_dict, remaining_segments, with_workers
+from pipelines.jobs import Job, job_to_dict, remaining_segments, with_workers
+from pipelines.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

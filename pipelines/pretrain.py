@@ -9,8 +9,9 @@ from mae_core.config import Pixels
 from pipelines import registry
 from pipelines.config import PretrainConfig, RegisterConfig, from_dict, run_name, to_dict
 from pipelines.drive import Task, drive, exported, manifest_json, newest_picture
-from pipelines.jobs import PretrainJob, RunFolder
+from pipelines.jobs import PretrainJob
 from pipelines.manifest import Manifest, read_manifest
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 
 

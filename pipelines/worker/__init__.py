@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from pipelines.ingest import micro_batches
-from pipelines.jobs import Job, PretrainJob, RunFolder, job_from_dict, with_workers
+from pipelines.jobs import Job, PretrainJob, job_from_dict, with_workers
+from pipelines.run_folder import RunFolder
 from pipelines.worker import finetuning, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group

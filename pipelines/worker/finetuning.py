@@ -15,8 +15,9 @@ from mae_core.step import classify_loss
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
 from pipelines.ingest import MicroBatch
-from pipelines.jobs import ClassifyJob, Phase, RunFolder, phases, read_plan, train_plan
+from pipelines.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
 from pipelines.manifest import Manifest, read_manifest
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare

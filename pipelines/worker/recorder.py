@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
-from pipelines.jobs import RunFolder
 from pipelines.plan import EpochPlan
 from pipelines.report import MetricSpool
+from pipelines.run_folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import TrainState
 from pipelines.worker.meter import Due, Meter, retention

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from mae_core.state import tensors_digest, unpack
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 
 pytestmark = [
     pytest.mark.timeout(2400),

@@ -19,10 +19,11 @@ import pytest
 
 from mae_core.config import ModelConfig, OptimConfig
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
-from pipelines.jobs import PretrainJob, RunFolder, job_to_dict
+from pipelines.jobs import PretrainJob, job_to_dict
 from pipelines.manifest import read_manifest
 from pipelines.pretrain import pixels_of
 from pipelines.report import read_points
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 
 pytestmark = [

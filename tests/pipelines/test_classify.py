@@ -21,7 +21,7 @@ from pipelines.config import (
     RegisterConfig,
     TrackingConfig,
 )
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -1,8 +1,6 @@
 """`mae inspect` counts what is there and draws it, whole or broken, before and after preparation."""
 
-import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,6 @@ def zoo_folder(zoo: list, tmp_path: Path) -> Path:
         (tmp_path / "zoo").mkdir(exist_ok=True)
         (tmp_path / "zoo" / animal.name).write_bytes(animal.content)
     return tmp_path / "zoo"
-
-
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
-        return (module.write_one(row["number"], row["skip"], *arguments) for row in todo)
-
-    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(module, "_run", run)
 
 
 def looked_at(uri: Path, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], Image.Image]:

@@ -1,7 +1,6 @@
 """What a job reads in which order, and the folder that remembers it."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,16 +8,7 @@ import pytest
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, Pixels
 from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
-from pipelines.jobs import (
-    ClassifyJob,
-    PretrainJob,
-    RunFolder,
-    job_from_dict,
-    job_to_dict,
-    phases,
-    read_plan,
-    train_plan,
-)
+from pipelines.jobs import ClassifyJob, PretrainJob, job_from_dict, job_to_dict, phases, read_plan, train_plan
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.worker.loop import schedule
 
@@ -150,53 +140,3 @@ def test_several_masks_an_image_leave_steps_and_learning_rates_and_read_fewer_im
     assert [rate.warmup_steps for rate in rates] == [6, 5]
     assert two.reading.reading == two.reading
     assert one.reading == one.config
-
-
-@pytest.fixture
-def folder(tmp_path: Any) -> RunFolder:
-    return RunFolder(str(tmp_path / "run"))
-
-
-def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
-    mine = {"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "a"}}}
-    assert folder.described() is None
-    key = folder.claim(mine)
-    assert folder.claim(mine) == key
-    assert folder.described() == {"id": key} | mine
-    with pytest.raises(ValueError, match=r"with another config\.model\.arch \(a there, b here\); only .* may change"):
-        folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
-    assert folder.described() == {"id": key} | mine
-
-
-def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
-    assert folder.result() is folder.outcome() is None
-    folder.finish({"loss": 0.5})
-    assert folder.result() == {"loss": 0.5}
-    assert folder.outcome() is None
-    folder.remember({"model": "models:/x/1"})
-    assert folder.outcome() == {"model": "models:/x/1"}
-
-
-def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = folder.claim({"kind": "pretrain"})
-    folder.storage.write("checkpoints/step-0000000001/model.safetensors", b"x")
-    folder.finish({})
-    folder.remember({})
-    deleted: list[str] = []
-    storage = folder.storage
-
-    def delete(path: str) -> None:
-        deleted.append(path)
-        storage.delete(path)
-
-    watched = SimpleNamespace(list=storage.list, delete=delete, delete_empty=storage.delete_empty)
-    monkeypatch.setattr(folder, "storage", watched)
-    monkeypatch.setattr(folder, "described", lambda: {"id": key})
-    folder.clear()
-    monkeypatch.undo()
-    assert set(deleted[:2]) == {"outcome.json", "result.json"}
-    assert deleted[-1] == "run.json"
-    assert storage.list() == []
-    assert folder.claim({"kind": "finetune"}) != key

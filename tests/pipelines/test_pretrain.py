@@ -18,7 +18,7 @@ import yaml
 from mae_core.config import ModelConfig, OptimConfig
 from mae_core.state import tensors_digest, unpack
 from pipelines.config import CheckpointConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,7 +15,7 @@ from pipelines.config import (
     PretrainConfig,
     TrackingConfig,
 )
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]

@@ -1,6 +1,5 @@
 """Images that pictures are drawn of, as they stand upright."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import cluster, prepare
+from pipelines import prepare
 from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.inspect import inspect_uri
 from pipelines.reconstruct import sample_images
@@ -18,14 +17,8 @@ ROTATED = 6
 
 
 @pytest.fixture
-def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def photo(tmp_path: Path, without_ray: None) -> Path:
     """A folder with one JPEG, white on its left half as stored and therefore on its upper half when upright."""
-
-    def here(todo: Any, *arguments: Any) -> Any:
-        return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
-
-    monkeypatch.setattr(cluster, "ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run", here)
     pixels = np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[:, :32] = 255
     exif = Image.Exif()

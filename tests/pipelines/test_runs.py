@@ -11,8 +11,8 @@ from pipelines import runs as module
 from pipelines.checkpoints import Checkpoint, Retention
 from pipelines.cli import main
 from pipelines.config import RunsConfig
-from pipelines.jobs import RunFolder
 from pipelines.report import MetricSpool
+from pipelines.run_folder import RunFolder
 from pipelines.runs import Pulse, Row, last_alive_s, list_runs, runs, table
 
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,17 +30,11 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, mlflow_uri: str, without_ray: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The empty folder that the command runs in; Ray's part of `prepare` is done in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
-    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run", run_here)
     return tmp_path
-
-
-def run_here(todo: Any, *arguments: Any) -> Any:
-    return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
 
 
 def images(folder: Path, *names: str, offset: int = 0) -> Path:
@@ -263,7 +256,7 @@ def test_a_local_mlflow_beside_a_remote_cluster(
 
 
 def test_a_run_folder_of_another_config(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.jobs import RunFolder
+    from pipelines.run_folder import RunFolder
 
     RunFolder(str(place / "runs" / "mine")).claim({"kind": "pretrain", "config": {"epochs": 1}})
     said = refusal(place, capsys, "pretrain", "--name", "mine", "--data.uri", labelled(place), *SMALL)
@@ -272,7 +265,7 @@ def test_a_run_folder_of_another_config(place: Path, capsys: pytest.CaptureFixtu
 
 
 def test_another_config_of_a_finished_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.jobs import RunFolder
+    from pipelines.run_folder import RunFolder
 
     folder = RunFolder(str(place / "runs" / "mine"))
     folder.claim({"kind": "pretrain", "config": {"epochs": 1}})

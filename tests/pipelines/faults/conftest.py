@@ -123,15 +123,3 @@ def proxy(own_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield proxy
     proxy.close()
-
-
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prepare` does the work of its tasks in this process."""
-    from pipelines import prepare
-
-    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
-        return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
-
-    monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run", run)

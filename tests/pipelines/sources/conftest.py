@@ -1,8 +1,7 @@
 """Small images by number, and `prepare` in this process, without Ray."""
 
-import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,10 @@ def png() -> Callable[[int], bytes]:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Manifest, dict[str, list[dict]]]]:
+def prepared(tmp_path: Path, without_ray: None) -> Callable[..., tuple[Manifest, dict[str, list[dict]]]]:
     """Prepares a source; its manifest and the rows of each split."""
 
-    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
-        return (module.write_one(row["number"], row["skip"], *arguments) for row in todo)
-
     def prepare(source: str | Path, out: str = "out", **options: Any) -> tuple[Manifest, dict[str, list[dict]]]:
-        monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-        monkeypatch.setattr(module, "_run", run)
         config = PrepareConfig(**{"val_fraction": 0, "rows_per_shard": 6, "rows_per_group": 2, **options})
         manifest = module.prepare(str(source), str(tmp_path / out), config)
         storage, rows = open_storage(tmp_path / out), {}

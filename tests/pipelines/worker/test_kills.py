@@ -17,7 +17,7 @@ import torch
 
 from mae_core.state import tensors_digest, unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train
 from pipelines.worker.meter import Due

@@ -6,10 +6,11 @@ import torch
 
 from mae_core.config import ModelConfig, OptimConfig
 from pipelines.config import ComputeConfig, DataConfig, PretrainConfig
-from pipelines.jobs import PretrainJob, RunFolder, segments
+from pipelines.jobs import PretrainJob, segments
 from pipelines.manifest import Manifest
 from pipelines.pretrain import pixels_of
 from pipelines.reconstruct import load_backbone
+from pipelines.run_folder import RunFolder
 from pipelines.windows import window_micro_batches
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
 from pipelines.ingest import MicroBatch
-from pipelines.jobs import RunFolder
+from pipelines.run_folder import RunFolder
 from pipelines.worker.goodput import KINDS, Clock
 from pipelines.worker.loop import TrainState, train
 from pipelines.worker.meter import Due, retention
