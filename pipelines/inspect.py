@@ -46,20 +46,12 @@ def _of_dataset(manifest: Manifest) -> dict[str, Any]:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return {
         "kind": "prepared dataset",
-        "digest": manifest.digest,
-        "num_found": manifest.num_found,
-        "num_ok": manifest.num_ok,
-        "num_quarantined": manifest.num_quarantined,
-        "num_duplicates": manifest.num_duplicates,
-        "reasons": dict(manifest.quarantine_reasons),
-        "splits": {name: split.num_rows for name, split in manifest.splits.items()},
+        **manifest.summary,
         "num_bytes": sum(shard.num_bytes for shard in shards),
         "num_shards": len(shards),
-        "channels": manifest.channels,
         "image_px": manifest.image_px,
         "mean": manifest.mean,
         "std": manifest.std,
-        "classes": manifest.classes,
     }
 
 

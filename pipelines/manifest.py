@@ -69,6 +69,21 @@ class Manifest:
     def is_labelled(self) -> bool:
         return bool(self.classes)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What commands say of the dataset with --json: found = ok + quarantined + duplicates."""
+        return {
+            "digest": self.digest,
+            "num_found": self.num_found,
+            "num_ok": self.num_ok,
+            "num_quarantined": self.num_quarantined,
+            "num_duplicates": self.num_duplicates,
+            "reasons": dict(self.quarantine_reasons),
+            "splits": {name: split.num_rows for name, split in self.splits.items()},
+            "channels": self.channels,
+            "classes": list(self.classes),
+        }
+
     def computed_digest(self) -> str:
         """sha256 over canonical JSON of every field but `digest`."""
         values = dataclasses.asdict(self)

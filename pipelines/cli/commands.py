@@ -50,18 +50,7 @@ def _prepare(call: Invocation) -> dict[str, Any]:
     from pipelines.prepare import prepare
 
     manifest = prepare(call.arguments[0], call.arguments[1], call.config)
-    return {
-        "uri": call.arguments[1],
-        "digest": manifest.digest,
-        "num_found": manifest.num_found,
-        "num_ok": manifest.num_ok,
-        "num_quarantined": manifest.num_quarantined,
-        "num_duplicates": manifest.num_duplicates,
-        "reasons": dict(manifest.quarantine_reasons),
-        "splits": {name: split.num_rows for name, split in manifest.splits.items()},
-        "channels": manifest.channels,
-        "classes": list(manifest.classes),
-    }
+    return {"uri": call.arguments[1], **manifest.summary}
 
 
 def _inspect(call: Invocation) -> dict[str, Any]:
