@@ -122,7 +122,8 @@ def _to_row(batches: Sequence[MicroBatch]) -> pa.Table:
     """One row of lists, those of the micro-batches end to end."""
 
     def joined(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(batch, name).numpy().reshape(-1) for batch in batches])
+        parts = [getattr(batch, name).numpy().reshape(-1) for batch in batches]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     columns = {name: joined(name) for name in _TENSORS}
     columns["shape"] = np.array(batches[0].images.shape, dtype=np.int64)

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,12 +19,12 @@ from mae_core.randomness import Purpose, seed_of
 from pipelines.decode import crop_resize, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
-from pipelines.storage import Storage, open_storage
+from pipelines.row_groups import RowGroups
 
 log = logging.getLogger(__name__)
 
 _COLUMNS = ["image", "label", "height_px", "width_px", "orientation", "segment_offsets"]
-_READ_THREADS = 4
+_READ_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Segment:
     transform: Transform
     first_step: int
     last_step: int
+
+    @cached_property
+    def row_groups(self) -> RowGroups:
+        """The reader of its shards, for all windows that this process reads."""
+        return RowGroups(self.dataset_uri)
 
     @property
     def first_window(self) -> int:
@@ -117,7 +122,7 @@ def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
     steps = plan.window_steps(epoch, within)
     steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
     slots = range(plan.micro_batch_slots(steps[0])[0].start, plan.micro_batch_slots(steps[-1])[-1].stop)
-    samples = _read(open_storage(segment.dataset_uri), plan, epoch, within, slots)
+    samples = _read(segment.row_groups, plan, epoch, within, slots)
     view = _Views(transform, epoch, samples)
     for step in steps:
         for index, wanted in enumerate(plan.micro_batch_slots(step)):
@@ -130,7 +135,8 @@ def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
 class _Samples:
     """Stored rows in the order of training."""
 
-    images: list[bytes]
+    images: list[pa.Buffer]
+    """Views of the row groups as they were read."""
     ids: Ids
     labels: Ids
     heights_px: Ids
@@ -140,14 +146,14 @@ class _Samples:
     """Of sliceable JPEGs; empty for other images."""
 
 
-def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
+def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
     """The window's samples in those slots, each row group read once."""
     reads = plan.window_reads(epoch, window, slots)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        tables = list(pool.map(lambda read: _read_group(storage, read), reads))
+        parts = list(pool.map(lambda read: _read_group(row_groups, read), reads))
     order = np.argsort(np.concatenate([read.slots for read in reads]), kind="stable")
-    table = pa.concat_tables(tables).combine_chunks()
-    images = table["image"].to_pylist()
+    images = [image for part in parts for image in part[0]]
+    table = pa.concat_tables([part[1] for part in parts]).combine_chunks()
     lists = table["segment_offsets"].combine_chunks()
     offsets = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().fill_null(0).to_numpy())[:-1])
 
@@ -165,9 +171,11 @@ def _read(storage: Storage, plan: EpochPlan, epoch: int, window: int, slots: ran
     )
 
 
-def _read_group(storage: Storage, read: GroupRead) -> pa.Table:
-    with storage.open_input(read.path) as source, pq.ParquetFile(source) as file:
-        return file.read_row_group(read.group, columns=_COLUMNS, use_threads=False).take(pa.array(read.rows))
+def _read_group(row_groups: RowGroups, read: GroupRead) -> tuple[list[pa.Buffer], pa.Table]:
+    """The images that are wanted, not copied, and the other columns of their rows."""
+    table = row_groups.read(read.path, read.group, _COLUMNS)
+    images = table["image"]
+    return [images[i].as_buffer() for i in read.rows.tolist()], table.drop_columns(["image"]).take(pa.array(read.rows))
 
 
 class _Views:
@@ -208,7 +216,7 @@ class _Views:
 
     def _pixels(self, place: int) -> NDArray[np.uint8]:
         transform, samples = self._transform, self._samples
-        content, orientation = samples.images[place], samples.orientations[place]
+        content, orientation = samples.images[place].to_pybytes(), samples.orientations[place]
         if self._crops:
             offsets, box = samples.segment_offsets[place], tuple(self._boxes[place])
             pixels, box = decode_crop(content, transform.channels, orientation, offsets, box)

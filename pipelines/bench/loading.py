@@ -24,7 +24,7 @@ from pipelines.windows import Segment, Transform, window_micro_batches
 log = logging.getLogger(__name__)
 
 _MICRO_BATCH = 50
-_EPOCHS = 3
+_EPOCHS = 6
 _WINDOW_ROWS = 250
 _IMAGE_PX = (224, 224)
 

@@ -196,6 +196,13 @@ class Storage:
                 return pafs.LocalFileSystem().open_input_file(self.join(path))
             return s3.open_input(self._key(path))
 
+    def ranges(self, path: str) -> "Ranges":
+        """A file whose parts are read one by one, by any number of threads."""
+        with self._named_errors("read", path):
+            if self.is_local:
+                return Ranges(self, path, pafs.LocalFileSystem().open_input_file(self.join(path)))
+            return Ranges(self, path, s3.PatientRanges(self._key(path)))
+
     def _key(self, path: str) -> str:
         return self.join(path).removeprefix("s3://")
 
@@ -242,6 +249,19 @@ class Storage:
                     f"cannot {verb} {where}: a file stands where a folder should, or the reverse"
                 ) from None
             raise OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}") from None
+
+
+class Ranges:
+    """Parts of one file, of which nothing is held but where it is."""
+
+    def __init__(self, storage: Storage, path: str, file: Any) -> None:
+        self._storage, self._path, self._file = storage, path, file
+        self.num_bytes: int = file.size()
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """So many bytes from `offset` on. Raises OSError where there are fewer."""
+        with self._storage._named_errors("read", self._path):
+            return s3.whole(self._file.read_at(num_bytes, offset), num_bytes)
 
 
 def stays_inside(path: str) -> bool:

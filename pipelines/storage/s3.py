@@ -36,7 +36,7 @@ def read(key: str) -> bytes:
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
-            return _whole(file.read(), file.size())
+            return whole(file.read(), file.size())
 
     return patiently(act, f"s3://{key}")
 
@@ -46,7 +46,7 @@ def read_range(key: str, offset: int, num_bytes: int) -> bytes:
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
-            return _whole(file.read_at(num_bytes, offset), max(0, min(num_bytes, file.size() - offset)))
+            return whole(file.read_at(num_bytes, offset), max(0, min(num_bytes, file.size() - offset)))
 
     return patiently(act, f"s3://{key}")
 
@@ -158,13 +158,29 @@ def _ask(operation: str, what: str, needs: str = "", **parameters: Any) -> dict[
         raise OSError(f"AWS Error {_ARROW_CODES.get(code, code)}: {error}") from None
 
 
-class _PatientFile(io.RawIOBase):
-    """A file that is read where it was left, whatever happened to the connection."""
+class PatientRanges:
+    """Parts of an object, from any thread; each is one request, asked again whatever happened to the connection."""
 
     def __init__(self, key: str) -> None:
-        self._key, self._position = key, 0
+        self._key = key
         self._file = patiently(lambda: filesystem().open_input_file(key), f"s3://{key}")
-        self._size = self._file.size()
+
+    def size(self) -> int:
+        return self._file.size()
+
+    def read_at(self, num_bytes: int, offset: int) -> bytes:
+        return patiently(lambda: whole(self._file.read_at(num_bytes, offset), num_bytes), f"s3://{self._key}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _PatientFile(io.RawIOBase):
+    """An object that is read where it was left."""
+
+    def __init__(self, key: str) -> None:
+        self._ranges, self._position = PatientRanges(key), 0
+        self._size = self._ranges.size()
 
     def readable(self) -> bool:
         return True
@@ -185,17 +201,18 @@ class _PatientFile(io.RawIOBase):
         wanted = wanted if size < 0 else min(size, wanted)
         if not wanted:
             return b""
-        found = patiently(lambda: _whole(self._file.read_at(wanted, self._position), wanted), f"s3://{self._key}")
+        found = self._ranges.read_at(wanted, self._position)
         self._position += wanted
         return found
 
     def close(self) -> None:
         if not self.closed:
-            self._file.close()
+            self._ranges.close()
         super().close()
 
 
-def _whole(content: bytes, num_bytes: int) -> bytes:
+def whole(content: bytes, num_bytes: int) -> bytes:
+    """The content. Raises OSError where it is shorter than it should be."""
     if len(content) != num_bytes:
         raise OSError(f"short body: {len(content)} of {num_bytes} bytes")
     return content
