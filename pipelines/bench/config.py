@@ -50,7 +50,7 @@ class DataBenchConfig:
     whole_path: bool = True
     """Also measure the way from shards in S3 through Ray Data to this process, against torch's DataLoader."""
     cores: int = 2
-    """Data tasks of Ray, and workers of DataLoader, that run at a time."""
+    """Cores that all processes of each whole path share: Ray and the S3 server, or DataLoader's workers."""
     epoch_images: int = 1000
     """Images of an epoch on the whole path; the source's, each as often as needed."""
     gpu_images_per_s: float = 1500.0

@@ -95,7 +95,10 @@ def _loading_lines(loading: Loading) -> Iterator[str]:
         ("ray", "shards, Ray Data"), ("dataloader", "folder, DataLoader of ImageFolder"), ("bare", "bare decode")
     ):  # fmt: skip
         yield f"  {title:34} {loading.images_per_s(name):8.0f}  {loading.spread(name):5.0%}"
-    yield f"  {loading.ratio('dataloader'):.2f} x DataLoader, {loading.ratio('bare'):.0%} of the bare decode rate"
+    yield (
+        f"  {loading.ratio('dataloader'):.2f} x DataLoader, {loading.share_of_bare:.0%} of the bare decode rate of the "
+        f"cores without the {loading.store_share:.0%} that the S3 server takes ({loading.ratio('bare'):.0%} of all)"
+    )
     yield (
         f"  first batch after {loading.first_batch_s:.2f} s with warm workers; between epochs "
         f"{loading.epoch_gap_s:.3f} s, between other batches at most {loading.batch_gap_s:.3f} s (medians)"

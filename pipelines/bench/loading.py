@@ -1,10 +1,12 @@
 """Whole ways to training take turns: S3 shards through Ray Data, torch's DataLoader on a folder, and decoding alone."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from multiprocessing import get_context
@@ -35,6 +37,8 @@ class _Passage:
 
     arrivals_s: list[float]
     batches_per_epoch: int
+    store_cpu_s: float = 0.0
+    """CPU seconds that the S3 server of this machine spent meanwhile."""
 
     @property
     def seconds(self) -> float:
@@ -62,6 +66,8 @@ class Loading:
     cores: int
     rates: dict[str, list[float]]
     """Images a second by the wall clock, from the first batch on."""
+    store_share: float
+    """Share of the cores that the S3 server took on our way, which elsewhere is not on them."""
     first_batch_s: float
     epoch_gap_s: float
     batch_gap_s: float
@@ -76,12 +82,19 @@ class Loading:
         """Our rate over another's, by the median over rounds."""
         return median(a / b for a, b in zip(self.rates["ray"], self.rates[other]))
 
+    @property
+    def share_of_bare(self) -> float:
+        """Our rate over that of bare decoding on the cores without what the S3 server takes of them."""
+        return self.ratio("bare") / (1 - self.store_share)
+
     def figures(self) -> dict[str, Any]:
         return {
             "cores": self.cores,
             "images_per_s": self.images_per_s("ray"),
             "ratio_vs_dataloader": self.ratio("dataloader"),
-            "share_of_bare_decode": self.ratio("bare"),
+            "share_of_bare_decode": self.share_of_bare,
+            "share_of_bare_decode_with_store": self.ratio("bare"),
+            "store_share": self.store_share,
             "first_batch_s": self.first_batch_s,
             "epoch_gap_s": self.epoch_gap_s,
             "batch_gap_s": self.batch_gap_s,
@@ -90,11 +103,14 @@ class Loading:
 
 
 def measure_loading(images: Sequence[bytes], folder: Path, cores: int, epoch_images: int, rounds: int) -> Loading:
-    """A few epochs by each way in turn, `rounds` times; workers of each are started and warm before the clock is."""
+    """A few epochs by each way in turn, `rounds` times; workers of each are started and warm before the clock is.
+
+    All processes of all ways, the S3 server included, share the same `cores`.
+    """
     _write_images(images, folder / "images", epoch_images)
-    compute = ComputeConfig(num_workers=1, data_tasks=cores)
+    compute = ComputeConfig(num_workers=1, data_tasks=cores + 1)
     (folder / "store").mkdir()
-    with object_store(folder / "store") as bucket, ray_session(compute):
+    with only_cores(cores), object_store(folder / "store") as (bucket, store_cpu_s), ray_session(compute):
         uri, small = f"{bucket}/shards", folder / "local"
         config = PrepareConfig(rows_per_shard=_WINDOW_ROWS, rows_per_group=50, val_fraction=0.0)
         manifest = prepare(str(folder / "images"), uri, config)
@@ -104,7 +120,9 @@ def measure_loading(images: Sequence[bytes], folder: Path, cores: int, epoch_ima
         passages: dict[str, list[_Passage]] = {name: [] for name in ways}
         for number in range(rounds + 1):
             for name, way in ways.items():
+                before_s = store_cpu_s()
                 passage = _timed(way(), batches)
+                passage = replace(passage, store_cpu_s=store_cpu_s() - before_s)
                 log.info("%s: %.0f images/s", name, _rate(name, passage, manifest.num_ok))
                 # The first round warms all workers.
                 passages[name] += [passage] if number else []
@@ -116,10 +134,27 @@ def measure_loading(images: Sequence[bytes], folder: Path, cores: int, epoch_ima
         where="S3 on this machine",
         cores=cores,
         rates={name: [_rate(name, passage, manifest.num_ok) for passage in found] for name, found in passages.items()},
+        store_share=median(passage.store_cpu_s / passage.arrivals_s[-1] / cores for passage in ours),
         first_batch_s=median(passage.arrivals_s[0] for passage in ours),
         epoch_gap_s=median(passage.epoch_gap_s() for passage in ours),
         batch_gap_s=median(passage.batch_gap_s() for passage in ours),
     )
+
+
+@contextmanager
+def only_cores(count: int) -> Iterator[None]:
+    """The processes that are started in the block have so many cores. Raises ValueError where there are fewer."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS: they have all
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    if count > len(before):
+        raise ValueError(f"cores {count} is more than the {len(before)} that this process may use")
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _rate(name: str, passage: _Passage, epoch_images: int) -> float:
@@ -177,7 +212,8 @@ def _ways(
 def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
     from pipelines.ingest import feed, micro_batches
 
-    yield from micro_batches(feed([segment], 1, max_tasks=cores).iterator())
+    # One more than cores: see `ingest`.
+    yield from micro_batches(feed([segment], 1, max_tasks=cores + 1).iterator())
 
 
 def _dataloader_batches(folder: Path, cores: int) -> Iterator[Any]:

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from pipelines.storage import open_storage
 
@@ -21,10 +23,11 @@ Ports = dict[str, int]
 
 
 @contextmanager
-def object_store(folder: Path) -> Iterator[str]:
-    """s3://bucket of a SeaweedFS server on loopback, whose address and key are in the environment while it runs.
+def object_store(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
+    """s3://bucket of a SeaweedFS server on loopback, and what tells the CPU seconds that it has taken so far.
 
-    Raises ValueError where its program is absent. Start Ray within the block: its workers inherit the environment.
+    Its address and key are in the environment while the block runs: start Ray within it, whose workers inherit them.
+    Raises ValueError where its program is absent.
     """
     ports = free_ports()
     command = server_command(folder, _BUCKET, ports)
@@ -39,7 +42,7 @@ def object_store(folder: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             _wait(process)
-            yield f"s3://{_BUCKET}"
+            yield f"s3://{_BUCKET}", lambda: sum(psutil.Process(process.pid).cpu_times()[:2])
         finally:
             process.kill()
             process.wait()
