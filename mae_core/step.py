@@ -10,18 +10,20 @@ from mae_core.masking import Mask
 
 def pretrain_loss(
     mae: nn.Module,
-    images: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "crops channels height width"],
     mask: Mask,
     weights: Float[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
     """The weighted sum of the samples' losses; placeholders have weight 0.
 
-    Where there are several masks for each image (`training_masks`), a sample's loss is their mean.
+    Rows of images and masks run over the samples, then over crops and views. Where there are more masks
+    (`training_masks`) than images, these are used again; a sample's loss is the mean over its views.
     """
-    views = len(mask.visible_ids) // len(images)
+    views = len(mask.visible_ids) // len(weights)
     if views == 1:
         return (mae(images, mask) * weights).sum()
-    losses = mae(images.repeat(views, 1, 1, 1), mask).unflatten(0, (views, -1))
+    images = images.repeat(len(mask.visible_ids) // len(images), 1, 1, 1)
+    losses = mae(images, mask).unflatten(0, (views, -1))
     return (losses.mean(dim=0) * weights).sum()
 
 

@@ -148,13 +148,13 @@ def _from_row(row: pa.Table) -> Iterator[MicroBatch]:
     arrays = {name: row[name].combine_chunks().flatten() for name in row.column_names}
     steps, indices, shape = (arrays[name].to_pylist() for name in ("step", "index", "shape"))
     # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.
-    tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), shape[0], -1) for name in _TENSORS}
+    tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), -1) for name in _TENSORS}
     for i, (step, index) in enumerate(zip(steps, indices)):
         yield MicroBatch(
             images=tensors["images"][i].reshape(shape),
-            ids=tensors["ids"][i].reshape(-1),
-            labels=tensors["labels"][i].reshape(-1),
-            weights=tensors["weights"][i].reshape(-1),
+            ids=tensors["ids"][i],
+            labels=tensors["labels"][i],
+            weights=tensors["weights"][i],
             step=step,
             index=index,
         )

@@ -161,9 +161,14 @@ def segments(job: Job, first_step: int) -> list[Segment]:
     plan = train_plan(job, manifest)
     image_px, channels = job.input
     transform = Transform(
-        train=True, image_px=image_px, channels=channels, augment=job.config.augment, seed=job.config.seed
+        train=True,
+        image_px=image_px,
+        channels=channels,
+        augment=job.config.augment,
+        seed=job.config.seed,
+        crops=job.config.crops_per_image if isinstance(job, PretrainJob) else 1,
     )
-    still = dataclasses.replace(transform, train=False)
+    still = dataclasses.replace(transform, train=False, crops=1)
     found = []
     for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(manifest.splits)):
         train = phase.kind == "train"

@@ -36,6 +36,8 @@ class Transform:
     channels: int
     augment: AugmentConfig
     seed: int
+    crops: int = 1
+    """Training views made of each decoded image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Segment:
     def micro_batch_bytes(self) -> int:
         """Size of one micro-batch's pixels."""
         height_px, width_px = self.transform.image_px
-        return self.plan.micro_batch * height_px * width_px * self.transform.channels
+        return self.plan.micro_batch * self.transform.crops * height_px * width_px * self.transform.channels
 
     def _window_of(self, step: int) -> int:
         epoch, within = divmod(step, self.plan.steps_per_epoch)
@@ -83,7 +85,7 @@ class MicroBatch:
     """
 
     images: Tensor
-    """uint8 [batch height width channels]"""
+    """uint8 [crops * batch, height, width, channels]; rows run over the samples, then over their crops."""
     ids: Tensor
     """int64 [batch]"""
     labels: Tensor
@@ -96,10 +98,10 @@ class MicroBatch:
     """Its number among the step's micro-batches of all ranks."""
 
     @classmethod
-    def blank(cls, size: int, image_px: Size, channels: int) -> "MicroBatch":
+    def blank(cls, size: int, image_px: Size, channels: int, crops: int = 1) -> "MicroBatch":
         """A micro-batch of placeholders."""
         return cls(
-            images=torch.zeros(size, *image_px, channels, dtype=torch.uint8),
+            images=torch.zeros(crops * size, *image_px, channels, dtype=torch.uint8),
             ids=torch.full((size,), PLACEHOLDER, dtype=torch.int64),
             labels=torch.full((size,), -1, dtype=torch.int64),
             weights=torch.zeros(size),
@@ -126,7 +128,7 @@ def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
     view = _Views(transform, epoch, samples)
     for step in steps:
         for index, wanted in enumerate(plan.micro_batch_slots(step)):
-            batch = MicroBatch.blank(plan.micro_batch, transform.image_px, transform.channels)
+            batch = MicroBatch.blank(plan.micro_batch, transform.image_px, transform.channels, transform.crops)
             view.fill(batch, range(wanted.start - slots.start, wanted.stop - slots.start))
             yield MicroBatch(batch.images, batch.ids, batch.labels, batch.weights, step=step, index=index)
 
@@ -183,23 +185,17 @@ class _Views:
 
     def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
         self._transform, self._epoch, self._samples = transform, epoch, samples
-        self._boxes: list[Any] = []
-        self._flips: list[bool] = []
+        # Both by crop and place.
+        self._boxes: list[list[Any]] = []
+        self._flips: list[list[bool]] = []
         # "none" is the view of evaluation, but for the flip.
         self._crops = transform.train and transform.augment.crop != "none"
-        if transform.train:
-            mirrored = flips(transform.augment, seed=transform.seed, epoch=epoch, sample_ids=samples.ids)
-            self._flips = mirrored.tolist()
-        if self._crops:
-            boxes = crop_boxes(
-                transform.augment,
-                seed=transform.seed,
-                epoch=epoch,
-                sample_ids=samples.ids,
-                heights_px=samples.heights_px,
-                widths_px=samples.widths_px,
-            )
-            self._boxes = boxes.tolist()
+        for view in range(transform.crops if transform.train else 0):
+            keys: dict[str, Any] = {"seed": transform.seed, "epoch": epoch, "sample_ids": samples.ids, "view": view}
+            self._flips.append(flips(transform.augment, **keys).tolist())
+            if self._crops:
+                sizes: dict[str, Any] = {"heights_px": samples.heights_px, "widths_px": samples.widths_px}
+                self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
     def fill(self, batch: MicroBatch, places: range) -> None:
         """The batch's first rows hold the samples at those places; one that cannot be decoded has weight 0."""
@@ -209,27 +205,36 @@ class _Views:
         images, weights = batch.images.numpy(), batch.weights.numpy()
         for row, place in enumerate(places):
             try:
-                images[row] = self._pixels(place)
+                for view, pixels in enumerate(self._views(place)):
+                    images[view * len(weights) + row] = pixels
                 weights[row] = 1
             except ValueError as error:
                 log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
 
-    def _pixels(self, place: int) -> NDArray[np.uint8]:
+    def _views(self, place: int) -> list[NDArray[np.uint8]]:
+        """The sample as it is evaluated, or its training views, for which it is decoded once."""
         transform, samples = self._transform, self._samples
         content, orientation = samples.images[place].to_pybytes(), samples.orientations[place]
-        if self._crops:
-            offsets, box = samples.segment_offsets[place], tuple(self._boxes[place])
-            pixels, box = decode_crop(content, transform.channels, orientation, offsets, box)
-            pixels = crop_resize(pixels, box, self._flips[place], transform.image_px)
-        else:
+        if not self._crops:
             pixels = evaluation_view(decode(content, transform.channels, orientation), transform.image_px)
-            pixels = pixels[:, ::-1] if transform.train and self._flips[place] else pixels
-        if not transform.train:
+            flip = transform.train and self._flips[0][place]
+            return [self._augmented(pixels[:, ::-1] if flip else pixels, place, 0)]
+        boxes = [tuple(boxes[place]) for boxes in self._boxes]
+        # Of several crops the parts that lie under them would be decoded more than once.
+        offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
+        pixels, box = decode_crop(content, transform.channels, orientation, offsets, boxes[0])
+        crops = [
+            crop_resize(pixels, box, flips[place], transform.image_px)
+            for box, flips in zip([box, *boxes[1:]], self._flips)
+        ]
+        return [self._augmented(crop, place, view) for view, crop in enumerate(crops)]
+
+    def _augmented(self, pixels: NDArray[np.uint8], place: int, view: int) -> NDArray[np.uint8]:
+        transform = self._transform
+        if not (transform.train and transform.augment.rand_augment):
             return pixels
-        if transform.augment.rand_augment:
-            key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), 0)
-            pixels = _rand_augment(pixels, transform.augment.rand_augment, key)
-        return pixels
+        key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(self._samples.ids[place]), view)
+        return _rand_augment(pixels, transform.augment.rand_augment, key)
 
 
 def _rand_augment(pixels: NDArray[np.uint8], recipe: str, seed_key: int) -> NDArray[np.uint8]:

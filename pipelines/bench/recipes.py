@@ -131,7 +131,7 @@ def _backward(job: PretrainJob, mae: MAE, batch: MicroBatch, epoch: int, planned
         seed=config.seed,
         epoch=epoch,
         sample_ids=batch.ids,
-        masks_per_image=config.masks_per_image,
+        masks_per_image=config.views_per_image,
     )
     loss = pretrain_loss(mae, pixels_to_input(batch.images, job.pixels), mask, batch.weights) / planned
     loss.backward()

@@ -32,6 +32,8 @@ class PretrainConfig:
     """Passes over the training split."""
     masks_per_image: int = 1
     """Masks that a step learns from for each decoded image; every count stays one of masked images (`reading`)."""
+    crops_per_image: int = 1
+    """Crops that a step learns from for each decoded image, each under masks of its own; counted likewise."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset and batch."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -52,22 +54,29 @@ class PretrainConfig:
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
                 raise ValueError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
-        if self.masks_per_image < 1:
-            raise ValueError(f"masks_per_image {self.masks_per_image} is below 1; try 4, or 1 for the paper's")
+        for name in ("masks_per_image", "crops_per_image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 4, or 1 for the paper's")
+        if self.crops_per_image > 1 and self.augment.crop == "none":
+            raise ValueError("crops_per_image needs a random crop; try --augment.crop random_resized, or 1")
+        views = self.views_per_image
+        by = "masks_per_image" if self.crops_per_image == 1 else "masks_per_image x crops_per_image"
         for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
-            if count % self.masks_per_image:
-                raise ValueError(
-                    f"{name} {count} is not a multiple of masks_per_image {self.masks_per_image}; "
-                    f"try {-(-count // self.masks_per_image) * self.masks_per_image}"
-                )
+            if count % views:
+                raise ValueError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
+
+    @property
+    def views_per_image(self) -> int:
+        """Masked images that a step makes of each decoded one."""
+        return self.masks_per_image * self.crops_per_image
 
     @property
     def reading(self) -> "PretrainConfig":
-        """The same run counted in decoded images: a pass over them is as many epochs as each has masks.
+        """The same run counted in decoded images: a pass over them is as many epochs as each has views.
 
         Steps, masked images a step, learning rates and, in samples, every duration are those of the recipe.
         """
-        views = self.masks_per_image
+        views = self.views_per_image
         if views == 1:
             return self
         data, optim, replace = self.data, self.optim, dataclasses.replace
@@ -75,6 +84,7 @@ class PretrainConfig:
             self,
             epochs=self.epochs // views,
             masks_per_image=1,
+            crops_per_image=1,
             data=replace(data, batch=data.batch // views, micro_batch=data.micro_batch // views),
             optim=replace(optim, base_lr=optim.base_lr * views, warmup_epochs=optim.warmup_epochs / views),
             checkpoint=replace(self.checkpoint, every_epochs=self.checkpoint.every_epochs / views),

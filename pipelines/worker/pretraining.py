@@ -35,7 +35,8 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     total = reading.epochs * plan.steps_per_epoch
     state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
-    warm_up(state, rank, MicroBatch.blank(reading.data.micro_batch, *job.input).to(rank.device), loss_of)
+    blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image)
+    warm_up(state, rank, blank.to(rank.device), loss_of)
     recorder = Recorder.of(
         reading, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
     )
@@ -59,7 +60,7 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
             seed=config.seed,
             epoch=step // steps_per_epoch,
             sample_ids=batch.ids,
-            masks_per_image=config.masks_per_image,
+            masks_per_image=config.views_per_image,
         )
         with rank.autocast():
             return pretrain_loss(model, images, mask, batch.weights)

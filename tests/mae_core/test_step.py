@@ -52,6 +52,18 @@ def test_several_masks_of_an_image_are_the_mean_of_as_many_steps_with_one():
         torch.testing.assert_close(gradient, mae.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
 
 
+def test_several_crops_of_an_image_each_have_masks_of_their_own():
+    mae, crops, weights = build_mae(CONFIG, 0), torch.randn(2, 3, 3, 16, 16), torch.tensor([1.0, 1.0, 0.0])
+    ids = torch.tensor([5, 6, -1])
+    masks = training_masks(CONFIG, seed=0, epoch=2, sample_ids=ids, masks_per_image=4)
+    found = pretrain_loss(mae, crops.flatten(0, 1), masks, weights)
+    expected = []
+    for view, rows in enumerate(torch.arange(12).chunk(4)):
+        mask = dataclasses.replace(masks, visible_ids=masks.visible_ids[rows], hidden_ids=masks.hidden_ids[rows])
+        expected.append(pretrain_loss(mae, crops[view % 2], mask, weights))
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
 def test_cross_entropy_is_torchs_summed_by_weight():
     logits, targets = torch.randn(4, 5), torch.rand(4, 5).softmax(1)
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0])

@@ -223,8 +223,14 @@ def test_every_kind_of_preset_has_a_config() -> None:
         ({"masks_per_image": 0}, "masks_per_image 0 is below 1"),
         ({"masks_per_image": 3}, "epochs 800 is not a multiple of masks_per_image 3; try 801"),
         ({"masks_per_image": 128, "epochs": 1024}, "data.micro_batch 64 is not a multiple .* try 128"),
+        ({"crops_per_image": 0}, "crops_per_image 0 is below 1"),
+        (
+            {"masks_per_image": 2, "crops_per_image": 3},
+            "epochs 800 is not a multiple of masks_per_image x crops_per_image 6; try 804",
+        ),
+        ({"crops_per_image": 2, "augment": {"crop": "none"}}, "crops_per_image needs a random crop"),
     ],
 )
-def test_masks_per_image_must_divide_what_it_is_taken_from(values: dict[str, Any], said: str) -> None:
+def test_views_of_an_image_must_divide_what_it_is_taken_from(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         from_dict(PretrainConfig, values)

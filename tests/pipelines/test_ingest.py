@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,12 @@ def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, s
 
 
 def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[Segment]:
-    """Training from the middle of an epoch through two more, an evaluation between, and a short rest."""
+    """Training from the middle of an epoch through two more, an evaluation between, and a short rest of two crops."""
+    rest = segment_of(uri, manifest, num_workers, train=True, steps=(25, 27))
     return [
         segment_of(uri, manifest, num_workers, train=True, steps=(4, 25)),
         segment_of(uri, manifest, num_workers, train=False, steps=(0, 0)),
-        segment_of(uri, manifest, num_workers, train=True, steps=(25, 27)),
+        replace(rest, transform=replace(rest.transform, crops=2)),
     ]
 
 

@@ -123,10 +123,11 @@ def test_plans_are_made_of_the_config_alone() -> None:
     assert reading.step_ids(0).tolist() == [*range(50, 57), *[-1] * 5]
 
 
-def test_several_masks_an_image_leave_steps_and_learning_rates_and_read_fewer_images() -> None:
+@pytest.mark.parametrize("name", ["masks_per_image", "crops_per_image"])
+def test_several_views_an_image_leave_steps_and_learning_rates_and_read_fewer_images(name: str) -> None:
     data = DataConfig(batch=20, micro_batch=10, window=40)
     one = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0))
-    two = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0), masks_per_image=2)
+    two = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0), **{name: 2})
     plans = [train_plan(job, manifest()) for job in (one, two)]
     assert [plan.batch for plan in plans] == [20, 10]
     assert [plan.micro_batches_per_step for plan in plans] == [2, 2]

@@ -104,19 +104,23 @@ def test_micro_batches_are_the_plans_and_placeholders_count_for_nothing(make_seg
         assert torch.equal(batch.labels, torch.where(placeholder, -1, batch.ids % 5))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_training_pixels_are_the_keyed_crop_of_the_stored_image(
-    make_segment: Callable, zoo: list, channels: int
+@pytest.mark.parametrize(("channels", "crops"), [(1, 1), (3, 1), (3, 3)])
+def test_training_pixels_are_the_keyed_crops_of_the_stored_image(
+    make_segment: Callable, zoo: list, channels: int, crops: int
 ) -> None:
     segment = make_segment(channels=channels)
+    segment = dataclasses.replace(segment, transform=dataclasses.replace(segment.transform, crops=crops))
     contents, config = contents_of(zoo), segment.transform.augment
     for batch in all_of(segment):
         epoch = batch.step // segment.plan.steps_per_epoch
-        for image, sample in zip(batch.images.numpy(), batch.ids.tolist()):
+        assert len(batch.images) == crops * len(batch.ids)
+        for row, image in enumerate(batch.images.numpy()):
+            view, place = divmod(row, len(batch.ids))
+            sample = int(batch.ids[place])
             if sample == PLACEHOLDER:
                 continue
             pixels = decode(contents[sample], channels)
-            key: dict[str, Any] = {"seed": 9, "epoch": epoch, "sample_ids": np.array([sample])}
+            key: dict[str, Any] = {"seed": 9, "epoch": epoch, "sample_ids": np.array([sample]), "view": view}
             sizes: dict[str, Any] = {
                 "heights_px": np.array([pixels.shape[0]]),
                 "widths_px": np.array([pixels.shape[1]]),

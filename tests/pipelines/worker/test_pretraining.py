@@ -21,6 +21,7 @@ def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str
     config = PretrainConfig(
         epochs=8,
         masks_per_image=2,
+        crops_per_image=2,
         data=DataConfig(uri=uri, batch=16, micro_batch=8, window=32),
         model=ModelConfig(
             arch="vit_pico_patch4",
@@ -36,12 +37,12 @@ def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str
     job = PretrainJob(folder=str(tmp_path / "run"), config=config, pixels=pixels_of(manifest, 3))
     (segment,) = segments(job, 0)
     batches = [batch for window in range(segment.num_windows) for batch in window_micro_batches(segment, window)]
-    # Eight epochs are four passes over 40 images, in steps of 8 images under two masks: 16 masked images.
-    assert sum(int(batch.weights.sum()) for batch in batches) == 4 * 40
+    # Eight epochs are two passes over 40 images, in steps of 4 images, two crops and two masks: 16 masked images.
+    assert sum(int(batch.weights.sum()) for batch in batches) == 2 * 40
     folder = RunFolder(job.folder)
     rank = Rank(index=0, world=1, device=torch.device("cpu"), compute=ComputeConfig())
     found = pretraining.run(job, rank, Feed(iter(batches)), folder, None)
-    assert found["steps"] == 4 * 5
+    assert found["steps"] == 2 * 10
     assert 0 < found["loss"] < 2
     export = {name: folder.storage.read(f"export/{name}") for name in ("config.json", "mae.safetensors")}
     assert load_backbone(export["config.json"], export["mae.safetensors"]).config == config.model
