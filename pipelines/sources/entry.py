@@ -29,6 +29,8 @@ class Entry:
     """Name of its class; empty where it has none."""
     is_flat: bool = False
     """Whether the label is sure: written down, or the name of the only folder that the image is in."""
+    version: str = ""
+    """Changes with the file that holds it; no part of what the dataset is. Empty where no listing says so."""
 
 
 def split_by_name(path: str) -> str:

@@ -32,7 +32,7 @@ class ImageNet:
     def entries(self) -> Iterator[Entry]:
         root = _IMAGES if self._storage.exists(_IMAGES) else ""
         solution: dict[str, str] | None = None
-        for path, size in self._storage.walk(root):
+        for path, size, version, _ in self._storage.files(root):
             if not path.lower().endswith(SUFFIXES):
                 continue
             parts = path.removeprefix(f"{root}/").split("/")
@@ -47,7 +47,9 @@ class ImageNet:
                 file = _SOLUTION if split == "val" and len(parts) == 2 else SYNSETS
                 raise ValueError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
             label = self._names.get(synset, "")
-            yield Entry(name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label))
+            yield Entry(
+                name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label), version=version
+            )
 
     def _read_names(self) -> dict[str, str]:
         """Name of each class by synset, in the file's order, which is that of everybody's labels."""

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines.sources.entry import Entry
 from pipelines.storage import Storage, open_storage, stays_inside
+from pipelines.storage.listing import LEAVES, check_size
 
 MAX_IMAGE_BYTES = 256 * 2**20
 Content = bytes | ValueError
@@ -63,8 +64,7 @@ class Place:
     def _read_unit(self, unit: list[Entry]) -> list[Content]:
         first = unit[0]
         try:
-            if first.num_bytes > MAX_IMAGE_BYTES:
-                raise ValueError(f"too many bytes: {first.num_bytes} is more than {MAX_IMAGE_BYTES}")
+            check_size(first.num_bytes, MAX_IMAGE_BYTES)
             if first.offset < 0:
                 return [self._file(first.path)]
             _check_inside(first.name)
@@ -77,11 +77,16 @@ class Place:
         return [whole[entry.offset - first.offset :][: entry.num_bytes] for entry in unit]
 
     def _file(self, path: str) -> bytes:
+        storage = self.storage
         if self.takes_uris and (path.startswith("/") or "://" in path):
-            folder, _, name = open_storage(path).uri.rpartition("/")
-            return open_storage(folder or "/").read(name)
+            folder, _, path = open_storage(path).uri.rpartition("/")
+            storage = open_storage(folder or "/")
         _check_inside(path)
-        return self.storage.read(path)
+        # Before it is opened: a pipe would be waited for, a device read for ever. A list may name links to anywhere.
+        fault = storage.look(path).fault if storage.is_local else ""
+        if fault and not (self.takes_uris and fault == LEAVES):
+            raise ValueError(fault)
+        return storage.read(path, MAX_IMAGE_BYTES)
 
     def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
         for path, chosen in groupby(entries, key=lambda entry: entry.path):

@@ -14,6 +14,7 @@ import pyarrow.types as pat
 from pipelines.sources.entry import Entry, split_by_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
+from pipelines.storage.listing import Found
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category")
@@ -23,33 +24,35 @@ _INDEX_THREADS = 4
 class Tables:
     """Images of some Parquet files; a file whose name says so (data/train-00000.parquet) is of that split."""
 
-    def __init__(self, storage: Storage, paths: Sequence[str]) -> None:
-        self._storage, self._paths = storage, paths
-        with open_table(storage, paths[0]) as file:
+    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
+        self._storage, self._files = storage, files
+        with open_table(storage, files[0].path) as file:
             schema = file.schema_arrow
-        self.place = Place(storage, image_column=_image_column(schema, storage.join(paths[0])))
+        self.place = Place(storage, image_column=_image_column(schema, storage.join(files[0].path)))
         self._label_column = label_column(schema)
         self.classes = _names(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
 
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            for start in range(0, len(self._paths), _INDEX_THREADS):
-                for entries in pool.map(self._index, self._paths[start : start + _INDEX_THREADS]):
+            for start in range(0, len(self._files), _INDEX_THREADS):
+                for entries in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
                     yield from entries
 
-    def _index(self, path: str) -> list[Entry]:
+    def _index(self, found: Found) -> list[Entry]:
+        path = found.path
         with open_table(self._storage, path) as file:
             top = [column.split(".")[0] for column in (self.place.image_column, self._label_column) if column]
             missing = [column for column in top if column not in file.schema_arrow.names]
             if missing:
                 raise ValueError(
-                    f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._paths[0]} has; "
+                    f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._files[0].path} has; "
                     "prepare files of one kind at a time"
                 )
-            return [entry for group in range(file.num_row_groups) for entry in self._group(file, path, group)]
+            return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
 
-    def _group(self, file: pq.ParquetFile, path: str, group: int) -> Iterator[Entry]:
+    def _group(self, file: pq.ParquetFile, found: Found, group: int) -> Iterator[Entry]:
+        path = found.path
         about = file.metadata.row_group(group)
         columns = [about.column(i) for i in range(about.num_columns)]
         image = next(column for column in columns if column.path_in_schema == self.place.image_column)
@@ -62,7 +65,7 @@ class Tables:
         split = split_by_name(path)
         for row, label in enumerate(labels):
             name = f"{path}/{first + row:09d}"
-            yield Entry(name, path, -1, group, row, num_bytes, split, label, bool(label))
+            yield Entry(name, path, -1, group, row, num_bytes, split, label, bool(label), found.version)
 
     def _class(self, value: int | str, path: str) -> str:
         if not self.classes or isinstance(value, str):

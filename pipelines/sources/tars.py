@@ -12,6 +12,7 @@ from pipelines.decode import SUFFIXES
 from pipelines.sources.entry import Entry, by_folder, split_by_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
+from pipelines.storage.listing import Found
 
 _INDEX_THREADS = 4
 # Headers are this far apart in tars of small images, so that one request finds many of them.
@@ -22,21 +23,22 @@ _MAX_LABEL_BYTES = 1024
 class Tars:
     """Images of some tar files; a file whose name says so (train-000.tar, val/000.tar) is of that split."""
 
-    def __init__(self, storage: Storage, files: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
         self.place = Place(storage)
         self.classes: list[str] = []
         self.has_explicit_labels = False
-        self._storage, self._paths = storage, [path for path, _ in files]
+        self._storage, self._files = storage, files
 
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            for start in range(0, len(self._paths), _INDEX_THREADS):
-                for entries, has_labels in pool.map(self._index, self._paths[start : start + _INDEX_THREADS]):
+            for start in range(0, len(self._files), _INDEX_THREADS):
+                for entries, has_labels in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
                     self.has_explicit_labels |= has_labels
                     yield from entries
 
-    def _index(self, path: str) -> tuple[list[Entry], bool]:
+    def _index(self, found: Found) -> tuple[list[Entry], bool]:
         """The images of one file, and whether labels stand beside them."""
+        path = found.path
         images: list[tarfile.TarInfo] = []
         labels: dict[str, str] = {}
         with self._storage.open_input(path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
@@ -45,7 +47,7 @@ class Tars:
                     images.append(member)
                 elif member.name.lower().endswith(".cls"):
                     labels[_key(member.name)] = self._label(tar, member, path)
-        return [self._entry(path, member, labels) for member in images], bool(labels)
+        return [self._entry(found, member, labels) for member in images], bool(labels)
 
     def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> str:
         content = tar.extractfile(member) if 0 < member.size <= _MAX_LABEL_BYTES else None
@@ -59,20 +61,21 @@ class Tars:
             )
         return label
 
-    def _entry(self, path: str, member: tarfile.TarInfo, labels: dict[str, str]) -> Entry:
+    def _entry(self, found: Found, member: tarfile.TarInfo, labels: dict[str, str]) -> Entry:
         name = member.name.removeprefix("./")
         split, label, is_flat = by_folder(name)
         if labels:
             label = labels.get(_key(member.name), "")
             is_flat = bool(label)
         return Entry(
-            name=f"{path}/{name}",
-            path=path,
+            name=f"{found.path}/{name}",
+            path=found.path,
             offset=member.offset_data,
             num_bytes=member.size,
-            split=split_by_name(path) or split,
+            split=split_by_name(found.path) or split,
             label=label,
             is_flat=is_flat,
+            version=found.version,
         )
 
 
