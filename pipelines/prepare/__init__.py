@@ -131,6 +131,8 @@ class _Job:
         todo = [
             {"number": number, "skip": sorted(repeated[number])} for number in sorted(repeated) if number not in done
         ]
+        if todo:
+            self._work.begin_second_pass()
         for _ in self._run(todo):
             pass
 

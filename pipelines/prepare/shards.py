@@ -78,12 +78,12 @@ def write_slice(
             if position in skip:
                 continue
             if row.split not in writers:
-                path = f"{row.split}/part-{part.part:05d}.parquet"
+                path = part.shard(row.split)
                 writers[row.split] = _ShardWriter(row.split, path, stack.enter_context(out.create(path)), config)
             writers[row.split].add(row.values)
             summary.count(row.split, row.pixels)
         summary.shards = [writer.close() for _, writer in sorted(writers.items())]
-    _write_quarantine(quarantine, f"quarantine/part-{part.number:05d}.parquet", out)
+    _write_quarantine(quarantine, part.quarantine, out)
     summary.reasons = dict(sorted(Counter(reason.split(":")[0] for _, reason, *_ in quarantine).items()))
     return summary
 

@@ -27,6 +27,19 @@ class Slice:
     labels: list[int]
     """By entry; -1 for unlabelled."""
 
+    @property
+    def outputs(self) -> list[str]:
+        """Every file that preparing it may write."""
+        splits = {self.folder or "train"} | ({"val"} if self.holds_out else set())
+        return [self.shard(split) for split in sorted(splits)] + [self.quarantine]
+
+    def shard(self, split: str) -> str:
+        return f"{split}/part-{self.part:05d}.parquet"
+
+    @property
+    def quarantine(self) -> str:
+        return f"quarantine/part-{self.number:05d}.parquet"
+
     def to_json(self) -> bytes:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["entries"] = [dataclasses.astuple(entry) for entry in self.entries]
@@ -126,10 +139,13 @@ def _in_order(labels: set[str]) -> list[str]:
 
 
 def listing_digest(entries: Iterable[Entry]) -> str:
-    """sha256 over names, places, sizes, splits and labels of all images, in order."""
+    """sha256 over names, places, sizes, splits and labels of all images, in order.
+
+    Not over versions: a copy of the source is the same source, and makes the same dataset.
+    """
     digest = hashlib.sha256()
     for entry in entries:
-        said = "\0".join(map(str, dataclasses.astuple(entry)))
+        said = "\0".join(str(value) for name, value in dataclasses.asdict(entry).items() if name != "version")
         digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
