@@ -126,7 +126,7 @@ def shard_path(number: int) -> str:
 def write_shard(storage: Storage, path: str, jpeg: bytes, seed: int, there: set[str]) -> None:
     if path in there:
         return
-    noise, other = np.random.default_rng(seed), [[0] * ROWS_PER_GROUP] * 4 + [[None] * ROWS_PER_GROUP, ["x"] * ROWS_PER_GROUP]
+    noise, other = np.random.default_rng(seed), [[value] * ROWS_PER_GROUP for value in (0, 16, 16, 1, None, "x")]
     with storage.create(path) as file, pq.ParquetWriter(file, SCHEMA, compression="NONE", use_dictionary=False) as writer:
         for _ in range(ROWS_PER_SHARD // ROWS_PER_GROUP):
             images = [jpeg + noise.bytes(IMAGE_BYTES - len(jpeg)) for _ in range(ROWS_PER_GROUP)]

@@ -4,6 +4,7 @@ A source says what it has, entry by entry, and an entry where its bytes lie, so 
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
@@ -87,7 +88,10 @@ def _of_tables(storage: Storage, files: list[Found]) -> Source:
 def _only_file(folder: Storage, file: str) -> Found:
     """The one file that the user named, which may be a link to anywhere."""
     found = folder.look(file)
-    if found.fault not in ("", LEAVES):
+    if found.fault == LEAVES:
+        folder, name = _split(open_storage(os.path.realpath(folder.join(file))))
+        found = folder.look(name)._replace(path=file)
+    if found.fault:
         raise ValueError(f"{folder.join(file)} is a {found.fault}; give the file itself")
     return found
 
@@ -120,7 +124,7 @@ def _known(storage: Storage) -> Iterator[Found]:
         elif _kind(found.path):
             yield found
     if num_links:
-        log.warning("%s: links to folders are not followed (%d, such as %s)", storage.uri, num_links, link)
+        log.warning("%s: links to folders are not followed (%d, such as %r)", storage.uri, num_links, link)
 
 
 def _kind(path: str) -> str:

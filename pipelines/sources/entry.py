@@ -46,4 +46,6 @@ def by_folder(path: str) -> tuple[str, str, bool]:
     """Split, label, and whether the label is sure, of an image in folders: [split/][class/[deeper/]]name."""
     parts = path.split("/")
     split = parts.pop(0) if parts[0] in SPLITS and len(parts) > 1 else ""
-    return split, parts[0] if len(parts) > 1 else "", len(parts) == 2
+    # A name that is no UTF-8 can be no class in JSON.
+    label = parts[0].encode("utf-8", "backslashreplace").decode() if len(parts) > 1 else ""
+    return split, label, len(parts) == 2

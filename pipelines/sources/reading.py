@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.sources.entry import Entry
+from pipelines.sources.parquet import open_table
 from pipelines.storage import Storage, open_storage, stays_inside
 from pipelines.storage.listing import LEAVES, check_size
 
@@ -90,15 +91,11 @@ class Place:
 
     def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
         for path, chosen in groupby(entries, key=lambda entry: entry.path):
-            try:
-                with pq.ParquetFile(self.storage.open_input(path), pre_buffer=False, buffer_size=2**20) as file:
-                    for group, wanted in groupby(chosen, key=lambda entry: entry.group):
-                        yield from self._group(file, group, [entry.row for entry in wanted])
-            except pa.ArrowException as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{self.storage.join(path)} is damaged ({reason}); copy it again") from None
+            with open_table(self.storage, path) as file:
+                for group, wanted in groupby(chosen, key=lambda entry: entry.group):
+                    yield from self._group(file, path, group, [entry.row for entry in wanted])
 
-    def _group(self, file: pq.ParquetFile, group: int, rows: list[int]) -> Iterator[Content]:
+    def _group(self, file: pq.ParquetFile, path: str, group: int, rows: list[int]) -> Iterator[Content]:
         """The rows, ascending, of one row group, of which a few are in memory at a time."""
         batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.image_column], use_threads=False)
         wanted = deque(rows)
@@ -107,10 +104,18 @@ class Place:
             column = column.field(0) if pa.types.is_struct(column.type) else column
             while wanted and wanted[0] < number * _BATCH_ROWS + len(column):
                 value = column[wanted.popleft() - number * _BATCH_ROWS].as_py()
-                yield ValueError("empty row") if value is None else value
+                yield ValueError("empty row") if value is None else _not_too_large(value)
             if not wanted:
                 return
-        raise ValueError(f"a Parquet file ends before row {wanted[0]} of row group {group}; copy it again")
+        raise ValueError(f"{self.storage.join(path)} ends before row {wanted[0]} of row group {group}; copy it again")
+
+
+def _not_too_large(content: bytes) -> Content:
+    try:
+        check_size(len(content), MAX_IMAGE_BYTES)
+    except ValueError as error:
+        return error
+    return content
 
 
 def _check_inside(path: str) -> None:

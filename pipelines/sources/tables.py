@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from pipelines.sources.entry import Entry, split_by_name
+from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
 from pipelines.storage.listing import Found
@@ -19,6 +20,7 @@ from pipelines.storage.listing import Found
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category")
 _INDEX_THREADS = 4
+_MAX_EMPTY_ROWS = 2**20
 
 
 class Tables:
@@ -54,8 +56,11 @@ class Tables:
     def _group(self, file: pq.ParquetFile, found: Found, group: int) -> Iterator[Entry]:
         path = found.path
         about = file.metadata.row_group(group)
-        columns = [about.column(i) for i in range(about.num_columns)]
-        image = next(column for column in columns if column.path_in_schema == self.place.image_column)
+        columns = {about.column(i).path_in_schema: about.column(i) for i in range(about.num_columns)}
+        image = columns.get(self.place.image_column)
+        # Rows cost nothing to claim, and each is an entry here.
+        if image is None or about.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
+            raise ValueError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
         num_bytes = image.total_uncompressed_size // max(1, about.num_rows)
         labels = [""] * about.num_rows
         if self._label_column:
@@ -73,14 +78,6 @@ class Tables:
         if not 0 <= value < len(self.classes):
             raise ValueError(f"{self._storage.join(path)} has label {value}, but names for {len(self.classes)} classes")
         return self.classes[value]
-
-
-def open_table(storage: Storage, path: str) -> pq.ParquetFile:
-    """A Parquet file, read in small parts. Raises ValueError that names one that is none or is cut short."""
-    try:
-        return pq.ParquetFile(storage.open_input(path), pre_buffer=False, buffer_size=2**20)
-    except pa.ArrowInvalid:
-        raise ValueError(f"{storage.join(path)} is not a whole Parquet file; copy it again") from None
 
 
 def label_column(schema: pa.Schema) -> str:

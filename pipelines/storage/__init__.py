@@ -229,21 +229,25 @@ class Storage:
         try:
             yield
         except OSError as error:
-            where, text = self.join(path), str(error)
-            if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
-                remedy = (
-                    "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
-                )
-                raise PermissionError(f"no permission to {verb} {where}; {remedy}") from None
-            if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
-                raise FileNotFoundError(f"{where} does not exist; check the path") from None
-            if "NO_SUCH_BUCKET" in text:
-                raise FileNotFoundError(f"the bucket of {where} does not exist; create it first") from None
-            if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
-                raise ValueError(
-                    f"cannot {verb} {where}: a file stands where a folder should, or the reverse"
-                ) from None
-            raise OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}") from None
+            # One of another place, which was read from within the block.
+            if getattr(error, "is_named", False):
+                raise
+            told = self._told(error, verb, path)
+            told.is_named = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise told from None
+
+    def _told(self, error: OSError, verb: str, path: str) -> Exception:
+        where, text = self.join(path), str(error)
+        if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
+            remedy = "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
+            return PermissionError(f"no permission to {verb} {where}; {remedy}")
+        if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
+            return FileNotFoundError(f"{where} does not exist; check the path")
+        if "NO_SUCH_BUCKET" in text:
+            return FileNotFoundError(f"the bucket of {where} does not exist; create it first")
+        if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+            return ValueError(f"cannot {verb} {where}: a file stands where a folder should, or the reverse")
+        return OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}")
 
 
 def stays_inside(path: str) -> bool:
