@@ -92,7 +92,7 @@ def _only_file(folder: Storage, file: str) -> Found:
         folder, name = _split(open_storage(os.path.realpath(folder.join(file))))
         found = folder.look(name)._replace(path=file)
     if found.fault:
-        raise ValueError(f"{folder.join(file)} is a {found.fault}; give the file itself")
+        raise ValueError(f"{folder.join(file)} cannot be read ({found.fault}); give the file itself")
     return found
 
 
@@ -140,5 +140,5 @@ def _only(kind: str, first: str, files: Iterable[Found], storage: Storage) -> It
                 "prepare them one after the other"
             )
         if found.fault and kind != "images":
-            raise ValueError(f"{storage.join(found.path)} is a {found.fault}, which is not read; copy the file there")
+            raise ValueError(f"{storage.join(found.path)} cannot be read ({found.fault}); copy the file itself there")
         yield found
