@@ -21,6 +21,8 @@ __all__ = ["SPLITS", "Entry", "Place", "Source", "open_source"]
 log = logging.getLogger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
+# An image within could be reached only by unpacking all that lies before it, anew in every task.
+_UNPACK = "which cannot be read in place; unpack it, or make it a .tar (gunzip does so with a .tar.gz)"
 _KINDS = {"images": SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
 
 
@@ -51,7 +53,7 @@ def open_source(uri: str) -> Source:
     """The source that a URI names. Raises FileNotFoundError or ValueError where there is none of a kind we read."""
     name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
     if name.endswith(_COMPRESSED):
-        raise ValueError(f"{uri} is a compressed archive, which cannot be read in place; unpack it, or make it a .tar")
+        raise ValueError(f"{uri} is a compressed archive, {_UNPACK}")
     if name.endswith((".csv", ".parquet", ".tar")):
         folder, file = _split(open_storage(uri))
         if folder.exists(file) and not folder.is_folder(file):
@@ -101,6 +103,9 @@ def _of_folder(storage: Storage) -> Source:
     files = _known(storage)
     first = next(files, None)
     if first is None:
+        archive = next((found.path for found in storage.files() if found.path.lower().endswith(_COMPRESSED)), "")
+        if archive:
+            raise ValueError(f"{storage.join(archive)} is a compressed archive, {_UNPACK}")
         raise ValueError(
             f"no image in {storage.uri}; give a folder that has files ending in {' '.join(SUFFIXES)}, .tar or .parquet"
         )
@@ -116,13 +121,17 @@ def _of_folder(storage: Storage) -> Source:
 
 
 def _known(storage: Storage) -> Iterator[Found]:
-    """Files of the kinds that we know. What lies behind links to folders is not, and is said to be left out."""
-    num_links, link = 0, ""
+    """Files of the kinds that we know. What compressed archives and links to folders lead to is said to be left out."""
+    num_links, link, num_archives, archive = 0, "", 0, ""
     for found in storage.files():
+        if found.path.lower().endswith(_COMPRESSED):
+            num_archives, archive = num_archives + 1, found.path
         if found.fault == FOLDER_LINK:
             num_links, link = num_links + 1, found.path
         elif _kind(found.path):
             yield found
+    if num_archives:
+        log.warning("%s: compressed archives are left out (%d, such as %r)", storage.uri, num_archives, archive)
     if num_links:
         log.warning("%s: links to folders are not followed (%d, such as %r)", storage.uri, num_links, link)
 

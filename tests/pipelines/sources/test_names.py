@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import cli
-from pipelines.storage import open_storage, s3
+from pipelines.storage import open_storage
+from pipelines.storage import s3 as client
 from pipelines.storage.listing import Found
 
 Png = Callable[[int], bytes]
@@ -145,8 +146,21 @@ def test_keys_that_are_no_paths_are_quarantined_without_a_request(
         raise AssertionError(f"asked for {arguments}")
 
     pages = [Found(f"bucket/source/{key}", 70) for key in KEYS]
-    monkeypatch.setattr(s3, "walk", lambda prefix: iter(pages))
-    monkeypatch.setattr(s3, "read", refused)
+    monkeypatch.setattr(client, "walk", lambda prefix: iter(pages))
+    monkeypatch.setattr(client, "read", refused)
     monkeypatch.setattr("pipelines.storage.Storage.exists", lambda self, path="": not path)
     with pytest.raises(ValueError, match=r"no readable image among the 7 files of s3://bucket/source \(7 unsafe name"):
         prepared("s3://bucket/source", max_bad=1)
+
+
+@pytest.mark.s3
+def test_keys_of_every_kind_that_a_store_takes_are_read(png: Png, prepared: Callable, tmp_path: Path, s3: str) -> None:
+    storage = open_storage(f"{s3}/{tmp_path.name}")
+    names = ["new\nline.png", "k" * 250 + ".png", "100%.png", "100%25.png", "a b+c.png", "a#b?c.png", "a=b&c.png",
+             "naïve/ümläut.png", "e\u0301.png", "colon:.png", "*.png", "\x7f.png", "sp /x.png", "s3:.png"]  # fmt: skip
+    for number, name in enumerate(names):
+        storage.write(name, png(number))
+    storage.write("folder.png/x.png", png(len(names)))  # and so a key `folder.png/`, which is no image
+    manifest, rows = prepared(storage.uri)
+    assert sorted(row["image"] for row in rows["train"]) == sorted(map(png, range(len(names) + 1)))
+    assert manifest.num_found == len(names) + 1
