@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from pipelines.config import PrepareConfig
 from pipelines.sources import Entry, Source
+from pipelines.sources.entry import fields_of
 
 _MAX_NUMBERED_CLASSES = 1_000_000
 
@@ -42,7 +43,7 @@ class Slice:
 
     def to_json(self) -> bytes:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["entries"] = [dataclasses.astuple(entry) for entry in self.entries]
+        values["entries"] = [fields_of(entry) for entry in self.entries]
         return json.dumps(values).encode()
 
     @classmethod
@@ -145,7 +146,8 @@ def listing_digest(entries: Iterable[Entry]) -> str:
     """
     digest = hashlib.sha256()
     for entry in entries:
-        said = "\0".join(str(value) for name, value in dataclasses.asdict(entry).items() if name != "version")
+        *identity, _version = fields_of(entry)
+        said = "\0".join(map(str, identity))
         digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -1,5 +1,7 @@
 """One image of a source: what it is called, what is known of it, and where its bytes lie."""
 
+import dataclasses
+import operator
 import re
 from dataclasses import dataclass
 
@@ -31,6 +33,10 @@ class Entry:
     """Whether the label is sure: written down, or the name of the only folder that the image is in."""
     version: str = ""
     """Changes with the file that holds it; no part of what the dataset is. Empty where no listing says so."""
+
+
+fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))
+"""What dataclasses.astuple says of an entry, without its copies, which cost ten times as much."""
 
 
 def split_by_name(path: str) -> str:
