@@ -142,11 +142,11 @@ def _in_order(labels: set[str]) -> list[str]:
 def listing_digest(entries: Iterable[Entry]) -> str:
     """sha256 over names, places, sizes, splits and labels of all images, in order.
 
-    Not over versions: a copy of the source is the same source, and makes the same dataset.
+    Not over versions and faults: a copy of the source is the same source, and makes the same dataset.
     """
     digest = hashlib.sha256()
     for entry in entries:
-        *identity, _version = fields_of(entry)
+        *identity, _version, _fault = fields_of(entry)
         said = "\0".join(map(str, identity))
         digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

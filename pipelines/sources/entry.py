@@ -33,6 +33,8 @@ class Entry:
     """Whether the label is sure: written down, or the name of the only folder that the image is in."""
     version: str = ""
     """Changes with the file that holds it; no part of what the dataset is. Empty where no listing says so."""
+    fault: str = ""
+    """Why it must not be read; mostly empty."""
 
 
 fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))

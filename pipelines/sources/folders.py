@@ -20,8 +20,6 @@ class Folder:
 
     def entries(self) -> Iterator[Entry]:
         """Once: the listing is not held."""
-        for path, size, version, _ in self._files:
+        for path, size, version, fault in self._files:
             split, label, is_flat = by_folder(path)
-            yield Entry(
-                name=path, path=path, num_bytes=size, split=split, label=label, is_flat=is_flat, version=version
-            )
+            yield Entry(path, path, -1, -1, -1, size, split, label, is_flat, version, fault)

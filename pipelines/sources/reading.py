@@ -64,6 +64,8 @@ class Place:
 
     def _read_unit(self, unit: list[Entry]) -> list[Content]:
         first = unit[0]
+        if first.fault:
+            return [ValueError(first.fault)]
         try:
             check_size(first.num_bytes, MAX_IMAGE_BYTES)
             if first.offset < 0:
@@ -140,6 +142,7 @@ def _adjoins(unit: list[Entry], entry: Entry) -> bool:
     gap = entry.offset - last.offset - last.num_bytes
     return (
         entry.path == first.path
+        and not (first.fault or entry.fault)
         and entry.offset >= 0
         and 0 <= gap <= _GAP_BYTES
         and entry.offset + entry.num_bytes - first.offset <= _UNIT_BYTES
