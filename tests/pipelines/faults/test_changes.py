@@ -117,7 +117,10 @@ def test_a_change_after_duplicates_were_dropped_brings_back_what_is_none_now(
     assert is_as_if_fresh(root)
 
 
-def test_times_of_files_are_no_part_of_the_dataset(put: Any, killed: Any, tmp_path: Path, without_ray: None) -> None:
+def test_times_of_files_are_no_part_of_the_dataset(tmp_path: Path, without_ray: None) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(12):
+        (tmp_path / f"source/{number}.bmp").write_bytes(bitmap(number))
     first = module.prepare(str(tmp_path / "source"), str(tmp_path / "a"), CONFIG)
     for path in (tmp_path / "source").iterdir():
         os.utime(path)
