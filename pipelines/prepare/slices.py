@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pipelines.config import PrepareConfig
 from pipelines.sources import Entry, Source
 from pipelines.sources.entry import fields_of
+from pipelines.sources.reading import MAX_IMAGE_BYTES
 
 _MAX_NUMBERED_CLASSES = 1_000_000
 
@@ -80,7 +81,7 @@ class Tally:
         for entry in entries:
             folder = self.folders.setdefault(entry.split, _Folder())
             folder.num_entries += 1
-            folder.num_bytes += entry.num_bytes
+            folder.num_bytes += _num_read(entry)
             if entry.label:
                 folder.labelled = folder.labelled or entry.name
                 self.labels.add(entry.label)
@@ -174,14 +175,19 @@ def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: Prep
         if waiting and (
             is_new_folder
             or len(waiting) >= _rows(tally.folders[waiting[0].split], config)
-            or num_bytes + entry.num_bytes > config.shard_bytes
+            or num_bytes + _num_read(entry) > config.shard_bytes
         ):
             yield made()
             number, part, num_bytes, waiting = number + 1, 0 if is_new_folder else part + 1, 0, []
         waiting.append(entry)
-        num_bytes += entry.num_bytes
+        num_bytes += _num_read(entry)
     if waiting:
         yield made()
+
+
+def _num_read(entry: Entry) -> int:
+    """Bytes that reading it takes: none of what is too large to be read, or one such file would make slices of all."""
+    return entry.num_bytes if entry.num_bytes <= MAX_IMAGE_BYTES else 0
 
 
 def _rows(folder: _Folder, config: PrepareConfig) -> int:

@@ -90,6 +90,7 @@ def test_what_is_no_file_is_quarantined_and_never_opened(
     assert [row["image"] for row in rows["train"]] == [png(0)]
     assert (manifest.num_found, manifest.num_ok, manifest.num_duplicates) == (2 + len(expected), 1, 1)
     assert manifest.num_quarantined == len(expected)
+    assert not (tmp_path / "out/quarantine/part-00002.parquet").exists(), "a file that is not read makes no slices"
     assert "links to folders are not followed (2, such as" in caplog.text
 
 
