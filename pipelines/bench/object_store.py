@@ -93,7 +93,9 @@ def free_ports() -> Ports:
     found: Ports = {}
     for name in ("s3", "master", "volume", "filer"):
         while name not in found:
-            port = 20_000 + secrets.randbelow(10_000)
+            # With its other port, above those that Ray's workers listen on (10,002 to 19,999) and below those that
+            # Linux gives to outgoing connections (from 32,768), of which one may take it before the server does.
+            port = 20_000 + secrets.randbelow(2_700)
             if port not in found.values() and _is_free(port) and _is_free(port + 10_000):
                 found[name] = port
     return found

@@ -4,6 +4,7 @@ What is done stays done: killed at any moment, the same command goes on with the
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -36,6 +37,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     folders with others, or where `out` holds something else.
     """
     target = open_storage(out)
+    _refuse_within(target, open_storage(source))
     origin = open_source(source)
     tally = Tally()
     with closing(SortedEntries(tally.counting(origin.entries()))) as entries:
@@ -64,6 +66,13 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     written = write_manifest(target, manifest)
     work.remove()
     return written
+
+
+def _refuse_within(target: Storage, source: Storage) -> None:
+    """Raises ValueError where what is written would be taken for a part of the source the next time."""
+    inner, outer = (os.path.realpath(s.uri) if s.is_local else s.uri for s in (target, source))
+    if target.is_local == source.is_local and inner.startswith(f"{outer.rstrip('/')}/"):
+        raise ValueError(f"{target.uri} lies within the source {source.uri}; choose a place beside it")
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
@@ -131,6 +140,8 @@ class _Job:
         todo = [
             {"number": number, "skip": sorted(repeated[number])} for number in sorted(repeated) if number not in done
         ]
+        if todo:
+            self._work.begin_second_pass()
         for _ in self._run(todo):
             pass
 

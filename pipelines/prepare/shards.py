@@ -78,12 +78,13 @@ def write_slice(
             if position in skip:
                 continue
             if row.split not in writers:
-                path = f"{row.split}/part-{part.part:05d}.parquet"
+                path = part.shard(row.split)
                 writers[row.split] = _ShardWriter(row.split, path, stack.enter_context(out.create(path)), config)
+                stack.callback(writers[row.split].abandon)
             writers[row.split].add(row.values)
             summary.count(row.split, row.pixels)
         summary.shards = [writer.close() for _, writer in sorted(writers.items())]
-    _write_quarantine(quarantine, f"quarantine/part-{part.number:05d}.parquet", out)
+    _write_quarantine(quarantine, part.quarantine, out)
     summary.reasons = dict(sorted(Counter(reason.split(":")[0] for _, reason, *_ in quarantine).items()))
     return summary
 
@@ -159,6 +160,11 @@ class _ShardWriter:
             sha256=self._file.sha256.hexdigest(),
         )
 
+    def abandon(self) -> None:
+        """Nothing more is written, should it not be complete."""
+        self._file.is_abandoned = True
+        self._parquet.close()
+
     def _flush(self) -> None:
         if self._rows:
             columns = [pa.array(column, kind) for column, kind in zip(zip(*self._rows), SCHEMA.types)]
@@ -172,6 +178,7 @@ class _Hashed:
     """A file written in sequence that knows its size and sha256."""
 
     closed = False
+    is_abandoned = False
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -179,6 +186,8 @@ class _Hashed:
         self.sha256 = hashlib.sha256()
 
     def write(self, content: Any) -> int:
+        if self.is_abandoned:
+            return len(content)
         self.sha256.update(content)
         self.num_bytes += len(content)
         return self._file.write(content)

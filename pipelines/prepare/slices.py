@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from pipelines.config import PrepareConfig
 from pipelines.sources import Entry, Source
+from pipelines.sources.entry import fields_of
+from pipelines.sources.reading import MAX_IMAGE_BYTES
 
 _MAX_NUMBERED_CLASSES = 1_000_000
 
@@ -27,9 +29,22 @@ class Slice:
     labels: list[int]
     """By entry; -1 for unlabelled."""
 
+    @property
+    def outputs(self) -> list[str]:
+        """Every file that preparing it may write."""
+        splits = {self.folder or "train"} | ({"val"} if self.holds_out else set())
+        return [self.shard(split) for split in sorted(splits)] + [self.quarantine]
+
+    def shard(self, split: str) -> str:
+        return f"{split}/part-{self.part:05d}.parquet"
+
+    @property
+    def quarantine(self) -> str:
+        return f"quarantine/part-{self.number:05d}.parquet"
+
     def to_json(self) -> bytes:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["entries"] = [dataclasses.astuple(entry) for entry in self.entries]
+        values["entries"] = [fields_of(entry) for entry in self.entries]
         return json.dumps(values).encode()
 
     @classmethod
@@ -66,7 +81,7 @@ class Tally:
         for entry in entries:
             folder = self.folders.setdefault(entry.split, _Folder())
             folder.num_entries += 1
-            folder.num_bytes += entry.num_bytes
+            folder.num_bytes += _num_read(entry)
             if entry.label:
                 folder.labelled = folder.labelled or entry.name
                 self.labels.add(entry.label)
@@ -126,10 +141,14 @@ def _in_order(labels: set[str]) -> list[str]:
 
 
 def listing_digest(entries: Iterable[Entry]) -> str:
-    """sha256 over names, places, sizes, splits and labels of all images, in order."""
+    """sha256 over names, places, sizes, splits and labels of all images, in order.
+
+    Not over versions and faults: a copy of the source is the same source, and makes the same dataset.
+    """
     digest = hashlib.sha256()
     for entry in entries:
-        said = "\0".join(map(str, dataclasses.astuple(entry)))
+        *identity, _version, _fault = fields_of(entry)
+        said = "\0".join(map(str, identity))
         digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -156,14 +175,19 @@ def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: Prep
         if waiting and (
             is_new_folder
             or len(waiting) >= _rows(tally.folders[waiting[0].split], config)
-            or num_bytes + entry.num_bytes > config.shard_bytes
+            or num_bytes + _num_read(entry) > config.shard_bytes
         ):
             yield made()
             number, part, num_bytes, waiting = number + 1, 0 if is_new_folder else part + 1, 0, []
         waiting.append(entry)
-        num_bytes += entry.num_bytes
+        num_bytes += _num_read(entry)
     if waiting:
         yield made()
+
+
+def _num_read(entry: Entry) -> int:
+    """Bytes that reading it takes: none of what is too large to be read, or one such file would make slices of all."""
+    return entry.num_bytes if entry.num_bytes <= MAX_IMAGE_BYTES else 0
 
 
 def _rows(folder: _Folder, config: PrepareConfig) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pipelines.sources.entry import Entry, by_folder
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
+from pipelines.storage.listing import Found
 
 
 class Folder:
@@ -12,13 +13,13 @@ class Folder:
 
     has_explicit_labels = False
 
-    def __init__(self, storage: Storage, files: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, storage: Storage, files: Iterable[Found]) -> None:
         self.place = Place(storage)
         self.classes: list[str] = []
         self._files = files
 
     def entries(self) -> Iterator[Entry]:
         """Once: the listing is not held."""
-        for path, size in self._files:
+        for path, size, version, fault in self._files:
             split, label, is_flat = by_folder(path)
-            yield Entry(name=path, path=path, num_bytes=size, split=split, label=label, is_flat=is_flat)
+            yield Entry(path, path, -1, -1, -1, size, split, label, is_flat, version, fault)

@@ -1,7 +1,8 @@
 """ImageNet-1K as Kaggle ships it: synset folders for training, a flat validation folder with its ground truth.
 
 LOC_synset_mapping.txt names the classes (`n01440764 tench, Tinca tinca`), LOC_val_solution.csv the class of every
-validation image (`ILSVRC2012_val_00048981,n03995372 85 1 499 272`); test images have none.
+validation image (`ILSVRC2012_val_00048981,n03995372 85 1 499 272`), and without it the development kit; test images
+have none.
 """
 
 import csv
@@ -9,6 +10,7 @@ import io
 from collections.abc import Iterator
 
 from pipelines.decode import SUFFIXES
+from pipelines.sources.devkit import validation_synsets
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
@@ -32,7 +34,7 @@ class ImageNet:
     def entries(self) -> Iterator[Entry]:
         root = _IMAGES if self._storage.exists(_IMAGES) else ""
         solution: dict[str, str] | None = None
-        for path, size in self._storage.walk(root):
+        for path, size, version, _ in self._storage.files(root):
             if not path.lower().endswith(SUFFIXES):
                 continue
             parts = path.removeprefix(f"{root}/").split("/")
@@ -44,10 +46,12 @@ class ImageNet:
                 solution = self._read_solution() if solution is None else solution
                 synset = solution.get(parts[1].split(".")[0], "")
             if split != "test" and synset not in self._names:
-                file = _SOLUTION if split == "val" and len(parts) == 2 else SYNSETS
+                file = "the ground truth" if split == "val" and len(parts) == 2 else SYNSETS
                 raise ValueError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
             label = self._names.get(synset, "")
-            yield Entry(name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label))
+            yield Entry(
+                name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label), version=version
+            )
 
     def _read_names(self) -> dict[str, str]:
         """Name of each class by synset, in the file's order, which is that of everybody's labels."""
@@ -66,11 +70,15 @@ class ImageNet:
         return names
 
     def _read_solution(self) -> dict[str, str]:
+        """Synset by the name of the image."""
         if not self._storage.exists(_SOLUTION):
-            raise ValueError(
-                f"the images of val/ are in no synset folder and {self._storage.join(_SOLUTION)} is absent; "
-                "copy it there"
-            )
+            synsets = validation_synsets(self._storage)
+            if not synsets:
+                raise ValueError(
+                    f"the images of val/ are in no synset folder and {self._storage.join(_SOLUTION)} is absent; "
+                    "copy it there"
+                )
+            return {f"ILSVRC2012_val_{number:08d}": synset for number, synset in enumerate(synsets, 1)}
         rows = csv.DictReader(io.StringIO(self._text(_SOLUTION)))
         if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{self._storage.join(_SOLUTION)} has no columns ImageId,PredictionString; copy it again")

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import pyarrow.types as pat
 
 from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
-from pipelines.sources.tables import label_column, open_table
+from pipelines.sources.tables import label_column
 from pipelines.storage import Storage
 
 _URI_COLUMNS = ("uri", "url", "path", "file", "filename", "file_name", "image")

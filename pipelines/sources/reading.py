@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.sources.entry import Entry
+from pipelines.sources.parquet import open_table
 from pipelines.storage import Storage, open_storage, stays_inside
+from pipelines.storage.listing import LEAVES, check_size
 
 MAX_IMAGE_BYTES = 256 * 2**20
 Content = bytes | ValueError
@@ -62,9 +64,10 @@ class Place:
 
     def _read_unit(self, unit: list[Entry]) -> list[Content]:
         first = unit[0]
+        if first.fault:
+            return [ValueError(first.fault)]
         try:
-            if first.num_bytes > MAX_IMAGE_BYTES:
-                raise ValueError(f"too many bytes: {first.num_bytes} is more than {MAX_IMAGE_BYTES}")
+            check_size(first.num_bytes, MAX_IMAGE_BYTES)
             if first.offset < 0:
                 return [self._file(first.path)]
             _check_inside(first.name)
@@ -77,23 +80,24 @@ class Place:
         return [whole[entry.offset - first.offset :][: entry.num_bytes] for entry in unit]
 
     def _file(self, path: str) -> bytes:
+        storage = self.storage
         if self.takes_uris and (path.startswith("/") or "://" in path):
-            folder, _, name = open_storage(path).uri.rpartition("/")
-            return open_storage(folder or "/").read(name)
+            folder, _, path = open_storage(path).uri.rpartition("/")
+            storage = open_storage(folder or "/")
         _check_inside(path)
-        return self.storage.read(path)
+        # Before it is opened: a pipe would be waited for, a device read for ever. A list may name links to anywhere.
+        fault = storage.look(path).fault if storage.is_local else ""
+        if fault and not (self.takes_uris and fault == LEAVES):
+            raise ValueError(fault)
+        return storage.read(path, MAX_IMAGE_BYTES)
 
     def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
         for path, chosen in groupby(entries, key=lambda entry: entry.path):
-            try:
-                with pq.ParquetFile(self.storage.open_input(path), pre_buffer=False, buffer_size=2**20) as file:
-                    for group, wanted in groupby(chosen, key=lambda entry: entry.group):
-                        yield from self._group(file, group, [entry.row for entry in wanted])
-            except pa.ArrowException as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{self.storage.join(path)} is damaged ({reason}); copy it again") from None
+            with open_table(self.storage, path) as file:
+                for group, wanted in groupby(chosen, key=lambda entry: entry.group):
+                    yield from self._group(file, path, group, [entry.row for entry in wanted])
 
-    def _group(self, file: pq.ParquetFile, group: int, rows: list[int]) -> Iterator[Content]:
+    def _group(self, file: pq.ParquetFile, path: str, group: int, rows: list[int]) -> Iterator[Content]:
         """The rows, ascending, of one row group, of which a few are in memory at a time."""
         batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.image_column], use_threads=False)
         wanted = deque(rows)
@@ -102,10 +106,18 @@ class Place:
             column = column.field(0) if pa.types.is_struct(column.type) else column
             while wanted and wanted[0] < number * _BATCH_ROWS + len(column):
                 value = column[wanted.popleft() - number * _BATCH_ROWS].as_py()
-                yield ValueError("empty row") if value is None else value
+                yield ValueError("empty row") if value is None else _not_too_large(value)
             if not wanted:
                 return
-        raise ValueError(f"a Parquet file ends before row {wanted[0]} of row group {group}; copy it again")
+        raise ValueError(f"{self.storage.join(path)} ends before row {wanted[0]} of row group {group}; copy it again")
+
+
+def _not_too_large(content: bytes) -> Content:
+    try:
+        check_size(len(content), MAX_IMAGE_BYTES)
+    except ValueError as error:
+        return error
+    return content
 
 
 def _check_inside(path: str) -> None:
@@ -130,6 +142,7 @@ def _adjoins(unit: list[Entry], entry: Entry) -> bool:
     gap = entry.offset - last.offset - last.num_bytes
     return (
         entry.path == first.path
+        and not (first.fault or entry.fault)
         and entry.offset >= 0
         and 0 <= gap <= _GAP_BYTES
         and entry.offset + entry.num_bytes - first.offset <= _UNIT_BYTES

@@ -1,20 +1,17 @@
 """Entries in order, however many: sorted runs on the local disk, merged as they are read."""
 
-import dataclasses
 import heapq
 import json
-import operator
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.entry import SPLITS, Entry, fields_of
 
 RUN_ENTRIES = 2**18
 _MAX_RUNS = 256
 _Row = tuple[object, ...]
-_FIELDS = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))
 
 
 class SortedEntries:
@@ -43,7 +40,7 @@ class SortedEntries:
 
     def _fill(self, entries: Iterable[Entry], run_entries: int) -> None:
         for entry in entries:
-            self._rest.append((("", *SPLITS).index(entry.split), *_FIELDS(entry)))
+            self._rest.append((("", *SPLITS).index(entry.split), *fields_of(entry)))
             if len(self._rest) == run_entries:
                 self._rest.sort()
                 self._spill(self._rest)

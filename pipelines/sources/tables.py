@@ -12,47 +12,55 @@ import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from pipelines.sources.entry import Entry, split_by_name
+from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
+from pipelines.storage.listing import Found
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category")
 _INDEX_THREADS = 4
+_MAX_EMPTY_ROWS = 2**20
 
 
 class Tables:
     """Images of some Parquet files; a file whose name says so (data/train-00000.parquet) is of that split."""
 
-    def __init__(self, storage: Storage, paths: Sequence[str]) -> None:
-        self._storage, self._paths = storage, paths
-        with open_table(storage, paths[0]) as file:
+    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
+        self._storage, self._files = storage, files
+        with open_table(storage, files[0].path) as file:
             schema = file.schema_arrow
-        self.place = Place(storage, image_column=_image_column(schema, storage.join(paths[0])))
+        self.place = Place(storage, image_column=_image_column(schema, storage.join(files[0].path)))
         self._label_column = label_column(schema)
         self.classes = _names(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
 
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            for start in range(0, len(self._paths), _INDEX_THREADS):
-                for entries in pool.map(self._index, self._paths[start : start + _INDEX_THREADS]):
+            for start in range(0, len(self._files), _INDEX_THREADS):
+                for entries in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
                     yield from entries
 
-    def _index(self, path: str) -> list[Entry]:
+    def _index(self, found: Found) -> list[Entry]:
+        path = found.path
         with open_table(self._storage, path) as file:
             top = [column.split(".")[0] for column in (self.place.image_column, self._label_column) if column]
             missing = [column for column in top if column not in file.schema_arrow.names]
             if missing:
                 raise ValueError(
-                    f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._paths[0]} has; "
+                    f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._files[0].path} has; "
                     "prepare files of one kind at a time"
                 )
-            return [entry for group in range(file.num_row_groups) for entry in self._group(file, path, group)]
+            return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
 
-    def _group(self, file: pq.ParquetFile, path: str, group: int) -> Iterator[Entry]:
+    def _group(self, file: pq.ParquetFile, found: Found, group: int) -> Iterator[Entry]:
+        path = found.path
         about = file.metadata.row_group(group)
-        columns = [about.column(i) for i in range(about.num_columns)]
-        image = next(column for column in columns if column.path_in_schema == self.place.image_column)
+        columns = {about.column(i).path_in_schema: about.column(i) for i in range(about.num_columns)}
+        image = columns.get(self.place.image_column)
+        # Rows cost nothing to claim, and each is an entry here.
+        if image is None or about.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
+            raise ValueError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
         num_bytes = image.total_uncompressed_size // max(1, about.num_rows)
         labels = [""] * about.num_rows
         if self._label_column:
@@ -62,7 +70,7 @@ class Tables:
         split = split_by_name(path)
         for row, label in enumerate(labels):
             name = f"{path}/{first + row:09d}"
-            yield Entry(name, path, -1, group, row, num_bytes, split, label, bool(label))
+            yield Entry(name, path, -1, group, row, num_bytes, split, label, bool(label), found.version)
 
     def _class(self, value: int | str, path: str) -> str:
         if not self.classes or isinstance(value, str):
@@ -70,14 +78,6 @@ class Tables:
         if not 0 <= value < len(self.classes):
             raise ValueError(f"{self._storage.join(path)} has label {value}, but names for {len(self.classes)} classes")
         return self.classes[value]
-
-
-def open_table(storage: Storage, path: str) -> pq.ParquetFile:
-    """A Parquet file, read in small parts. Raises ValueError that names one that is none or is cut short."""
-    try:
-        return pq.ParquetFile(storage.open_input(path), pre_buffer=False, buffer_size=2**20)
-    except pa.ArrowInvalid:
-        raise ValueError(f"{storage.join(path)} is not a whole Parquet file; copy it again") from None
 
 
 def label_column(schema: pa.Schema) -> str:

@@ -4,51 +4,60 @@ Headers are read once, here; after that an image is a range of its file.
 """
 
 import io
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from pipelines.decode import SUFFIXES
 from pipelines.sources.entry import Entry, by_folder, split_by_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
+from pipelines.storage.listing import Found
 
 _INDEX_THREADS = 4
 # Headers are this far apart in tars of small images, so that one request finds many of them.
 _READ_AHEAD_BYTES = 2**20
 _MAX_LABEL_BYTES = 1024
+_MAX_EXTENSION_BYTES = 2**20
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 
 
 class Tars:
     """Images of some tar files; a file whose name says so (train-000.tar, val/000.tar) is of that split."""
 
-    def __init__(self, storage: Storage, files: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
         self.place = Place(storage)
         self.classes: list[str] = []
         self.has_explicit_labels = False
-        self._storage, self._paths = storage, [path for path, _ in files]
+        self._storage, self._files = storage, files
 
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            for start in range(0, len(self._paths), _INDEX_THREADS):
-                for entries, has_labels in pool.map(self._index, self._paths[start : start + _INDEX_THREADS]):
+            for start in range(0, len(self._files), _INDEX_THREADS):
+                for entries, has_labels in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
                     self.has_explicit_labels |= has_labels
                     yield from entries
 
-    def _index(self, path: str) -> tuple[list[Entry], bool]:
+    def _index(self, found: Found) -> tuple[list[Entry], bool]:
         """The images of one file, and whether labels stand beside them."""
-        images: list[tarfile.TarInfo] = []
+        images: list[_Image] = []
         labels: dict[str, str] = {}
-        with self._storage.open_input(path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
-            for member, tar in _members(buffered, self._storage.join(path)):
+        with self._storage.open_input(found.path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
+            for member, tar in _members(buffered, self._storage.join(found.path)):
                 if member.name.lower().endswith(SUFFIXES):
-                    images.append(member)
+                    images.append(_image(member))
                 elif member.name.lower().endswith(".cls"):
-                    labels[_key(member.name)] = self._label(tar, member, path)
-        return [self._entry(path, member, labels) for member in images], bool(labels)
+                    labels[_key(member.name)] = self._label(tar, member, found.path)
+        linked = {image.name: image for image in images if not image.link} if any(i.link for i in images) else {}
+        followed = (image if not image.link else image.at(linked.get(image.link)) for image in images)
+        return [self._entry(found, image, labels) for image in followed], bool(labels)
 
     def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> str:
-        content = tar.extractfile(member) if 0 < member.size <= _MAX_LABEL_BYTES else None
+        content = tar.extractfile(member) if member.isreg() and 0 < member.size <= _MAX_LABEL_BYTES else None
         try:
             label = content.read().decode().strip() if content else ""
         except UnicodeDecodeError:
@@ -59,33 +68,70 @@ class Tars:
             )
         return label
 
-    def _entry(self, path: str, member: tarfile.TarInfo, labels: dict[str, str]) -> Entry:
-        name = member.name.removeprefix("./")
+    def _entry(self, found: Found, image: "_Image", labels: dict[str, str]) -> Entry:
+        name = image.name.removeprefix("./")
         split, label, is_flat = by_folder(name)
         if labels:
-            label = labels.get(_key(member.name), "")
+            label = labels.get(_key(image.name), "")
             is_flat = bool(label)
         return Entry(
-            name=f"{path}/{name}",
-            path=path,
-            offset=member.offset_data,
-            num_bytes=member.size,
-            split=split_by_name(path) or split,
+            name=f"{found.path}/{name}",
+            path=found.path,
+            offset=image.offset,
+            num_bytes=image.num_bytes,
+            split=split_by_name(found.path) or split,
             label=label,
             is_flat=is_flat,
+            version=found.version,
+            fault=image.fault,
         )
 
 
+class _Image(NamedTuple):
+    """What is kept of a member: tarfile's own objects are many times as large."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    link: str = ""
+    """Name of the member that it is a link to; empty for a file."""
+    fault: str = ""
+
+    def at(self, other: "_Image | None") -> "_Image":
+        """Itself with the bytes of another, where there is one."""
+        if other is None:
+            return self._replace(fault="broken link")
+        return self._replace(offset=other.offset, num_bytes=other.num_bytes, fault=other.fault)
+
+
+def _image(member: tarfile.TarInfo) -> _Image:
+    link = member.linkname if member.islnk() else ""
+    if member.issym():
+        link = posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname))
+    is_file = member.isreg() and not member.issparse()
+    fault = "" if is_file or link else "no regular file"
+    return _Image(member.name, member.offset_data, member.size if is_file else 0, link, fault)
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose extensions, which are read whole, are bounded."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > _MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError("an extended header is too large")
+        return super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue] -- tarfile's own hook
+
+
 def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Whole visible files of an archive. Raises ValueError that names one that is cut short or damaged."""
+    """All that is visible in an archive, but folders. Raises ValueError that names one that is cut short or damaged."""
     damaged = f"{uri} is cut short or damaged; copy it again"
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
                 # tarfile keeps what it has seen.
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 hidden = any(part.startswith(".") and part.strip(".") for part in member.name.split("/"))
-                if member.isreg() and not member.issparse() and not hidden:
+                if not member.isdir() and not hidden:
                     yield member, tar
             end = tar.offset
     except tarfile.TarError:

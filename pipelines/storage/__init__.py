@@ -3,11 +3,9 @@
 import errno
 import os
 import re
-import secrets
 import shutil
-import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
-from pipelines.storage import s3
+from pipelines.storage import local, s3
+from pipelines.storage.listing import Found, check_size
 from pipelines.storage.patience import patiently
 
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
@@ -63,12 +62,17 @@ class Storage:
         """The URI of a path within."""
         return f"{self.uri.rstrip('/')}/{_checked(path, self.uri)}" if path else self.uri
 
-    def read(self, path: str) -> bytes:
-        """All bytes of a file. Raises FileNotFoundError or PermissionError that name it."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """All bytes of a file. Raises FileNotFoundError or PermissionError that name it.
+
+        Raises ValueError for more than `max_bytes`, before they are in memory.
+        """
         with self._named_errors("read", path):
-            if self.is_local:
-                return Path(self.join(path)).read_bytes()
-            return s3.read(self._key(path))
+            if not self.is_local:
+                return s3.read(self._key(path), max_bytes)
+            with Path(self.join(path)).open("rb") as file:
+                check_size(os.fstat(file.fileno()).st_size, max_bytes)
+                return file.read()
 
     def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
         """So many bytes of a file from `offset` on; fewer only where it ends."""
@@ -83,7 +87,7 @@ class Storage:
         """The file holds exactly these bytes and is durable; readers saw the old content or the new, never a part."""
         with self._named_errors("write", path):
             if self.is_local:
-                with _atomic_file(Path(self.join(path))) as file:
+                with local.atomic_file(Path(self.join(path))) as file:
                     file.write(content)
                 return
             s3.write(self._key(path), content)
@@ -98,7 +102,7 @@ class Storage:
                 return s3.write_new(self._key(path), content)
             target = Path(self.join(path))
             try:
-                with _atomic_file(target, os.link) as file:
+                with local.atomic_file(target, os.link) as file:
                     file.write(content)
             except FileExistsError:
                 return target.read_bytes() == content
@@ -143,8 +147,19 @@ class Storage:
 
         A store's keys may be such that they cannot be read as paths: see `stays_inside`.
         """
+        yield from ((found.path, found.num_bytes) for found in self.files(prefix) if not found.fault)
+
+    def files(self, prefix: str = "") -> Iterator[Found]:
+        """What `walk` has, with versions, and with what must not be read: links that lead nowhere or out, devices."""
         with self._named_errors("list", prefix):
-            yield from self._walk_local(prefix) if self.is_local else self._walk_s3(prefix)
+            yield from local.walk(self.uri, self.join(prefix)) if self.is_local else self._walk_s3(prefix)
+
+    def look(self, path: str) -> Found:
+        """What a listing would say of one file. Raises FileNotFoundError where there is none."""
+        with self._named_errors("read", path):
+            if self.is_local:
+                return local.look(self.uri, _checked(path, self.uri))
+            return s3.look(self._key(path))._replace(path=path)
 
     def delete(self, path: str) -> None:
         """The file is gone, whether or not it was there."""
@@ -182,7 +197,7 @@ class Storage:
         """A file to write in sequence, which appears whole when the block ends, or not at all if it raises."""
         with self._named_errors("write", path):
             if self.is_local:
-                with _atomic_file(Path(self.join(path))) as file:
+                with local.atomic_file(Path(self.join(path))) as file:
                     yield file
                 return
             with tempfile.TemporaryFile() as file:
@@ -209,24 +224,11 @@ class Storage:
     def _info(self, path: str) -> pafs.FileInfo:
         return patiently(lambda: s3.filesystem().get_file_info(self._key(path)), self.join(path))
 
-    def _walk_local(self, prefix: str) -> Iterator[tuple[str, int]]:
-        root = Path(self.uri).resolve()
-        for folder, folders, names in os.walk(Path(self.join(prefix)), onerror=_raise_unless_missing):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                path = Path(folder, name)
-                if name.startswith(".") or (path.is_symlink() and not path.resolve().is_relative_to(root)):
-                    continue
-                with suppress(FileNotFoundError):  # deleted since the folder was read
-                    found = path.stat()
-                    if stat.S_ISREG(found.st_mode):
-                        yield os.path.relpath(path, self.uri), found.st_size
-
-    def _walk_s3(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def _walk_s3(self, prefix: str) -> Iterator[Found]:
         root, start = self._key("") + "/", len(self._key(prefix)) + 1
-        for key, size in s3.walk(self._key(prefix)):
-            if not any(part.startswith(".") and part.strip(".") for part in key[start:].split("/")):
-                yield key.removeprefix(root), size
+        for found in s3.walk(self._key(prefix)):
+            if not any(part.startswith(".") and part.strip(".") for part in found.path[start:].split("/")):
+                yield found._replace(path=found.path.removeprefix(root))
 
     @contextmanager
     def _named_errors(self, verb: str, path: str) -> Iterator[None]:
@@ -234,21 +236,25 @@ class Storage:
         try:
             yield
         except OSError as error:
-            where, text = self.join(path), str(error)
-            if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
-                remedy = (
-                    "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
-                )
-                raise PermissionError(f"no permission to {verb} {where}; {remedy}") from None
-            if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
-                raise FileNotFoundError(f"{where} does not exist; check the path") from None
-            if "NO_SUCH_BUCKET" in text:
-                raise FileNotFoundError(f"the bucket of {where} does not exist; create it first") from None
-            if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
-                raise ValueError(
-                    f"cannot {verb} {where}: a file stands where a folder should, or the reverse"
-                ) from None
-            raise OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}") from None
+            # One of another place, which was read from within the block.
+            if getattr(error, "is_named", False):
+                raise
+            told = self._told(error, verb, path)
+            told.is_named = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise told from None
+
+    def _told(self, error: OSError, verb: str, path: str) -> Exception:
+        where, text = self.join(path), str(error)
+        if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
+            remedy = "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
+            return PermissionError(f"no permission to {verb} {where}; {remedy}")
+        if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
+            return FileNotFoundError(f"{where} does not exist; check the path")
+        if "NO_SUCH_BUCKET" in text:
+            return FileNotFoundError(f"the bucket of {where} does not exist; create it first")
+        if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+            return ValueError(f"cannot {verb} {where}: a file stands where a folder should, or the reverse")
+        return OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}")
 
 
 class Ranges:
@@ -273,27 +279,3 @@ def _checked(path: str, uri: str) -> str:
     if not stays_inside(path):
         raise ValueError(f"path {path!r} would leave {uri}; try a relative path without '..'")
     return path
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-@contextmanager
-def _atomic_file(path: Path, appear: Callable[[Path, Path], object] = os.replace) -> Iterator[IO[bytes]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        appear(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

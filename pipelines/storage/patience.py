@@ -24,6 +24,10 @@ _TRANSIENT = re.compile(
 )
 
 
+class StoreAwayError(OSError):
+    """A store that gave no whole answer for as long as our patience lasted."""
+
+
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """Within the block, in this thread, a store that does not answer is waited for so long."""
@@ -37,7 +41,7 @@ def patience(seconds: float) -> Iterator[None]:
 def patiently(act: Callable[[], T], what: str) -> T:
     """What `act` returns; while the store is away, overloaded or cuts bodies short it is asked again.
 
-    Raises OSError where that has lasted as long as our patience, and at once for anything that time will not mend.
+    Raises StoreAwayError where that lasted as long as our patience, and at once what time will not mend.
     """
     limit_s, pause_s, started_s, told = _patience_s.get(), 0.1, time.monotonic(), False
     while True:
@@ -49,7 +53,7 @@ def patiently(act: Callable[[], T], what: str) -> T:
             reason = str(error).splitlines()[0]
         waited_s = time.monotonic() - started_s
         if waited_s + pause_s > limit_s:
-            raise OSError(
+            raise StoreAwayError(
                 f"the store gave no whole answer for {waited_s:.0f} s ({reason}); start it or correct "
                 "AWS_ENDPOINT_URL, and run the same command again"
             )

@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.storage.listing import Found, check_size
 from pipelines.storage.patience import patiently
 
 _ARROW_CODES = {
     "NoSuchBucket": "NO_SUCH_BUCKET",
     "AccessDenied": "ACCESS_DENIED",
     "403": "ACCESS_DENIED",
+    "404": "NO_SUCH_KEY",
     "InvalidAccessKeyId": "INVALID_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "SIGNATURE_DOES_NOT_MATCH",
     "NoCredentialsError": "ACCESS_DENIED",
@@ -31,11 +33,12 @@ _SERIAL_LEVELS = 2
 _MULTIPART_BYTES = 16 * 2**20
 
 
-def read(key: str) -> bytes:
-    """All bytes of an object."""
+def read(key: str, max_bytes: int | None = None) -> bytes:
+    """All bytes of an object. Raises ValueError for more than `max_bytes`."""
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
+            check_size(file.size(), max_bytes)
             return whole(file.read(), file.size())
 
     return patiently(act, f"s3://{key}")
@@ -91,8 +94,15 @@ def open_input(key: str) -> pa.PythonFile:
     return pa.PythonFile(_PatientFile(key), mode="r")
 
 
-def walk(prefix: str) -> Iterator[tuple[str, int]]:
-    """Key (with its bucket) and size of every object below a folder, in no particular order.
+def look(key: str) -> Found:
+    """What a listing says of one object."""
+    bucket, _, name = key.partition("/")
+    found = _ask("head_object", f"s3://{key}", needs="ContentLength", Bucket=bucket, Key=name)
+    return Found(key, found["ContentLength"], found.get("ETag", "").strip('"'))
+
+
+def walk(prefix: str) -> Iterator[Found]:
+    """Every object below a folder by its key (with its bucket), in no particular order.
 
     Folders are listed in parallel, page by page, so that memory is that of a few pages.
     """
@@ -116,13 +126,17 @@ def walk(prefix: str) -> Iterator[tuple[str, int]]:
                 pages = [rest for rest, page in zip(pages, taken) if page is not None]
 
 
-def _pages(bucket: str, base: str) -> Iterator[list[tuple[str, int]]]:
+def _pages(bucket: str, base: str) -> Iterator[list[Found]]:
     for page in _responses(bucket, base, ""):
         yield _objects(bucket, page)
 
 
-def _objects(bucket: str, page: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(f"{bucket}/{o['Key']}", o["Size"]) for o in page.get("Contents", ()) if not o["Key"].endswith("/")]
+def _objects(bucket: str, page: dict[str, Any]) -> list[Found]:
+    return [
+        Found(f"{bucket}/{found['Key']}", found["Size"], found.get("ETag", "").strip('"'))
+        for found in page.get("Contents", ())
+        if not found["Key"].endswith("/")
+    ]
 
 
 def _responses(bucket: str, base: str, delimiter: str) -> Iterator[dict[str, Any]]:

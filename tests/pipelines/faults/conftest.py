@@ -2,8 +2,10 @@
 
 import contextlib
 import http.client
+import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,6 +22,7 @@ class Proxy:
     def __init__(self, upstream: str) -> None:
         self.share, self.kinds = 0.0, ("503",)
         self.num_requests = self.num_spoiled = 0
+        self.delay_s, self.until_s = 0.0, math.inf
         self.before_request: Callable[[int], object] = lambda number: None
         self._draw, self._lock = random.Random(0), threading.Lock()
         self._upstream = urlsplit(upstream)
@@ -31,21 +34,27 @@ class Proxy:
     def reset(self, share: float, *kinds: str) -> None:
         """From now on so many answers are spoiled, and counting begins anew."""
         self.share, self.kinds, self.num_requests, self.num_spoiled = share, kinds, 0, 0
-        self.before_request = lambda number: None
+        self.until_s, self.before_request = math.inf, lambda number: None
+
+    def storm(self, share: float, *kinds: str, seconds: float) -> None:
+        """As `reset`, but answers are spoiled for so long only, from now on."""
+        self.reset(share, *kinds)
+        self.until_s = time.monotonic() + seconds
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
     def fault(self, method: str) -> str:
-        """What is wrong with the next answer; nothing, mostly."""
+        """What is wrong with the next answer, which takes `delay_s` longer; nothing, mostly."""
         with self._lock:
             self.num_requests += 1
             number, spoiled = self.num_requests, self._draw.random() < self.share
             kind = self._draw.choice(self.kinds)
-            spoiled &= kind == "503" or method == "GET"
+            spoiled &= (kind == "503" or method == "GET") and time.monotonic() < self.until_s
             self.num_spoiled += spoiled
         self.before_request(number)
+        time.sleep(self.delay_s)
         return kind if spoiled else ""
 
     def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, list, bytes]:

@@ -159,7 +159,7 @@ def test_kaggle_imagenet_has_names_ground_truth_and_a_test_without_labels(
         "test": [(png(5), None)],
     }
     (source / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nV_1,n03 1 2 3 4\n")
-    with pytest.raises(ValueError, match=r"LOC_val_solution.csv says nothing of .*V_2.JPEG"):
+    with pytest.raises(ValueError, match=r"the ground truth says nothing of .*V_2.JPEG"):
         list(open_source(str(source)).entries())
     (source / "LOC_val_solution.csv").unlink()
     with pytest.raises(ValueError, match=r"LOC_val_solution.csv is absent; copy it there"):

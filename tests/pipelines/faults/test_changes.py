@@ -1,0 +1,128 @@
+"""An image that changes while its preparation is interrupted is read again, whatever its size says."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import prepare as module
+from pipelines.config import PrepareConfig
+from pipelines.storage import Storage, open_storage
+
+CONFIG = PrepareConfig(rows_per_shard=5, rows_per_group=2, max_bad=1, val_fraction=0.2)
+
+
+def bitmap(number: int) -> bytes:
+    """Of one size whatever the pixels."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(file, "BMP")
+    return file.getvalue()
+
+
+def files_of(storage: Storage) -> dict[str, str]:
+    """sha256 of every file, hidden ones too on a disk."""
+    if storage.is_local:
+        paths = [str(path.relative_to(storage.uri)) for path in Path(storage.uri).rglob("*") if path.is_file()]
+    else:
+        paths = [path for path, _ in storage.list()]
+    return {path: hashlib.sha256(storage.read(path)).hexdigest() for path in paths}
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path, without_ray: None) -> str:
+    return str(tmp_path) if request.param == "folder" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+@pytest.fixture
+def put(root: str) -> Callable[[str, bytes], None]:
+    """Writes an image of the source, each later than the one before by the file system's clock."""
+    storage, ticks = open_storage(f"{root}/source"), iter(range(10**18, 2 * 10**18, 10**9))
+
+    def write(name: str, content: bytes) -> None:
+        storage.write(name, content)
+        if storage.is_local:
+            os.utime(storage.join(name), ns=(0, next(ticks)))
+
+    for number in range(30):
+        write(f"{number:02d}.bmp", bitmap(number))
+    write("03.bmp", b"x" * len(bitmap(0)))
+    write("27.bmp", bitmap(6))  # the copy of an image of another slice
+    return write
+
+
+@pytest.fixture
+def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """Prepares until so many slices are written; then the numbers of those that the next preparation writes."""
+    write_one, written = module.write_one, []
+
+    def kill_after(count: int) -> Iterator[int]:
+        def write(number: int, *rest: Any) -> dict[str, int]:
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(number)
+            return write_one(number, *rest)
+
+        monkeypatch.setattr(module, "write_one", write)
+        with pytest.raises(KeyboardInterrupt):
+            module.prepare(f"{root}/source", f"{root}/out", CONFIG)
+        written.clear()
+        monkeypatch.setattr(
+            module, "write_one", lambda number, *rest: (written.append(number), write_one(number, *rest))[1]
+        )
+        return written
+
+    return kill_after
+
+
+def is_as_if_fresh(root: str) -> bool:
+    module.prepare(f"{root}/source", f"{root}/out", CONFIG)
+    module.prepare(f"{root}/source", f"{root}/fresh", CONFIG)
+    return files_of(open_storage(f"{root}/out")) == files_of(open_storage(f"{root}/fresh"))
+
+
+def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any, killed: Any) -> None:
+    written = killed(4)
+    put("07.bmp", bitmap(100))
+    module.prepare(f"{root}/source", f"{root}/out", CONFIG)
+    assert sorted(set(written)) == [1, 4, 5]
+    assert is_as_if_fresh(root)
+
+
+def test_a_bad_image_that_was_mended_leaves_no_quarantine(root: str, put: Any, killed: Any) -> None:
+    killed(5)
+    assert open_storage(f"{root}/out").exists("quarantine/part-00000.parquet")
+    put("03.bmp", bitmap(3))
+    assert is_as_if_fresh(root)
+    assert not open_storage(f"{root}/out").exists("quarantine/part-00000.parquet")
+
+
+@pytest.mark.parametrize("changed", ["06.bmp", "27.bmp", "29.bmp"])
+def test_a_change_after_duplicates_were_dropped_brings_back_what_is_none_now(
+    changed: str, root: str, put: Any, killed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = killed(6)
+    # The slice with the copy is written again without it, and its summary never is.
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.prepare.workfolder.WorkFolder.put", lambda *rest, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.prepare(f"{root}/source", f"{root}/out", CONFIG)
+    assert written == [5]
+    put(changed, bitmap(100))
+    assert is_as_if_fresh(root)
+
+
+def test_times_of_files_are_no_part_of_the_dataset(tmp_path: Path, without_ray: None) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(12):
+        (tmp_path / f"source/{number}.bmp").write_bytes(bitmap(number))
+    first = module.prepare(str(tmp_path / "source"), str(tmp_path / "a"), CONFIG)
+    for path in (tmp_path / "source").iterdir():
+        os.utime(path)
+    assert module.prepare(str(tmp_path / "source"), str(tmp_path / "a"), CONFIG) == first
+    assert module.prepare(str(tmp_path / "source"), str(tmp_path / "b"), CONFIG) == first
