@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,26 @@ def ray_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def data_tasks_at_once(compute: ComputeConfig) -> int | None:
-    """How many data tasks a feed may run at a time; None where a cluster's free CPUs decide.
+def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int | None, int]:
+    """How many data tasks may run at a time beside workers on these nodes, None where free CPUs decide; and the CPUs
+    that each asks for.
 
-    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for.
+    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for. Where workers
+    hold every CPU, as a group that moved to fewer nodes may, tasks ask for none: they would wait for ever.
     """
-    return compute.data_tasks if os.environ.get(_EMBEDDED) else None
+    if not _has_free_cpu(worker_nodes):
+        return compute.data_tasks, 0
+    return compute.data_tasks if os.environ.get(_EMBEDDED) else None, 1
+
+
+def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
+    """A node that will stay has a CPU beside those of the workers."""
+    leaving = ray._private.state.state.get_draining_nodes()
+    return any(
+        node["Resources"].get("CPU", 0) - worker_nodes.count(node["NodeID"]) >= 1
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    )
 
 
 @contextmanager

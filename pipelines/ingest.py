@@ -26,10 +26,10 @@ _ROW_BYTES = 2**20
 _MAX_PER_ROW = 16
 
 
-def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None) -> Any:
+def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None, num_cpus: int = 1) -> Any:
     """One ray.data.Dataset of rows that hold micro-batches, in the order of the segments and of their plans.
 
-    At most `max_tasks` tasks run at a time; without a value as many as find a free CPU.
+    At most `max_tasks` tasks run at a time; without a value as many as find their `num_cpus` free.
 
     Split among `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets row j where
     j % num_workers == r, which holds micro-batches of rank r. Raises ValueError where a plan is for another number of
@@ -56,8 +56,10 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
 
     # Equal limits on both, or they would not become one operator.
     dataset = ray.data.read_datasource(
-        Numbers(num_tasks), override_num_blocks=num_tasks, concurrency=max_tasks
-    ).map_batches(run, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, concurrency=max_tasks)
+        Numbers(num_tasks), override_num_blocks=num_tasks, concurrency=max_tasks, num_cpus=num_cpus
+    ).map_batches(
+        run, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, concurrency=max_tasks, num_cpus=num_cpus
+    )
     _configure(dataset.context)
     return dataset
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.cluster import data_tasks_at_once
+from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
 from pipelines.jobs import Job, job_to_dict, remaining_segments, with_workers
 from pipelines.run_folder import RunFolder
@@ -84,11 +84,13 @@ def _feeds(jobs: list[Job]) -> Any:
     from pipelines.ingest import data_config, feed
 
     class Feeds(DataConfig):
-        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **more: Any) -> Any:
+        def configure(
+            self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
+        ) -> Any:
             left = remaining_segments([with_workers(job, world_size) for job in jobs])
             if left:
-                datasets = {"feed": feed(left, world_size, data_tasks_at_once(jobs[0].config.compute))}
-            return data_config().configure(datasets, world_size, *args, **more)
+                datasets = {"feed": feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))}
+            return data_config().configure(datasets, world_size, worker_handles, worker_node_ids, **more)
 
     return Feeds(datasets_to_split="all")
 
