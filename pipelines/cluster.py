@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state as cluster_state
 
 from pipelines.config import ComputeConfig
 
@@ -37,7 +38,7 @@ def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int
 
 def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
     """A node that will stay has a CPU beside those of the workers."""
-    leaving = ray._private.state.state.get_draining_nodes()
+    leaving = cluster_state.get_draining_nodes()
     return any(
         node["Resources"].get("CPU", 0) - worker_nodes.count(node["NodeID"]) >= 1
         for node in ray.nodes()
@@ -61,6 +62,8 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet_ray()
+    # Spot instances give warnings of 30 s; Train would look every 5 s.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if ray_address():
         _init(logging_level=logging.WARNING)
     else:

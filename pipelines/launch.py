@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
+from pipelines.failures import cause_of, witness
 from pipelines.jobs import Job, job_to_dict, remaining_segments, with_workers
 from pipelines.run_folder import RunFolder
 
@@ -27,7 +28,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     that starts again finds in it what is left to do. `died_s` is when the driver before this one was last alive, where
     there was one.
     """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     jobs = list(jobs)
@@ -37,25 +38,31 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
         RunFolder(job.folder).go_on()
     # The controller, which starts with this environment, gives up a worker that has not answered for so long.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
+    # A rank answers while it waits for its checkpoint; those that wait for it in a collective must wait as long.
+    joining_s = compute.stall_s + max(job.config.checkpoint.patience_s for job in jobs)
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt},
-            torch_config=TorchConfig(
-                backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(compute.stall_s))
-            ),
+            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
                 name=name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
             ),
             datasets={"feed": _nothing},
             dataset_config=_feeds(jobs),
         )
         try:
             trainer.fit()
+        except WorkerGroupError as error:
+            raise RunFailed(
+                f"{cause_of(error.worker_failures)}; that is more than the {compute.max_failures} failures that "
+                "compute.max_failures allows; the same command goes on from the newest checkpoint"
+            ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
     for job in jobs:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mae_core.state import parts
 from pipelines.checkpoints import CheckpointStore, Retention
+from pipelines.storage.patience import patience
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ class CheckpointWriter:
         files = {name: parts(tensors) for name, tensors in snapshot.items()}
         while True:
             try:
-                self._before()
-                self._store.commit(step, files, meta, self._retention)
+                # The storage asks again by itself; not for longer than is left of our own patience.
+                with patience(max(0.0, deadline_s - time.monotonic())):
+                    self._before()
+                    self._store.commit(step, files, meta, self._retention)
                 return
             except OSError as error:
                 if time.monotonic() + pause_s > deadline_s:
