@@ -85,7 +85,8 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 0
-    """Checkpoints of the lowest training loss that are kept too."""
+    """Checkpoints of the best val/top1 that are kept too; where none was evaluated on val, as in pretraining, of the
+    lowest training loss."""
     keep_every_epochs: int | None = None
     """Checkpoints of every so many epochs are kept too, for good; without a value none."""
     patience_s: float = 300.0
