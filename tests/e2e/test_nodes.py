@@ -39,7 +39,7 @@ job = job_from_dict(json.loads(sys.argv[1]))
 with ray_session(job.config.compute):
     launch([job], "nodes")
 """
-GRACE_S = 8.0
+GRACE_S = 6.0
 ELASTIC = {"compute": {"num_workers": 2, "min_workers": 1, "spread": True}, "checkpoint": {"every_epochs": 1}}
 
 
@@ -52,6 +52,9 @@ def cluster_of(nodes: int, num_cpus: int, place: Place) -> Iterator[Any]:
         for key, value in place.environment.items():
             patch.setenv(key, value)
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")
+        # Train asks a dashboard whether its controller lives; we have none, and that of another Ray would say no.
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for _ in range(nodes):
@@ -98,7 +101,7 @@ def resumed(place: Place, name: str) -> list[tuple[int, int]]:
 
 def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes_nothing(place: Place) -> None:
     # Nothing but the announcement leads to a checkpoint before the end.
-    one = {"epochs": 60, "compute": {"num_workers": 1, "max_failures": 0}, "checkpoint": {"every_epochs": 60}}
+    one = {"epochs": 80, "compute": {"num_workers": 1, "max_failures": 0}, "checkpoint": {"every_epochs": 80}}
     with cluster_of(2, 1, place) as cluster:
         with driving(place, "calm", cluster, **one) as driver:
             assert exit_status(driver) == 0, place.log
@@ -114,7 +117,7 @@ def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes
             assert exit_status(driver) == 0, place.log
     ((step, workers),) = resumed(place, "drained")
     assert workers == 1
-    assert 0 < step < 60 * STEPS_PER_EPOCH
+    assert 0 < step < 80 * STEPS_PER_EPOCH
     assert step % WARNING_EVERY_STEPS == 0
     assert reached - step <= WARNING_EVERY_STEPS
     assert place.run_folder("drained").failures() == [], "an announced end is no failure"
