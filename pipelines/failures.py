@@ -44,7 +44,9 @@ def _words(rank: int, error: BaseException) -> str:
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return f"rank {rank} did not answer for compute.stall_s"
     if _MEMORY.search(f"{type(error).__name__}: {said}"):
-        return f"rank {rank} ran out of memory ({last}); try a smaller data.micro_batch"
+        # Torch says it first and where in its own code last.
+        line = next((line for line in said.splitlines() if _MEMORY.search(line)), last)
+        return f"rank {rank} ran out of memory ({line}); try a smaller data.micro_batch"
     return f"rank {rank} failed: {last}"
 
 

@@ -43,7 +43,7 @@ COLLATERAL = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Con
             {0: ValueError("x"), 1: RuntimeError("CUDA out of memory.")},
             "rank 1 ran out of memory (CUDA out of memory.)",
         ),
-        ({3: RuntimeError("DefaultCPUAllocator: can't allocate memory")}, "rank 3 ran out of memory"),
+        ({3: RuntimeError("DefaultCPUAllocator: can't allocate memory\nframe #0")}, "rank 3 ran out of memory (Def"),
         ({0: Dead("Task was killed due to the node running low on memory")}, "rank 0 was killed by Ray"),
         ({0: KeyError()}, "rank 0 failed: KeyError"),
     ],
