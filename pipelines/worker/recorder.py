@@ -137,9 +137,9 @@ class Recorder:
 
     def finish(self) -> None:
         """Everything that was recorded is in the storage. Raises what kept the last checkpoint from it."""
+        with self._clock.spent("checkpoint"):
+            self.writer.close()
         if self._rank.is_main:
-            with self._clock.spent("checkpoint"):
-                self.writer.wait()
             self.spool.close()
 
     def _log(self, step: int) -> None:
