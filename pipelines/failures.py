@@ -70,7 +70,7 @@ def witness(folders: list[str], allowed: int) -> Any:
             speak_up()
             self.count += 1
             cause = cause_of(worker_exceptions)
-            log.warning("failure %d of %d that are allowed: %s", self.count, allowed, cause)
+            log.warning("failure %d (%d allowed): %s", self.count, allowed, cause)
             try:
                 unfinished = (run for run in map(RunFolder, folders) if run.result() is None)
                 if run := next(unfinished, None):
