@@ -47,6 +47,8 @@ def _words(rank: int, error: BaseException) -> str:
         # Torch says it first and where in its own code last.
         line = next((line for line in said.splitlines() if _MEMORY.search(line)), last)
         return f"rank {rank} ran out of memory ({line}); try a smaller data.micro_batch"
+    if _OF_OTHERS.search(last):
+        return f"rank {rank} lost another rank, whose process or node is gone or stands still ({last})"
     return f"rank {rank} failed: {last}"
 
 

@@ -38,7 +38,10 @@ COLLATERAL = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Con
         ({0: COLLATERAL, 1: Dead("Worker exit type: SYSTEM_ERROR")}, "the process of rank 1 died without a word"),
         ({0: COLLATERAL, 1: Dead("The actor died because its node has died.")}, "the node of rank 1 is gone"),
         ({0: COLLATERAL, 2: ValueError("a\nb")}, "rank 2 failed: b"),
-        ({0: COLLATERAL, 1: COLLATERAL}, "rank 0 failed: [third_party/gloo"),
+        (
+            {0: COLLATERAL, 1: COLLATERAL},
+            "rank 0 lost another rank, whose process or node is gone or stands still ([third_party/gloo",
+        ),
         (
             {0: ValueError("x"), 1: RuntimeError("CUDA out of memory.")},
             "rank 1 ran out of memory (CUDA out of memory.)",
