@@ -17,6 +17,7 @@ from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+_SCORE = "score.json"
 
 # One file in parts, which a writer hashes and writes one after another.
 Parts = Sequence[bytes | memoryview]
@@ -38,12 +39,12 @@ class Retention:
     newest: int
     """So many of the newest."""
     best: int = 0
-    """So many more of the lowest loss."""
+    """So many more of the best score on held-out images; of the lowest training loss where none has a score."""
     every_steps: int | None = None
     """Those of steps that are a multiple of this."""
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of checkpoints with these losses by step."""
+        """The steps that stay, of checkpoints with these losses by step, the lower the better."""
         steps = sorted(losses)
         found = set(steps[-self.newest :])
         known = sorted((loss, step) for step, loss in losses.items() if loss is not None and loss == loss)
@@ -60,6 +61,7 @@ class CheckpointStore:
         self._storage = storage
         self._prefix = prefix
         self._losses: dict[int, float | None] = {}
+        self._scores: dict[int, float | None] = {}
 
     def save(self, checkpoint: Checkpoint, retention: Retention) -> None:
         """The checkpoint is committed and those that need not stay are gone."""
@@ -86,6 +88,12 @@ class CheckpointStore:
                 log.info("checkpoint of step %d was committed before; that one stays", step)
                 break
         self._prune(retention)
+
+    def judge(self, step: int, score: float) -> None:
+        """The checkpoint of the step, if there is one, has this score, the higher the better."""
+        if step in self.steps():
+            self._storage.write(f"{self._folder(step)}/{_SCORE}", json.dumps({"score": score}).encode())
+            self._scores[step] = score
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending; their files are not yet verified."""
@@ -167,7 +175,7 @@ class CheckpointStore:
     def _prune(self, retention: Retention) -> None:
         """Checkpoints that need not stay are gone, and so is what attempts that died before a kept one left."""
         steps = self.steps()
-        kept = retention.kept({step: self._loss(step) for step in steps})
+        kept = retention.kept(self._badness(steps) if retention.best else dict.fromkeys(steps))
         for step in steps:
             if step not in kept:
                 self._delete(step)
@@ -184,6 +192,21 @@ class CheckpointStore:
             names = {path.split("/")[-2] for path, _ in self._storage.list(self._prefix)}
         found = {int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()}
         return found - set(committed)
+
+    def _badness(self, steps: Sequence[int]) -> dict[int, float | None]:
+        """What the best are chosen by: scores, where any checkpoint has one, or training losses."""
+        scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        if scores:
+            return {step: -scores[step] if step in scores else None for step in steps}
+        return {step: self._loss(step) for step in steps}
+
+    def _score(self, step: int) -> float | None:
+        if step not in self._scores:
+            try:
+                self._scores[step] = float(json.loads(self._storage.read(f"{self._folder(step)}/{_SCORE}"))["score"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                self._scores[step] = None
+        return self._scores[step]
 
     def _loss(self, step: int) -> float | None:
         """The loss that the checkpoint was saved with; None where it says none or says nothing."""

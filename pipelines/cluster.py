@@ -2,17 +2,21 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state as cluster_state
 
 from pipelines.config import ComputeConfig
 
 _EMBEDDED = "MAE_RAY_EMBEDDED"
 """Set in the processes of an embedded Ray, which inherit the driver's environment."""
+
+DATA_TASK_CPUS = 0.8
+"""What a data task asks for: it waits for storage for about a fifth of its time, in which another one decodes."""
 
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.
 _SPARE_CPUS = 2
@@ -23,12 +27,26 @@ def ray_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def data_tasks_at_once(compute: ComputeConfig) -> int | None:
-    """How many data tasks a feed may run at a time; None where a cluster's free CPUs decide.
+def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int | None, float]:
+    """How many data tasks may run at a time beside workers on these nodes, None where free CPUs decide; and the CPUs
+    that each asks for.
 
-    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for.
+    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for. Where workers
+    hold every CPU, as a group that moved to fewer nodes may, tasks ask for none: they would wait for ever.
     """
-    return compute.data_tasks if os.environ.get(_EMBEDDED) else None
+    if not _has_free_cpu(worker_nodes):
+        return compute.data_tasks, 0
+    return compute.data_tasks if os.environ.get(_EMBEDDED) else None, DATA_TASK_CPUS
+
+
+def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
+    """A node that will stay has a CPU beside those of the workers."""
+    leaving = cluster_state.get_draining_nodes()
+    return any(
+        node["Resources"].get("CPU", 0) - worker_nodes.count(node["NodeID"]) >= 1
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    )
 
 
 @contextmanager
@@ -47,6 +65,8 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet_ray()
+    # Spot instances give warnings of 30 s; Train would look every 5 s.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if ray_address():
         _init(logging_level=logging.WARNING)
     else:

@@ -13,6 +13,17 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
+def speak_up() -> None:
+    """In a process of Ray's, our messages reach the driver's terminal, while Ray's own processes say errors only."""
+    ours = logging.getLogger("pipelines")
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        ours.addHandler(handler)
+
+
 def print_result(command: str, result: dict[str, Any], *, as_json: bool) -> None:
     """The result stands on stdout: one JSON object, or what a person reads (`text`, or a line a field).
 

@@ -24,14 +24,12 @@ __all__ = ["MicroBatch", "Segment", "Transform", "data_config", "feed", "micro_b
 # micro-batches of one rank. The first of a window carries one, so that training need not wait.
 _ROW_BYTES = 2**20
 _MAX_PER_ROW = 16
-# A task waits for storage for about a fifth of its time, in which another one decodes.
-_TASK_CPUS = 0.8
 
 
-def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None) -> Any:
+def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None, num_cpus: float = 1) -> Any:
     """One ray.data.Dataset of rows that hold micro-batches, in the order of the segments and of their plans.
 
-    At most `max_tasks` tasks run at a time; without a value as many as find a free CPU.
+    At most `max_tasks` tasks run at a time; without a value as many as find their `num_cpus` free.
 
     Split among `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets row j where
     j % num_workers == r, which holds micro-batches of rank r. Raises ValueError where a plan is for another number of
@@ -57,7 +55,7 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
             yield from _rows(segment, segment.first_window + task - (stops[place] - segment.num_windows))
 
     # Equal limits on both, or they would not become one operator.
-    limits: dict[str, Any] = {"concurrency": max_tasks, "num_cpus": _TASK_CPUS}
+    limits: dict[str, Any] = {"concurrency": max_tasks, "num_cpus": num_cpus}
     dataset = ray.data.read_datasource(Numbers(num_tasks), override_num_blocks=num_tasks, **limits).map_batches(
         run, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **limits
     )

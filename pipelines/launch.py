@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.cluster import data_tasks_at_once
+from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
+from pipelines.failures import cause_of, witness
 from pipelines.jobs import Job, job_to_dict, remaining_segments, with_workers
 from pipelines.run_folder import RunFolder
 
@@ -27,7 +28,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     that starts again finds in it what is left to do. `died_s` is when the driver before this one was last alive, where
     there was one.
     """
-    from ray.train import FailureConfig, LoggingConfig, RunConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     jobs = list(jobs)
@@ -37,25 +38,31 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
         RunFolder(job.folder).go_on()
     # The controller, which starts with this environment, gives up a worker that has not answered for so long.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
+    # A rank answers while it waits for its checkpoint; those that wait for it in a collective must wait as long.
+    joining_s = compute.stall_s + max(job.config.checkpoint.patience_s for job in jobs)
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt},
-            torch_config=TorchConfig(
-                backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(compute.stall_s))
-            ),
+            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
                 name=name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
             ),
             datasets={"feed": _nothing},
             dataset_config=_feeds(jobs),
         )
         try:
             trainer.fit()
+        except WorkerGroupError as error:
+            raise RunFailed(
+                f"{cause_of(error.worker_failures)}; that is more than the {compute.max_failures} failures that "
+                "compute.max_failures allows; the same command goes on from the newest checkpoint"
+            ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
     for job in jobs:
@@ -84,11 +91,13 @@ def _feeds(jobs: list[Job]) -> Any:
     from pipelines.ingest import data_config, feed
 
     class Feeds(DataConfig):
-        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **more: Any) -> Any:
+        def configure(
+            self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
+        ) -> Any:
             left = remaining_segments([with_workers(job, world_size) for job in jobs])
             if left:
-                datasets = {"feed": feed(left, world_size, data_tasks_at_once(jobs[0].config.compute))}
-            return data_config().configure(datasets, world_size, *args, **more)
+                datasets = {"feed": feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))}
+            return data_config().configure(datasets, world_size, worker_handles, worker_node_ids, **more)
 
     return Feeds(datasets_to_split="all")
 

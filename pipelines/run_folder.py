@@ -1,6 +1,7 @@
 """The folder that remembers a run: what it is, how far it has come, what it found, why it could not go on."""
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -71,6 +72,15 @@ class RunFolder:
     def go_on(self) -> None:
         """What stopped the run is forgotten."""
         self.storage.delete("stopped.json")
+
+    def failures(self) -> list[str]:
+        """What ended a worker group of the run before its time, in order."""
+        return [json.loads(self.storage.read(path))["cause"] for path, _ in self.storage.list("failures")]
+
+    def name_failure(self, cause: str) -> None:
+        """The folder says so of one more."""
+        number = len(self.storage.list("failures"))
+        self.storage.write(f"failures/{number:06d}.json", json.dumps({"time_s": time.time(), "cause": cause}).encode())
 
     def left_out(self) -> set[int]:
         """Steps, counted from 0, that must not be learnt from."""

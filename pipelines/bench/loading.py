@@ -16,7 +16,7 @@ from typing import Any
 
 from mae_core.config import AugmentConfig
 from pipelines.bench.object_store import object_store
-from pipelines.cluster import ray_session
+from pipelines.cluster import DATA_TASK_CPUS, ray_session
 from pipelines.config import ComputeConfig, PrepareConfig
 from pipelines.manifest import Manifest
 from pipelines.plan import EpochPlan, Index
@@ -212,8 +212,8 @@ def _ways(
 def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
     from pipelines.ingest import feed, micro_batches
 
-    # One more than cores: see `ingest`.
-    yield from micro_batches(feed([segment], 1, max_tasks=cores + 1).iterator())
+    # One more than cores: see DATA_TASK_CPUS.
+    yield from micro_batches(feed([segment], 1, cores + 1, DATA_TASK_CPUS).iterator())
 
 
 def _dataloader_batches(folder: Path, cores: int) -> Iterator[Any]:

@@ -31,7 +31,8 @@ class ComputeConfig:
     max_failures: int = 3
     """Worker failures after which a run ends with an error."""
     stall_s: float = 600.0
-    """Seconds after which a worker that does not answer, or does not join a collective, counts as failed."""
+    """Seconds after which a worker that does not answer counts as failed; one that answers and does not join a
+    collective so long and checkpoint.patience_s more, since it may be waiting for its checkpoint."""
     on_nan: Literal["stop", "skip", "roll_back"] = "stop"
     """What a gradient that is not finite leads to, beside the sample ids in the log: an end of the run; a step without
     an update; or a return to the newest checkpoint, from which the steps up to the bad one are left out."""
@@ -84,7 +85,8 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 0
-    """Checkpoints of the lowest training loss that are kept too."""
+    """Checkpoints of the best val/top1 that are kept too; where none was evaluated on val, as in pretraining, of the
+    lowest training loss."""
     keep_every_epochs: int | None = None
     """Checkpoints of every so many epochs are kept too, for good; without a value none."""
     patience_s: float = 300.0

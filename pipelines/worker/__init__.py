@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipelines.console import speak_up
 from pipelines.ingest import micro_batches
 from pipelines.jobs import Job, PretrainJob, job_from_dict, with_workers
 from pipelines.run_folder import RunFolder
@@ -37,17 +38,6 @@ def work(config: dict[str, Any]) -> None:
         attempt = Attempt(launched_s=time.time())
 
 
-def speak_up() -> None:
-    """Our messages reach the driver's terminal, while Ray's own processes say errors only."""
-    ours = logging.getLogger("pipelines")
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-        ours.addHandler(handler)
-
-
 def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
     """The job is finished, from its newest checkpoint on, and its folder says so. Raises Stopped where it cannot be."""
     started_s = time.monotonic()
@@ -58,7 +48,7 @@ def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
         checkpoint = folder.checkpoints.load(first_step)
     feed.clock = Clock.started(attempt, checkpoint.meta.get("clock") if checkpoint else None)
     if first_step:
-        rank.log(log, "resuming %s at step %d", job.folder, first_step)
+        rank.log(log, "resuming %s at step %d with %d workers", job.folder, first_step, rank.world)
     torch.manual_seed(job.config.seed)
     if isinstance(job, PretrainJob):
         found = pretraining.run(job, rank, feed, folder, checkpoint)
@@ -68,5 +58,12 @@ def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
         found = probing.run(job, rank, feed, folder, checkpoint)
     if rank.is_main:
         shares = {kind: round(share, 4) for kind, share in feed.clock.shares().items()}
-        folder.finish(found | {"duration_s": round(time.monotonic() - started_s, 1), "goodput": shares})
+        folder.finish(
+            found
+            | {
+                "duration_s": round(time.monotonic() - started_s, 1),
+                "goodput": shares,
+                "failures": len(folder.failures()),
+            }
+        )
     rank.barrier()

@@ -67,8 +67,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
                 _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
         else:
             accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
-            if rank.is_main:
-                recorder.spool.add(phase.first_step, accuracy)
+            recorder.judge(phase.first_step, phase.split, accuracy)
     recorder.finish()
     return result_of(job, accuracy, state.step)
 

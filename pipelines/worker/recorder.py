@@ -122,11 +122,24 @@ class Recorder:
             with self._clock.spent("other"):
                 self._draw(step)
 
-    def finish(self) -> None:
-        """Everything that was recorded is in the storage. Raises what kept the last checkpoint from it."""
-        if self._rank.is_main:
+    def judge(self, step: int, split: str, accuracy: dict[str, float]) -> None:
+        """The accuracy on the split after `step` steps is recorded; on val it is the score of the step's checkpoint."""
+        if not self._rank.is_main:
+            return
+        self.spool.add(step, accuracy)
+        if split == "val":
             with self._clock.spent("checkpoint"):
                 self.writer.wait()
+                try:
+                    self._folder.checkpoints.judge(step, accuracy["val/top1"])
+                except OSError as error:
+                    log.warning("the checkpoint of step %d keeps no score: %s", step, error)
+
+    def finish(self) -> None:
+        """Everything that was recorded is in the storage. Raises what kept the last checkpoint from it."""
+        with self._clock.spent("checkpoint"):
+            self.writer.close()
+        if self._rank.is_main:
             self.spool.close()
 
     def _log(self, step: int) -> None:

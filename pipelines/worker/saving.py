@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from typing import Any
 
 from torch import Tensor
 
 from mae_core.state import parts
 from pipelines.checkpoints import CheckpointStore, Retention
+from pipelines.storage.patience import patience
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,12 @@ class CheckpointWriter:
     ) -> None:
         """`before` is called before each commit, on the writer's thread."""
         self._store, self._retention, self._patience_s, self._before = store, retention, patience_s, before
-        self._thread: threading.Thread | None = None
+        self._todo: SimpleQueue[tuple[int, Tensors, dict[str, Any]] | None] = SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: BaseException | None = None
+        # Made once, while there is memory: a thread that has none for its first steps never says that it has started.
+        threading.Thread(target=self._serve, name="checkpoints", daemon=True).start()
 
     def save(self, step: int, take: Callable[[], Tensors], meta: dict[str, Any]) -> None:
         """The snapshot that `take` returns now will be committed; the one before it has been.
@@ -38,25 +44,36 @@ class CheckpointWriter:
         """
         self.wait()
         snapshot = {f"{name}.safetensors": tensors for name, tensors in take().items()}
-        self._thread = threading.Thread(
-            target=self._run, args=(step, snapshot, meta), name=f"checkpoint-{step}", daemon=True
-        )
-        self._thread.start()
+        self._idle.clear()
+        self._todo.put((step, snapshot, meta))
 
     def wait(self) -> None:
         """Every snapshot that was saved is committed. Raises what kept the last one from it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, step: int, snapshot: Tensors, meta: dict[str, Any]) -> None:
+    def close(self) -> None:
+        """Every snapshot that was saved is committed, and the thread ends. Raises what kept the last one from it."""
+        self._todo.put(None)
+        self.wait()
+
+    def _serve(self) -> None:
+        while self._serve_one():
+            pass
+
+    def _serve_one(self) -> bool:
+        """The next snapshot is committed, and held no longer; False where there will be none."""
+        todo = self._todo.get()
+        if todo is None:
+            return False
         try:
-            self._commit(step, snapshot, meta)
+            self._commit(*todo)
         except BaseException as error:
             self._error = error
+        self._idle.set()
+        return True
 
     def _commit(self, step: int, snapshot: Tensors, meta: dict[str, Any]) -> None:
         """Tries again through an outage of up to `patience_s`. Raises OSError, which says so, after that."""
@@ -64,8 +81,10 @@ class CheckpointWriter:
         files = {name: parts(tensors) for name, tensors in snapshot.items()}
         while True:
             try:
-                self._before()
-                self._store.commit(step, files, meta, self._retention)
+                # The storage asks again by itself; not for longer than is left of our own patience.
+                with patience(max(0.0, deadline_s - time.monotonic())):
+                    self._before()
+                    self._store.commit(step, files, meta, self._retention)
                 return
             except OSError as error:
                 if time.monotonic() + pause_s > deadline_s:

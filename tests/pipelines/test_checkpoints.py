@@ -75,6 +75,20 @@ def test_the_best_and_those_of_every_so_many_steps_are_kept_too(store: Checkpoin
     assert again.steps() == [4, 5, 8, 10]
 
 
+def test_a_score_on_held_out_images_decides_before_training_losses_do(store: CheckpointStore) -> None:
+    policy, scores = Retention(newest=1, best=1), {1: 60.0, 2: 90.0, 4: 80.0}
+    for step, loss in enumerate([0.5, 0.4, 0.1, 0.2, 0.3], 1):
+        store.save(checkpoint(step, loss), policy)
+        if step in scores:
+            store.judge(step, scores[step])
+    store.judge(7, 99.0)
+    assert store.steps() == [2, 5]
+    again = CheckpointStore(store._storage)
+    again.save(checkpoint(6, 0.0), policy)
+    assert again.steps() == [2, 6]
+    assert again.load(2).step == 2
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["truncated", "emptied", "one bit flipped", "deleted"])
 def test_a_damaged_newest_is_passed_over_and_named(

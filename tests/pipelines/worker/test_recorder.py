@@ -122,6 +122,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         run(other, "skip")
 
 
+@pytest.mark.parametrize(("split", "kept"), [("val", [1, 3]), ("test", [2, 3])])
+def test_accuracy_on_val_and_on_nothing_else_decides_which_checkpoint_is_best(
+    tmp_path: Path, split: str, kept: list[int]
+) -> None:
+    rank, plan, folder = rank_of(0, 1), plan_of(1), RunFolder(str(tmp_path))
+    state, checkpoint = state_of(rank), CheckpointConfig(every_epochs=0.5, keep=1, keep_best=1)
+    due = Due.of(checkpoint, TrackingConfig(log_every_steps=1), 2, EPOCHS)
+    recorder = Recorder(state=state, rank=rank, plan=plan, due=due, folder=folder, checkpoint=checkpoint, clock=Clock())
+    for step, (top1, loss) in enumerate([(90.0, 0.9), (10.0, 0.1), (20.0, 0.5)], 1):
+        recorder.last["train/loss"] = loss
+        recorder.writer.save(step, state.snapshot, {"last": dict(recorder.last)})
+        recorder.judge(step, split, {f"{split}/top1": top1})
+    recorder.finish()
+    assert folder.checkpoints.steps() == kept
+
+
 def test_every_point_says_where_the_time_went(tmp_path: Path) -> None:
     run(RunFolder(str(tmp_path)), "skip")
     lines = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]

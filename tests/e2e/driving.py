@@ -1,0 +1,165 @@
+"""Runs of the smallest model that has all parts, whose drivers are started, watched and killed by a test."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from mae_core.state import tensors_digest, unpack
+from pipelines.report import read_points
+from pipelines.run_folder import RunFolder
+
+REPOSITORY = Path(__file__).parents[2]
+MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+STEPS_PER_EPOCH = 9
+"""Of 270 images: eight whole batches of 32 and a short one, in four micro-batches each, windows below the whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the runs of a module live: one dataset, one MLflow, one log, one folder of runs."""
+
+    folder: Path
+    dataset: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, dataset: Path, **environment: str) -> "Place":
+        """A place whose commands find this code, and a Ray and an MLflow of their own."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        ours = {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        }
+        return cls(folder=folder, dataset=dataset, environment=kept | ours | environment)
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        """A run of two workers with `changes` of the config's parts."""
+        config: dict[str, Any] = {
+            "name": name,
+            "output": str(self.folder / "runs"),
+            "epochs": 10,
+            "data": {"uri": str(self.dataset), "batch": 32, "micro_batch": 8, "window": 64},
+            "model": {
+                "arch": "vit_pico_patch7",
+                "image_px": [28, 28],
+                "channels": 1,
+                "decoder_depth": 1,
+                "decoder_width": 32,
+                "decoder_heads": 2,
+            },
+            "optim": {"base_lr": 1e-3, "warmup_epochs": 2.0},
+            "compute": {"num_workers": 2, "max_failures": 20},
+            "checkpoint": {"every_epochs": 0.5, "keep": 2},
+            "tracking": {"log_every_steps": 1, "pictures_every_epochs": 1000},
+        }
+        for part, values in changes.items():
+            config[part] = {**config[part], **values} if isinstance(values, dict) else values
+        return config
+
+    def command(self, name: str, **changes: Any) -> list[str]:
+        """The command line that means the config."""
+        preset = self.folder / f"{name}.yaml"
+        preset.write_text(yaml.safe_dump({"kind": "pretrain"} | self.config(name, **changes)))
+        return [*MAE, "pretrain", "--preset", str(preset), "--json"]
+
+    def run(self, command: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+        """The command, to its end."""
+        return subprocess.run(
+            command, cwd=self.folder, env=dict(self.environment), capture_output=True, text=True, timeout=timeout_s
+        )
+
+    @property
+    def log(self) -> str:
+        """What the drivers that were started here have said."""
+        return (self.folder / "log").read_text()
+
+    def run_folder(self, name: str) -> RunFolder:
+        return RunFolder(str(self.folder / "runs" / name))
+
+    def newest(self, name: str) -> int:
+        """Step of the newest checkpoint; 0 before the first."""
+        return max(self.run_folder(name).checkpoints.steps(), default=0)
+
+    def weights(self, name: str) -> dict[str, str]:
+        """Digest of every file of the last checkpoint, and its step."""
+        checkpoint = self.run_folder(name).checkpoints.latest()
+        assert checkpoint is not None
+        digests = {file: tensors_digest(unpack(content)) for file, content in checkpoint.files.items()}
+        return digests | {"step": str(checkpoint.step)}
+
+    def losses(self, name: str) -> dict[int, float]:
+        """The loss of every step; the one learnt from last where it was taken twice."""
+        storage = self.run_folder(name).storage
+        points = [
+            point
+            for path, _ in storage.list("metrics", suffix=".jsonl")
+            for point in read_points(storage.read(path), path)
+        ]
+        return {point.step: point.value for point in points if point.key == "train/loss"}
+
+
+@contextlib.contextmanager
+def started(command: list[str], place: Place) -> Iterator[psutil.Process]:
+    """The driver runs while the block does; then it and all that it started are killed, as a machine's loss would."""
+    with (place.folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=place.folder, env=dict(place.environment), stdout=log, stderr=log, start_new_session=True
+        )
+    driver = psutil.Process(process.pid)
+    try:
+        yield driver
+    finally:
+        family = [driver]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += driver.children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+        assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def wait_for_step(place: Place, name: str, step: int, driver: psutil.Process, timeout_s: float = 400) -> int:
+    """A checkpoint of that step or a later one is committed; returns its step."""
+    deadline_s = time.monotonic() + timeout_s
+    while (newest := place.newest(name)) < step:
+        assert runs(driver), place.log
+        assert time.monotonic() < deadline_s, f"step {step} was not reached from {newest}: {place.log}"
+        time.sleep(0.02)
+    return newest
+
+
+def runs(driver: psutil.Process) -> bool:
+    """The driver has not ended."""
+    try:
+        return driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def exit_status(driver: psutil.Process, timeout_s: float = 600) -> int | None:
+    """What the driver ended with."""
+    return driver.wait(timeout_s)
+
+
+def ranks(of: psutil.Process) -> list[psutil.Process]:
+    """The descendants of a driver, or of a node's raylet, that hold a rank."""
+    found = []
+    for process in of.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found

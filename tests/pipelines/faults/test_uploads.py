@@ -1,0 +1,144 @@
+"""A store that refuses a checkpoint for a while costs no step; one that refuses for good ends the run with the reason.
+
+A training process of its own, a real S3 server, and a proxy before it that answers 503.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import CheckpointConfig, TrackingConfig
+from pipelines.run_folder import RunFolder
+from pipelines.windows import MicroBatch
+from pipelines.worker.goodput import Clock
+from pipelines.worker.loop import train
+from pipelines.worker.meter import Due
+from pipelines.worker.rank import Feed
+from pipelines.worker.recorder import Recorder
+from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
+
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
+_SERVER: Any = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([__name__])
+SAVE_EVERY = 10
+
+
+def work(uri: str, here: str, environment: dict[str, str], patience_s: float) -> None:
+    """The run in the folder takes a step each time that the file `go` says a larger number, and says so in `done`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    rank, plan, folder, run = rank_of(0, 1), plan_of(1), Path(here), RunFolder(uri)
+    state, checkpoint = state_of(rank), CheckpointConfig(every_epochs=SAVE_EVERY / 2, keep=2, patience_s=patience_s)
+    recorder = Recorder(
+        state=state,
+        rank=rank,
+        plan=plan,
+        due=Due.of(checkpoint, TrackingConfig(log_every_steps=1), 2, 1000),
+        folder=run,
+        checkpoint=checkpoint,
+        clock=Clock(),
+    )
+
+    def batches() -> Iterator[MicroBatch]:
+        while True:
+            while int((folder / "go").read_text() or 0) <= state.step:
+                time.sleep(0.005)
+            yield from batches_of(plan, state.step, rank)
+            (folder / "done").write_text(str(state.step + 1))
+
+    try:
+        train(state, rank, plan, Feed(batches()), 2000, loss_of, recorder.after_step)
+    except OSError as error:
+        (folder / "error").write_text(str(error))
+        os._exit(1)
+
+
+class Training:
+    """A training process that is told how far to go."""
+
+    def __init__(self, uri: str, here: Path, patience_s: float) -> None:
+        self._here, self.run = here, RunFolder(uri)
+        (here / "go").write_text("0")
+        (here / "done").write_text("0")
+        environment = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
+        self.process = _SERVER.Process(target=work, args=(uri, str(here), environment, patience_s))
+        self.process.start()
+
+    def go(self, step: int) -> None:
+        """The process has taken so many steps."""
+        (self._here / "go").write_text(str(step))
+        deadline_s = time.monotonic() + 60
+        while int((self._here / "done").read_text() or 0) < step:
+            assert self.process.is_alive()
+            assert time.monotonic() < deadline_s, f"step {step} was not reached"
+            time.sleep(0.01)
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of the step is committed, and whole."""
+        deadline_s = time.monotonic() + 60
+        while step not in self.run.checkpoints.steps():
+            assert self.process.is_alive()
+            assert time.monotonic() < deadline_s, f"no checkpoint of step {step}"
+            time.sleep(0.1)
+        self.run.checkpoints.verify(step)
+
+
+@pytest.fixture
+def training(tmp_path: Path, own_s3: Any, proxy: Any) -> Iterator[Any]:
+    """Starts one."""
+    started: list[Training] = []
+
+    def start(patience_s: float) -> Training:
+        proxy.reset(0.0, "503")
+        started.append(Training(f"{own_s3.uri}/{tmp_path.name}/run", tmp_path, patience_s))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.join()
+
+
+@pytest.mark.parametrize("outage_s", [5, pytest.param(60, marks=pytest.mark.long)])
+def test_training_goes_on_while_uploads_are_refused_and_the_snapshot_lands_afterwards(
+    training: Any, proxy: Any, outage_s: float
+) -> None:
+    run = training(patience_s=300.0)
+    run.go(SAVE_EVERY)
+    run.saved(SAVE_EVERY)
+    proxy.reset(1.0, "503")
+    run.go(2 * SAVE_EVERY - 1)
+    time.sleep(outage_s / 2)
+    run.go(3 * SAVE_EVERY - 1)
+    time.sleep(outage_s / 2)
+    assert proxy.num_spoiled == proxy.num_requests > 0
+    # Two threads ask, each of them three times before a pause of 5 s at most.
+    assert proxy.num_requests < 60 + 2 * outage_s
+    proxy.reset(0.0, "503")
+    run.saved(2 * SAVE_EVERY)
+    run.go(3 * SAVE_EVERY)
+    run.saved(3 * SAVE_EVERY)
+
+
+def test_uploads_that_stay_refused_end_the_run_with_the_reason_and_the_checkpoint_before(
+    training: Any, proxy: Any, tmp_path: Path
+) -> None:
+    run = training(patience_s=2.0)
+    run.go(SAVE_EVERY)
+    run.saved(SAVE_EVERY)
+    proxy.reset(1.0, "503")
+    run.go(2 * SAVE_EVERY)
+    (tmp_path / "go").write_text("1000")
+    run.process.join(60)
+    assert run.process.exitcode == 1
+    proxy.reset(0.0, "503")
+    said = (tmp_path / "error").read_text()
+    assert said.startswith(f"the checkpoint of step {2 * SAVE_EVERY} could not be written within 2 s (")
+    assert "the store gave no whole answer" in said
+    assert run.run.checkpoints.latest_step() == SAVE_EVERY
