@@ -16,7 +16,7 @@ from torch import Tensor
 from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import AugmentConfig, Size
 from mae_core.randomness import Purpose, seed_of
-from pipelines.decode import crop_resize, decode, evaluation_view
+from pipelines.decode import Scratch, crop_resize, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.storage import Storage, open_storage
@@ -175,6 +175,7 @@ class _Views:
 
     def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
         self._transform, self._epoch, self._samples = transform, epoch, samples
+        self._scratch = Scratch()
         self._boxes: list[Any] = []
         self._flips: list[bool] = []
         # "none" is the view of evaluation, but for the flip.
@@ -211,10 +212,11 @@ class _Views:
         content, orientation = samples.images[place], samples.orientations[place]
         if self._crops:
             offsets, box = samples.segment_offsets[place], tuple(self._boxes[place])
-            pixels, box = decode_crop(content, transform.channels, orientation, offsets, box)
-            pixels = crop_resize(pixels, box, self._flips[place], transform.image_px)
+            pixels, box = decode_crop(content, transform.channels, orientation, offsets, box, self._scratch)
+            pixels = crop_resize(pixels, box, self._flips[place], transform.image_px, self._scratch)
         else:
-            pixels = evaluation_view(decode(content, transform.channels, orientation), transform.image_px)
+            pixels = decode(content, transform.channels, orientation, self._scratch)
+            pixels = evaluation_view(pixels, transform.image_px)
             pixels = pixels[:, ::-1] if transform.train and self._flips[place] else pixels
         if not transform.train:
             return pixels
