@@ -148,9 +148,7 @@ class Scratch:
         return found
 
 
-def decode(
-    content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None
-) -> Pixels:
+def decode(content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None) -> Pixels:
     """Upright pixels [height width channels]. Raises ValueError with the reason where the image is damaged.
 
     Gray becomes colour by repetition and colour gray by luma; alpha is laid over white; 16 bits are scaled to 8.

@@ -62,6 +62,4 @@ def _shrunk(pixels: Pixels, config: EncodeConfig) -> StoredImage:
     image = Image.fromarray(small[:, :, 0] if pixels.shape[2] == 1 else small)
     image.save(file, "JPEG", quality=config.quality, subsampling="4:2:0")
     content, offsets = _sliceable(file.getvalue(), config) or (file.getvalue(), None)
-    return StoredImage(
-        content=content, height_px=height_px, width_px=width_px, orientation=1, segment_offsets=offsets
-    )
+    return StoredImage(content=content, height_px=height_px, width_px=width_px, orientation=1, segment_offsets=offsets)

@@ -3,9 +3,9 @@
 A tile is some MCUs of a row. Of each the index has the bits that it takes in the file, stuffing included, and every
 component's DC coefficient at its end, which the next block's is coded from. The entropy-coded data stay as they are.
 
-The index is a part APP9 of the header: MAE1, CRC-32 of what follows, MCUs a tile (two bytes), for each field the size of
-its remainders (a byte), then tile by tile each field's number as a Rice code: what it differs by from that of the tile
-above, in the first row from that of the tile before.
+The index is a part APP9 of the header: MAE1, CRC-32 of what follows, MCUs a tile (two bytes), for each field the size
+of its remainders (a byte), then tile by tile each field's number as a Rice code: what it differs by from that of the
+tile above, in the first row from that of the tile before.
 """
 
 import zlib

@@ -40,9 +40,7 @@ def with_restarts(content: bytes) -> tuple[bytes, NDArray[np.int32]] | None:
     return None
 
 
-def rewritten(
-    content: bytes, header: JpegHeader, scan: Scan, interval: int | None
-) -> tuple[bytes, NDArray[np.int32]]:
+def rewritten(content: bytes, header: JpegHeader, scan: Scan, interval: int | None) -> tuple[bytes, NDArray[np.int32]]:
     """The file with a restart marker every `interval` MCUs, or with none, and the offsets of its segments.
 
     Raises ValueError where a DC difference is too large for a code.

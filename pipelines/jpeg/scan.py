@@ -1,4 +1,4 @@
-"""A JPEG taken apart into blocks by a walk over its Huffman codes, none of which is decoded, to be written otherwise."""
+"""A JPEG taken apart into blocks by a walk over its Huffman codes, so that it can be written otherwise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The pixels under a crop, decoded from just the bytes under it: bit-identical to decoding all and cropping.
 
 Either the file has an index of its tiles (`index.py`), or restart markers at an interval of MCUs that divides its rows
-and the offset of every segment between them is known. What lies under the crop, behind a header with its size, is a JPEG.
+and the offset of every segment between them is known. What lies under the crop is a JPEG behind a header with its size.
 """
 
 import zlib

@@ -1,0 +1,180 @@
+"""The tiles under a box, cut out of a JPEG with an index, become a JPEG without restart markers."""
+
+import numpy as np
+
+from pipelines.jpeg.kernels.codes import (
+    DAMAGED,
+    EOI,
+    NUM_TABLES,
+    PADDING_BYTES,
+    SPARE_BYTES,
+    TABLE_ROW,
+    block_end,
+    close,
+    copy,
+    dc_code,
+    put,
+    read_dc,
+    unstuff,
+)
+from pipelines.jpeg.kernels.head import (
+    COMPONENTS,
+    COUNT,
+    HEIGHT,
+    INDEX,
+    INDEX_STOP,
+    MCU_HEIGHT,
+    MCU_WIDTH,
+    NUM_FACTS,
+    SIZE_AT,
+    TILE_MCUS,
+    WIDTH,
+    read_head,
+)
+from pipelines.jpeg.kernels.words import U64, bits_at, compiled, leading_ones
+
+OUTSIDE = -2
+MAX_QUOTIENT, MAX_SIZE = 24, 24
+"""Of a number of the index: what is coded in unary, and the bits of the rest."""
+MAX_DC = 1 << 15
+
+
+@compiled
+def cut(data, index_at, box, out, work, found):
+    """The length of a JPEG of the tiles under the box, written to `out`; DAMAGED where the file or its index is.
+
+    `found` becomes height and width of the image, and row and column of its first pixel that the JPEG has.
+    """
+    facts, tables = np.zeros(NUM_FACTS, np.int64), np.zeros((NUM_TABLES, TABLE_ROW), np.int32)
+    found[:] = 0
+    if len(out) < 2 * len(data) + SPARE_BYTES or len(work) < len(data) + PADDING_BYTES:
+        return DAMAGED
+    scan_at, out_at = read_head(data, index_at, out, facts, tables)
+    if scan_at == DAMAGED:
+        return DAMAGED
+    found[0], found[1] = facts[HEIGHT], facts[WIDTH]
+    first_row, last_row, first, last, per_row = _tiles(facts, box)
+    if last == 0:
+        return OUTSIDE
+    num_tiles = per_row * last_row
+    if num_tiles > 8 * len(data):
+        return DAMAGED
+    starts, dc = np.empty(num_tiles + 1, np.int64), np.empty((num_tiles + 1, facts[COUNT]), np.int64)
+    is_read = read_index(data, facts[INDEX], facts[INDEX_STOP], per_row, starts, dc)
+    if not is_read or 8 * scan_at + starts[num_tiles] > 8 * (len(data) - 2):
+        return DAMAGED
+    row_px, tile_px = facts[MCU_HEIGHT], facts[MCU_WIDTH] * facts[TILE_MCUS]
+    found[2], found[3] = first_row * row_px, first * tile_px
+    _write_size(out, facts[SIZE_AT], min(found[0], last_row * row_px) - found[2])
+    _write_size(out, facts[SIZE_AT] + 2, min(found[1], last * tile_px) - found[3])
+    last_dc = np.zeros(facts[COUNT], np.int64)
+    waiting, num_waiting = U64(0), 0
+    for row in range(first_row, last_row):
+        begin, end = row * per_row + first, row * per_row + last
+        bits = 8 * scan_at + starts[begin], 8 * scan_at + starts[end]
+        out_at, waiting, num_waiting = _strip(
+            data, bits, facts, tables, dc[begin], last_dc, work, out, out_at, waiting, num_waiting
+        )
+        if out_at == DAMAGED:
+            return DAMAGED
+        last_dc[:] = dc[end]
+    return close(out, out_at, waiting, num_waiting, EOI)
+
+
+@compiled
+def _tiles(facts, box):
+    """First and last row, first and last tile in it, and tiles a row, of those under the box; zeros for one outside."""
+    top, left, height, width = box
+    if min(top, left) < 0 or min(height, width) < 1:
+        return 0, 0, 0, 0, 0
+    bottom, right = top + height, left + width
+    if bottom > facts[HEIGHT] or right > facts[WIDTH]:
+        return 0, 0, 0, 0, 0
+    # Smooth upsampling looks at the neighbouring sample of a subsampled plane.
+    margin = 2 if facts[MCU_HEIGHT] * facts[MCU_WIDTH] > 64 else 0
+    row_px, tile_px = facts[MCU_HEIGHT], facts[MCU_WIDTH] * facts[TILE_MCUS]
+    last_row = -(-min(facts[HEIGHT], bottom + margin) // row_px)
+    last = -(-min(facts[WIDTH], right + margin) // tile_px)
+    return (
+        max(0, top - margin) // row_px,
+        last_row,
+        max(0, left - margin) // tile_px,
+        last,
+        -(-facts[WIDTH] // tile_px),
+    )
+
+
+@compiled
+def _strip(data, bits, facts, tables, dc, last_dc, work, out, out_at, waiting, num_waiting):
+    """Those bits of a row of MCUs behind the others: each component's first DC code is coded anew, from the last DC
+    coefficient of the strip before; `dc` is the one that it was coded from."""
+    damaged = DAMAGED, waiting, num_waiting
+    if out_at + 2 * (bits[1] - bits[0] >> 3) + SPARE_BYTES > len(out):
+        return damaged
+    size = unstuff(data, bits[0] >> 3, bits[1] + 7 >> 3, work)
+    if size == DAMAGED:
+        return damaged
+    at, stop = bits[0] & 7, 8 * size - (-bits[1] & 7)
+    copied = at
+    for i in range(facts[COUNT]):
+        fact = COMPONENTS + 4 * i
+        dc_row, ac_row = tables[facts[fact + 2]], tables[facts[fact + 3]]
+        for block in range(facts[fact] * facts[fact + 1]):
+            if at >= stop:
+                return damaged
+            taken, difference = read_dc(dc_row, bits_at(work, at))
+            if block == 0:
+                out_at, waiting, num_waiting = copy(work, copied, at, out, out_at, waiting, num_waiting)
+                code, length = dc_code(dc_row, dc[i] + difference - last_dc[i])
+                if length == 0:
+                    return damaged
+                out_at, waiting, num_waiting = put(out, out_at, waiting, num_waiting, code, length)
+                copied = at + taken
+            at = block_end(work, at + taken, stop, ac_row)
+            if taken == 0 or at == DAMAGED:
+                return damaged
+    return copy(work, copied, stop, out, out_at, waiting, num_waiting)
+
+
+@compiled
+def read_index(data, start, stop, tiles_per_row, starts, dc):
+    """Bits that tiles start at, from the scan on, and DC coefficients before them; False where the numbers end early.
+
+    Each number is what it differs by from that of the tile above (in the first row: of the tile before).
+    """
+    num_tiles, num_fields = len(starts) - 1, dc.shape[1] + 1
+    if stop > len(data) - 8 or start + num_fields > stop:
+        return False
+    at, end = 8 * (start + num_fields), 8 * stop
+    starts[0] = 0
+    dc[0] = 0
+    for tile in range(num_tiles):
+        above = tile - tiles_per_row
+        before = above if above >= 0 else tile - 1
+        for field in range(num_fields):
+            if at >= end:
+                return False
+            word = bits_at(data, at)
+            quotient = min(np.int64(leading_ones(word)), MAX_QUOTIENT)
+            size = np.int64(data[start + field]) & 31
+            word <<= U64(quotient + 1)
+            rest = np.int64(word >> U64(1) >> U64(63 - size))
+            at += quotient + 1 + size
+            code = quotient << size | rest
+            step = (code >> 1) ^ -(code & 1)
+            if field:
+                coefficient = step + (dc[before + 1, field - 1] if before >= 0 else 0)
+                if abs(coefficient) > MAX_DC:
+                    return False
+                dc[tile + 1, field - 1] = coefficient
+            else:
+                length = step + (starts[before + 1] - starts[before] if before >= 0 else 0)
+                if not 0 < length < 1 << 31:
+                    return False
+                starts[tile + 1] = starts[tile] + length
+    return at <= end
+
+
+@compiled
+def _write_size(out, at, number):
+    out[at], out[at + 1] = number >> 8, number & 255
