@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipelines.config import EncodeConfig
 from pipelines.decode import ImageHeader, Pixels, crop_resize, decode
+from pipelines.jpeg.slice import decode_crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class StoredImage:
 def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeConfig) -> StoredImage:
     """The image as the config wants it stored; `pixels` are the upright ones that `decode` made of `content`.
 
-    Lossless kinds are decoded again and compared: where a pixel differed, the image stays as it was.
+    Lossless kinds are decoded again, whole and in part: where a pixel differed, the image stays as it was.
     """
     if config.kind == "shrink" and min(header.height_px, header.width_px) > config.short_side_px:
         return _shrunk(pixels, config)
@@ -37,9 +38,22 @@ def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeCo
     if config.kind == "keep" or header.format != "JPEG":
         return kept
     found = _sliceable(content, config)
-    if found is None or not np.array_equal(decode(found[0], pixels.shape[2], header.orientation), pixels):
+    if found is None:
         return kept
-    return dataclasses.replace(kept, content=found[0], segment_offsets=found[1])
+    stored = dataclasses.replace(kept, content=found[0], segment_offsets=found[1])
+    return stored if _holds(stored, pixels) else kept
+
+
+def _holds(stored: StoredImage, pixels: Pixels) -> bool:
+    """Whether these are the pixels of the stored image, decoded whole, and of its middle, decoded alone."""
+    channels, offsets = pixels.shape[2], np.array(stored.segment_offsets, np.int32)
+    if not np.array_equal(decode(stored.content, channels, stored.orientation), pixels):
+        return False
+    top, left = stored.height_px // 4, stored.width_px // 4
+    height, width = -(-stored.height_px // 2), -(-stored.width_px // 2)
+    found, within = decode_crop(stored.content, channels, stored.orientation, offsets, (top, left, height, width))
+    part = found[within[0] : within[0] + height, within[1] : within[1] + width]
+    return np.array_equal(part, pixels[top : top + height, left : left + width])
 
 
 def _sliceable(content: bytes, config: EncodeConfig) -> tuple[bytes, list[int]] | None:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pipelines.jpeg import JpegHeader, kernels, read_header
 from pipelines.jpeg.restarts import MAX_GROWTH, rewritten
 from pipelines.jpeg.scan import Scan, new_head, read_scan
+from pipelines.jpeg.slice import INDEX_NAME
 
-_APP9, _NAME = 0xE9, b"MAE1"
+_APP9 = 0xE9
 _MAX_PART_BYTES = 65_000
 
 
@@ -37,19 +38,22 @@ def with_index(content: bytes) -> tuple[bytes, tuple[int, int]] | None:
     for tile_mcus in range(1, header.mcus_per_row + 1):
         num_tiles = header.mcu_rows * -(-header.mcus_per_row // tile_mcus)
         # Each number takes a bit at least.
-        if num_tiles * (1 + len(header.components)) <= 8 * most_bytes:
-            found = indexed(content, header, scan, tile_mcus)
-            if len(found[0]) <= plain_bytes + most_bytes:
-                return found
+        if num_tiles * (1 + len(header.components)) > 8 * most_bytes:
+            continue
+        numbers = _numbers(header, scan, tile_mcus)
+        num_bits = _lengths(numbers, _remainders(numbers)).sum()
+        if kernels.INDEX_HEAD + numbers.shape[1] + -(-num_bits // 8) <= most_bytes:
+            return indexed(content, header, scan, tile_mcus)
     return None
 
 
 def indexed(content: bytes, header: JpegHeader, scan: Scan, tile_mcus: int) -> tuple[bytes, tuple[int, int]]:
     """The file with an index of tiles of so many MCUs, and where that begins and ends."""
-    codes, sizes = _rice_codes(_numbers(header, scan, tile_mcus))
-    body = tile_mcus.to_bytes(2, "big") + sizes + codes
-    body = _NAME + zlib.crc32(body).to_bytes(4, "big") + body
-    head, start = new_head(content, header, scan.tables, [(_APP9, body)] if len(body) < _MAX_PART_BYTES else [])
+    numbers = _numbers(header, scan, tile_mcus)
+    remainders = _remainders(numbers)
+    body = tile_mcus.to_bytes(2, "big") + bytes(remainders) + _rice_codes(numbers, remainders)
+    body = INDEX_NAME + zlib.crc32(body).to_bytes(4, "big") + body
+    head, start = new_head(content, header, scan.tables, [(_APP9, body)])
     return head + scan.stuffed, (start, start + 4 + len(body))
 
 
@@ -65,7 +69,7 @@ def _without_restarts(content: bytes) -> tuple[bytes, JpegHeader, Scan]:
 
 
 def _numbers(header: JpegHeader, scan: Scan, tile_mcus: int) -> NDArray[np.int64]:
-    """What the index has to say [tiles fields]: bits and DC coefficients, less those of the tile above or before."""
+    """The index's numbers [tiles fields]: bits and DC coefficients, less those of the tile above or before."""
     num_mcus, per_row = header.mcu_rows * header.mcus_per_row, header.mcus_per_row
     firsts = np.arange(num_mcus).reshape(-1, per_row)[:, ::tile_mcus]
     tiles_per_row, blocks = firsts.shape[1], len(scan.plan)
@@ -80,20 +84,30 @@ def _numbers(header: JpegHeader, scan: Scan, tile_mcus: int) -> NDArray[np.int64
     found = numbers.copy()
     found[1:tiles_per_row] -= numbers[: tiles_per_row - 1]
     found[tiles_per_row:] -= numbers[:-tiles_per_row]
+    # The sign goes to the lowest bit.
+    return np.where(found < 0, -2 * found - 1, 2 * found)
+
+
+def _remainders(numbers: NDArray[np.int64]) -> list[int]:
+    """Of each field the bits of a number that its code has as they are, so that all its codes are shortest."""
+    found = []
+    for field in numbers.T:
+        least = int(field.max() // (kernels.MAX_QUOTIENT + 1)).bit_length()
+        guess = int(field.mean()).bit_length()
+        sizes = range(max(least, guess - 2), max(least, guess) + 1)
+        found.append(min(sizes, key=lambda size: int((field >> size).sum()) + size * len(field)))
     return found
 
 
-def _rice_codes(numbers: NDArray[np.int64]) -> tuple[bytes, bytes]:
-    """Row by row: a sign goes to the lowest bit, ones count what lies above the field's remainder, a zero ends them."""
-    unsigned = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
-    sizes = np.arange(kernels.MAX_SIZE + 1)[:, None]
-    bits = [
-        np.where(field >> sizes <= kernels.MAX_QUOTIENT, (field >> sizes) + 1 + sizes, 1 << 32).sum(axis=1)
-        for field in unsigned.T
-    ]
-    chosen = np.argmin(bits, axis=1)
-    quotients = unsigned >> chosen
-    lengths = (quotients + 1 + chosen).reshape(-1)
-    codes = (((1 << quotients) - 1) << (chosen + 1) | unsigned & (1 << chosen) - 1).reshape(-1)
-    padded = np.unpackbits((codes << (64 - lengths)).astype(">u8").view(np.uint8)).reshape(-1, 64)
-    return np.packbits(padded[np.arange(64) < lengths[:, None]]).tobytes(), bytes(chosen.tolist())
+def _lengths(numbers: NDArray[np.int64], remainders: list[int]) -> NDArray[np.int64]:
+    """Bits of each number's code."""
+    return (numbers >> remainders) + 1 + remainders
+
+
+def _rice_codes(numbers: NDArray[np.int64], remainders: list[int]) -> bytes:
+    """Row by row: as many ones as what lies above the remainder says, a zero, the remainder."""
+    ones = (1 << (numbers >> remainders)) - 1
+    codes = ones << (np.array(remainders) + 1) | numbers & (1 << np.array(remainders)) - 1
+    lengths = _lengths(numbers, remainders).reshape(-1)
+    padded = np.unpackbits((codes.reshape(-1) << (64 - lengths)).astype(">u8").view(np.uint8)).reshape(-1, 64)
+    return np.packbits(padded[np.arange(64) < lengths[:, None]]).tobytes()

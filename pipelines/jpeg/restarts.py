@@ -49,7 +49,7 @@ def rewritten(content: bytes, header: JpegHeader, scan: Scan, interval: int | No
     extra = [(DRI, interval.to_bytes(2, "big"))] if interval else []
     head, _ = new_head(content, header, scan.tables, extra)
     offsets = np.empty(-(-num_mcus // (interval or num_mcus)), np.int64)
-    out = np.empty(2 * len(scan.bits) + _BLOCK_BYTES * len(scan.dc), np.uint8)
+    out = np.empty(2 * len(scan.bits) + _BLOCK_BYTES * len(scan.dc) + kernels.SPARE_BYTES, np.uint8)
     length = kernels.rewrite(
         scan.bits, scan.plan, scan.rows, scan.dc_stops, scan.stops, scan.dc, interval or num_mcus, out, offsets
     )

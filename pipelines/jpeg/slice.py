@@ -13,6 +13,8 @@ from pipelines.decode import Box, Pixels, Scratch, decode, decode_jpeg
 from pipelines.jpeg import RST0, JpegHeader, read_header
 
 Offsets = NDArray[np.int32]
+INDEX_NAME = b"MAE1"
+"""What the content of the header's part with the index begins with."""
 
 
 def decode_crop(
@@ -27,7 +29,8 @@ def decode_crop(
     if orientation != 1 or not len(offsets):
         return decode(content, channels, orientation, scratch), box
     scratch = scratch or Scratch()
-    cut = _cut_tiles if len(offsets) == 2 else _cut_segments
+    has_index = len(offsets) == 2 and content[offsets[0] + 4 : offsets[0] + 8] == INDEX_NAME
+    cut = _cut_tiles if has_index else _cut_segments
     file, (top, left) = cut(content, offsets, box, scratch)
     pixels = decode_jpeg(file, channels, scratch)
     if pixels is None:
@@ -41,7 +44,7 @@ def _cut_tiles(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> 
 
     start, stop = offsets.tolist()
     checksum = start + kernels.INDEX_HEAD - 6
-    if start < 2 or int.from_bytes(content[checksum : checksum + 4], "big") != zlib.crc32(content[checksum + 4 : stop]):
+    if int.from_bytes(content[checksum : checksum + 4], "big") != zlib.crc32(content[checksum + 4 : stop]):
         raise ValueError("the index is not that of this JPEG")
     out, work = scratch.of("file", 2 * len(content) + 4096), scratch.of("work", len(content) + kernels.PADDING_BYTES)
     found = np.empty(4, np.int64)

@@ -1,19 +1,19 @@
 """Loops over the bits of a JPEG, compiled. They check every read and write: bytes and numbers may be anyone's."""
 
 from pipelines.jpeg.kernels.blocks import rewrite, walk
-from pipelines.jpeg.kernels.codes import DAMAGED, NUM_TABLES, PADDING_BYTES, TABLE_ROW, fill_tables
+from pipelines.jpeg.kernels.codes import DAMAGED, NUM_TABLES, PADDING_BYTES, SPARE_BYTES, TABLE_ROW, fill_tables
 from pipelines.jpeg.kernels.head import INDEX_HEAD
-from pipelines.jpeg.kernels.tiles import MAX_DC, MAX_QUOTIENT, MAX_SIZE, OUTSIDE, cut
+from pipelines.jpeg.kernels.tiles import MAX_DC, MAX_QUOTIENT, OUTSIDE, cut
 
 __all__ = [
     "DAMAGED",
     "INDEX_HEAD",
     "MAX_DC",
     "MAX_QUOTIENT",
-    "MAX_SIZE",
     "NUM_TABLES",
     "OUTSIDE",
     "PADDING_BYTES",
+    "SPARE_BYTES",
     "TABLE_ROW",
     "cut",
     "fill_tables",

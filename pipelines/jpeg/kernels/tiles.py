@@ -34,8 +34,8 @@ from pipelines.jpeg.kernels.head import (
 from pipelines.jpeg.kernels.words import U64, bits_at, compiled, leading_ones
 
 OUTSIDE = -2
-MAX_QUOTIENT, MAX_SIZE = 24, 24
-"""Of a number of the index: what is coded in unary, and the bits of the rest."""
+MAX_QUOTIENT = 24
+"""Ones at most that a number of the index begins with."""
 MAX_DC = 1 << 15
 
 
