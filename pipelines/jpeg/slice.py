@@ -29,7 +29,8 @@ def decode_crop(
     if orientation != 1 or not len(offsets):
         return decode(content, channels, orientation, scratch), box
     scratch = scratch or Scratch()
-    has_index = len(offsets) == 2 and content[offsets[0] + 4 : offsets[0] + 8] == INDEX_NAME
+    start = int(offsets[0])
+    has_index = len(offsets) == 2 and content[start + 4 : start + 8] == INDEX_NAME
     cut = _cut_tiles if has_index else _cut_segments
     file, (top, left) = cut(content, offsets, box, scratch)
     pixels = decode_jpeg(file, channels, scratch)
