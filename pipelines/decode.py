@@ -142,7 +142,8 @@ class Scratch:
         """So many bytes or more; what was given for the same purpose before is overwritten."""
         found = self._held.get(purpose)
         if found is None or len(found) < num_bytes:
-            found = np.empty(num_bytes + num_bytes // 4, np.uint8)
+            # Whole words, for those who see numbers in it.
+            found = np.empty(num_bytes + num_bytes // 4 + 64 & ~63, np.uint8)
             if num_bytes <= _MAX_SCRATCH_BYTES:
                 self._held[purpose] = found
         return found

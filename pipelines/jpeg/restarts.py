@@ -50,9 +50,8 @@ def rewritten(content: bytes, header: JpegHeader, scan: Scan, interval: int | No
     head, _ = new_head(content, header, scan.tables, extra)
     offsets = np.empty(-(-num_mcus // (interval or num_mcus)), np.int64)
     out = np.empty(2 * len(scan.bits) + _BLOCK_BYTES * len(scan.dc) + kernels.SPARE_BYTES, np.uint8)
-    length = kernels.rewrite(
-        scan.bits, scan.plan, scan.rows, scan.dc_stops, scan.stops, scan.dc, interval or num_mcus, out, offsets
-    )
+    blocks, last = (scan.dc_stops, scan.stops, scan.dc), np.zeros(3, np.int64)
+    length = kernels.rewrite(scan.bits, scan.plan, scan.rows, *blocks, interval or num_mcus, out, offsets, last)
     if length == kernels.DAMAGED:
         raise ValueError("DC coefficients out of range")
     return head + out[:length].tobytes(), (len(head) + np.append(offsets, length)).astype(np.int32)

@@ -53,7 +53,7 @@ def read_scan(content: bytes, header: JpegHeader) -> Scan:
     first_bits = 8 * np.cumsum([0, *map(len, pieces)])
     mcus = np.array([min(interval, num_mcus - i * interval) for i in range(len(pieces))])
     starts, dc_stops, stops, dc = np.empty((4, num_mcus * len(plan)), np.int64)
-    if not kernels.walk(bits, first_bits, mcus, plan, rows, starts, dc_stops, stops, dc):
+    if not kernels.walk(bits, first_bits, mcus, plan, rows, starts, dc_stops, stops, dc, np.zeros(3, np.int64)):
         raise ValueError("a damaged scan")
     if np.abs(dc).max() > kernels.MAX_DC:
         raise ValueError("DC coefficients out of range")

@@ -48,9 +48,12 @@ def _cut_tiles(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> 
     if int.from_bytes(content[checksum : checksum + 4], "big") != zlib.crc32(content[checksum + 4 : stop]):
         raise ValueError("the index is not that of this JPEG")
     out, work = scratch.of("file", 2 * len(content) + 4096), scratch.of("work", len(content) + kernels.PADDING_BYTES)
-    found = np.empty(4, np.int64)
-    length = kernels.cut(np.frombuffer(content, np.uint8), start, box, out, work, found)
-    height, width, top, left = found.tolist()
+    # A tile takes two bits at least, four numbers of eight bytes each here.
+    tiles = scratch.of("tiles", 32 * (4 * (stop - start) + 1)).view(np.int64).reshape(-1, 4)
+    facts = np.zeros(kernels.NUM_FACTS, np.int64)
+    tables = np.zeros((kernels.NUM_TABLES, kernels.TABLE_ROW), np.int32)
+    length = kernels.cut(np.frombuffer(content, np.uint8), start, box, facts, tables, tiles, work, out)
+    height, width, top, left = facts[kernels.HEIGHT : kernels.LEFT + 1].tolist()
     if length == kernels.OUTSIDE:
         raise ValueError(f"box {box} is not within the image of {width} x {height}")
     if length == kernels.DAMAGED:

@@ -2,14 +2,17 @@
 
 from pipelines.jpeg.kernels.blocks import rewrite, walk
 from pipelines.jpeg.kernels.codes import DAMAGED, NUM_TABLES, PADDING_BYTES, SPARE_BYTES, TABLE_ROW, fill_tables
-from pipelines.jpeg.kernels.head import INDEX_HEAD
+from pipelines.jpeg.kernels.head import HEIGHT, INDEX_HEAD, LEFT, NUM_FACTS
 from pipelines.jpeg.kernels.tiles import MAX_DC, MAX_QUOTIENT, OUTSIDE, cut
 
 __all__ = [
     "DAMAGED",
+    "HEIGHT",
     "INDEX_HEAD",
+    "LEFT",
     "MAX_DC",
     "MAX_QUOTIENT",
+    "NUM_FACTS",
     "NUM_TABLES",
     "OUTSIDE",
     "PADDING_BYTES",

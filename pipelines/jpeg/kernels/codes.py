@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.jpeg.kernels.words import U64, bits_at, compiled, store, word_at
+from pipelines.jpeg.kernels.words import U64, ZERO, bits_at, compiled, store, word_at
 
 # A Huffman table is a row of int32: by 9 bits the code that they begin with (its length << 8 | symbol), by length the
 # greatest code and what takes a code to its symbol's place, symbols in order, and by symbol length << 16 | code.
@@ -17,7 +17,7 @@ PADDING_BYTES = 16
 SPARE_BYTES = 256
 """What new DC codes and a marker take at most, behind twice the bytes that are copied."""
 DAMAGED = -1
-EOI = 0xD9
+EOI = np.int64(0xD9)
 _LOW, _HIGH = U64(0x0101010101010101), U64(0x8080808080808080)
 
 
@@ -29,7 +29,8 @@ def fill_tables(data, start, stop, tables):
         if at + 17 > stop or data[at] >> 4 > 1 or data[at] & 15 > 3:
             return False
         row = tables[(data[at] >> 4) * 4 + (data[at] & 15)]
-        row[:] = 0
+        for place in range(TABLE_ROW):
+            row[place] = 0
         code = 0
         place = 0
         for length in range(1, 17):
@@ -110,16 +111,16 @@ def dc_code(row, difference):
     while rest:
         size, rest = size + 1, rest >> 1
     if size > 11 or row[_CODES + size] == 0:
-        return 0, 0
+        return U64(0), ZERO
     packed = np.int64(row[_CODES + size])
     extra = difference if difference >= 0 else difference + (1 << size) - 1
-    return (packed & 0xFFFF) << size | extra, (packed >> 16) + size
+    return U64((packed & 0xFFFF) << size | extra), (packed >> 16) + size
 
 
 @compiled
 def put(out, out_at, waiting, num_waiting, code, length):
     """The bits (at most 32) behind those that wait; whole bytes are written, stuffed."""
-    waiting = waiting << U64(length) | U64(code)
+    waiting = waiting << U64(length) | code
     num_waiting += length
     while num_waiting >= 8:
         num_waiting -= 8
@@ -173,7 +174,7 @@ def close(out, out_at, waiting, num_waiting, marker):
     """Where the output ends once bits are filled up to a byte and the marker follows."""
     if num_waiting:
         length = 8 - num_waiting
-        out_at, waiting, num_waiting = put(out, out_at, waiting, num_waiting, (1 << length) - 1, length)
+        out_at, waiting, num_waiting = put(out, out_at, waiting, num_waiting, U64((1 << length) - 1), length)
     out[out_at], out[out_at + 1] = 0xFF, marker
     return out_at + 2
 
@@ -204,5 +205,6 @@ def unstuff(data, start, stop, out):
             if data[at] != 0:
                 return DAMAGED
             at += 1
-    out[count : count + PADDING_BYTES] = 0
+    for place in range(PADDING_BYTES):
+        out[count + place] = 0
     return count

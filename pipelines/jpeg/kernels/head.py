@@ -3,11 +3,12 @@
 import numpy as np
 
 from pipelines.jpeg.kernels.codes import DAMAGED, fill_tables
-from pipelines.jpeg.kernels.words import compiled
+from pipelines.jpeg.kernels.words import ZERO, compiled
 
-# What `read_head` finds: the frame, where height and width stand in the new file, the index, and of every component its
-# factors and rows of tables.
-HEIGHT, WIDTH, COUNT, SIZE_AT, MCU_HEIGHT, MCU_WIDTH, TILE_MCUS, INDEX, INDEX_STOP, COMPONENTS = range(10)
+# Facts: the image's size, and its first pixel that is cut out. Then components, where the size stands in the new file,
+# MCUs, where the index's numbers lie, and of every component its factors and rows of tables.
+HEIGHT, WIDTH, TOP, LEFT = range(4)
+COUNT, SIZE_AT, MCU_HEIGHT, MCU_WIDTH, TILE_MCUS, INDEX, INDEX_STOP, COMPONENTS = range(4, 12)
 NUM_FACTS = COMPONENTS + 4 * 3
 INDEX_HEAD = 14
 """Bytes of the index's part before its numbers: marker, length, name, checksum, and MCUs a tile."""
@@ -22,7 +23,7 @@ def read_head(data, index_at, out, facts, tables):
     if len(data) < 4 or data[0] != 0xFF or data[1] != _SOI:
         return damaged
     out[0], out[1] = 0xFF, _SOI
-    at, out_at = 2, 2
+    at, out_at = ZERO + 2, ZERO + 2
     for _ in range(_MAX_PARTS):
         if at + 4 > len(data) or data[at] != 0xFF:
             return damaged
@@ -39,11 +40,13 @@ def read_head(data, index_at, out, facts, tables):
             continue
         if marker == _DHT and not fill_tables(data, at + 4, stop, tables):
             return damaged
-        if marker in (0xC0, 0xC1):
+        if marker == 0xC0 or marker == 0xC1:
             if not _frame(data, at + 4, stop, facts):
                 return damaged
             facts[SIZE_AT] = out_at + 5
-        out[out_at : out_at + stop - at] = data[at:stop]
+        # Assigning slices takes seconds to compile.
+        for place in range(stop - at):
+            out[out_at + place] = data[at + place]
         at, out_at = stop, out_at + stop - at
         if marker == _SOS:
             return (at, out_at) if _scan(data, at, facts) else damaged
@@ -56,7 +59,7 @@ def _frame(data, start, stop, facts):
     if stop - start < 9:
         return False
     count = np.int64(data[start + 5])
-    if stop - start != 6 + 3 * count or count not in (1, 3) or data[start] != 8:
+    if stop - start != 6 + 3 * count or (count != 1 and count != 3) or data[start] != 8:
         return False
     facts[HEIGHT] = np.int64(data[start + 1]) << 8 | np.int64(data[start + 2])
     facts[WIDTH] = np.int64(data[start + 3]) << 8 | np.int64(data[start + 4])
@@ -64,7 +67,9 @@ def _frame(data, start, stop, facts):
     for i in range(count):
         factors = np.int64(data[start + 7 + 3 * i])
         # A single component is not interleaved: its MCU is one block whatever its factors.
-        across, down = (factors >> 4, factors & 15) if count > 1 else (1, 1)
+        across, down = factors >> 4, factors & 15
+        if count == 1:
+            across, down = ZERO + 1, ZERO + 1
         if not 1 <= across <= 4 or not 1 <= down <= 4:
             return False
         facts[COMPONENTS + 4 * i], facts[COMPONENTS + 4 * i + 1] = across, down

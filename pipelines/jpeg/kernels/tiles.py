@@ -5,10 +5,8 @@ import numpy as np
 from pipelines.jpeg.kernels.codes import (
     DAMAGED,
     EOI,
-    NUM_TABLES,
     PADDING_BYTES,
     SPARE_BYTES,
-    TABLE_ROW,
     block_end,
     close,
     copy,
@@ -23,61 +21,56 @@ from pipelines.jpeg.kernels.head import (
     HEIGHT,
     INDEX,
     INDEX_STOP,
+    LEFT,
     MCU_HEIGHT,
     MCU_WIDTH,
-    NUM_FACTS,
     SIZE_AT,
     TILE_MCUS,
+    TOP,
     WIDTH,
     read_head,
 )
-from pipelines.jpeg.kernels.words import U64, bits_at, compiled, leading_ones
+from pipelines.jpeg.kernels.words import U64, ZERO, bits_at, compiled, leading_ones
 
 OUTSIDE = -2
 MAX_QUOTIENT = 24
 """Ones at most that a number of the index begins with."""
-MAX_DC = 1 << 15
+MAX_DC, _MAX_BITS = 1 << 15, 1 << 31
 
 
 @compiled
-def cut(data, index_at, box, out, work, found):
+def cut(data, index_at, box, facts, tables, tiles, work, out):
     """The length of a JPEG of the tiles under the box, written to `out`; DAMAGED where the file or its index is.
 
-    `found` becomes height and width of the image, and row and column of its first pixel that the JPEG has.
+    `facts` and `tables` are zeros; the facts become what `head.py` lists. `tiles` is room for the index's numbers.
     """
-    facts, tables = np.zeros(NUM_FACTS, np.int64), np.zeros((NUM_TABLES, TABLE_ROW), np.int32)
-    found[:] = 0
     if len(out) < 2 * len(data) + SPARE_BYTES or len(work) < len(data) + PADDING_BYTES:
         return DAMAGED
     scan_at, out_at = read_head(data, index_at, out, facts, tables)
     if scan_at == DAMAGED:
         return DAMAGED
-    found[0], found[1] = facts[HEIGHT], facts[WIDTH]
     first_row, last_row, first, last, per_row = _tiles(facts, box)
     if last == 0:
         return OUTSIDE
     num_tiles = per_row * last_row
-    if num_tiles > 8 * len(data):
+    if num_tiles >= len(tiles) or not read_index(data, facts, per_row, num_tiles, tiles):
         return DAMAGED
-    starts, dc = np.empty(num_tiles + 1, np.int64), np.empty((num_tiles + 1, facts[COUNT]), np.int64)
-    is_read = read_index(data, facts[INDEX], facts[INDEX_STOP], per_row, starts, dc)
-    if not is_read or 8 * scan_at + starts[num_tiles] > 8 * (len(data) - 2):
+    if 8 * scan_at + tiles[num_tiles, 0] > 8 * (len(data) - 2):
         return DAMAGED
     row_px, tile_px = facts[MCU_HEIGHT], facts[MCU_WIDTH] * facts[TILE_MCUS]
-    found[2], found[3] = first_row * row_px, first * tile_px
-    _write_size(out, facts[SIZE_AT], min(found[0], last_row * row_px) - found[2])
-    _write_size(out, facts[SIZE_AT] + 2, min(found[1], last * tile_px) - found[3])
-    last_dc = np.zeros(facts[COUNT], np.int64)
-    waiting, num_waiting = U64(0), 0
+    facts[TOP], facts[LEFT] = first_row * row_px, first * tile_px
+    _write_size(out, facts[SIZE_AT], min(facts[HEIGHT], last_row * row_px) - facts[TOP])
+    _write_size(out, facts[SIZE_AT] + 2, min(facts[WIDTH], last * tile_px) - facts[LEFT])
+    waiting, num_waiting, last_end = U64(0), ZERO, ZERO
     for row in range(first_row, last_row):
         begin, end = row * per_row + first, row * per_row + last
-        bits = 8 * scan_at + starts[begin], 8 * scan_at + starts[end]
+        bits = 8 * scan_at + tiles[begin, 0], 8 * scan_at + tiles[end, 0]
         out_at, waiting, num_waiting = _strip(
-            data, bits, facts, tables, dc[begin], last_dc, work, out, out_at, waiting, num_waiting
+            data, bits, facts, tables, tiles, begin, last_end, work, out, out_at, waiting, num_waiting
         )
         if out_at == DAMAGED:
             return DAMAGED
-        last_dc[:] = dc[end]
+        last_end = end
     return close(out, out_at, waiting, num_waiting, EOI)
 
 
@@ -105,9 +98,9 @@ def _tiles(facts, box):
 
 
 @compiled
-def _strip(data, bits, facts, tables, dc, last_dc, work, out, out_at, waiting, num_waiting):
-    """Those bits of a row of MCUs behind the others: each component's first DC code is coded anew, from the last DC
-    coefficient of the strip before; `dc` is the one that it was coded from."""
+def _strip(data, bits, facts, tables, tiles, begin, last_end, work, out, out_at, waiting, num_waiting):
+    """Those bits of a row of MCUs behind the others: each component's first DC code, which says what it differs by from
+    tile `begin`, is coded anew from the strip before, which ended at tile `last_end`."""
     damaged = DAMAGED, waiting, num_waiting
     if out_at + 2 * (bits[1] - bits[0] >> 3) + SPARE_BYTES > len(out):
         return damaged
@@ -125,7 +118,7 @@ def _strip(data, bits, facts, tables, dc, last_dc, work, out, out_at, waiting, n
             taken, difference = read_dc(dc_row, bits_at(work, at))
             if block == 0:
                 out_at, waiting, num_waiting = copy(work, copied, at, out, out_at, waiting, num_waiting)
-                code, length = dc_code(dc_row, dc[i] + difference - last_dc[i])
+                code, length = dc_code(dc_row, tiles[begin, i + 1] + difference - tiles[last_end, i + 1])
                 if length == 0:
                     return damaged
                 out_at, waiting, num_waiting = put(out, out_at, waiting, num_waiting, code, length)
@@ -137,20 +130,19 @@ def _strip(data, bits, facts, tables, dc, last_dc, work, out, out_at, waiting, n
 
 
 @compiled
-def read_index(data, start, stop, tiles_per_row, starts, dc):
-    """Bits that tiles start at, from the scan on, and DC coefficients before them; False where the numbers end early.
+def read_index(data, facts, per_row, num_tiles, tiles):
+    """Of every tile the bit that it starts at, from the scan on, and the DC coefficients before it; False where the
+    numbers end early or make no sense.
 
     Each number is what it differs by from that of the tile above (in the first row: of the tile before).
     """
-    num_tiles, num_fields = len(starts) - 1, dc.shape[1] + 1
+    start, stop, num_fields = facts[INDEX], facts[INDEX_STOP], facts[COUNT] + 1
     if stop > len(data) - 8 or start + num_fields > stop:
         return False
     at, end = 8 * (start + num_fields), 8 * stop
-    starts[0] = 0
-    dc[0] = 0
+    for field in range(num_fields):
+        tiles[0, field] = 0
     for tile in range(num_tiles):
-        above = tile - tiles_per_row
-        before = above if above >= 0 else tile - 1
         for field in range(num_fields):
             if at >= end:
                 return False
@@ -161,17 +153,17 @@ def read_index(data, start, stop, tiles_per_row, starts, dc):
             rest = np.int64(word >> U64(1) >> U64(63 - size))
             at += quotient + 1 + size
             code = quotient << size | rest
-            step = (code >> 1) ^ -(code & 1)
-            if field:
-                coefficient = step + (dc[before + 1, field - 1] if before >= 0 else 0)
-                if abs(coefficient) > MAX_DC:
+            number = (code >> 1) ^ -(code & 1)
+            before = tile - per_row if tile >= per_row else tile - 1
+            if before >= 0:
+                number += tiles[before + 1, field] - (tiles[before, field] if field == 0 else 0)
+            if field == 0:
+                if not 0 < number < _MAX_BITS:
                     return False
-                dc[tile + 1, field - 1] = coefficient
-            else:
-                length = step + (starts[before + 1] - starts[before] if before >= 0 else 0)
-                if not 0 < length < 1 << 31:
-                    return False
-                starts[tile + 1] = starts[tile] + length
+                number += tiles[tile, 0]
+            elif abs(number) > MAX_DC:
+                return False
+            tiles[tile + 1, field] = number
     return at <= end
 
 

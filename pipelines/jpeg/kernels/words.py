@@ -13,13 +13,18 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 
 U64 = np.uint64
+ZERO = np.int64(0)
+"""A count's first value: of a plain 0 numba compiles a case of its own."""
 
 _SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 _STAMP = hashlib.sha256(_SOURCES).hexdigest()[:16]
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """The function compiled at its first call, kept beside its file or in the user's cache for later processes."""
+    """The function compiled at its first call, kept beside its file or in the user's cache for later processes.
+
+    What would take seconds to compile (arrays made, slices assigned) is left to the callers or to loops.
+    """
     # Numba keeps a function under its name until its own file changes; those that it calls are in others.
     function.__qualname__ += f"_{_STAMP}"
     try:
