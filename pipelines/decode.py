@@ -164,13 +164,13 @@ def decode(content: bytes, channels: int, orientation: int | None = None, scratc
     return _upright(pixels, orientation)
 
 
-def decode_jpeg(content: bytes | Pixels, channels: int, scratch: Scratch | None) -> Pixels | None:
+def decode_jpeg(content: bytes | bytearray | Pixels, channels: int, scratch: Scratch | None) -> Pixels | None:
     """Pixels by libjpeg-turbo, which, unlike the others, refuses damaged data; None for CMYK, which is Pillow's."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
         if colorspace in ("CMYK", "YCCK"):
             return None
-        buffer = scratch.of("pixels", height * width * channels) if scratch else None
+        buffer = scratch.of("pixels", int(height) * int(width) * channels) if scratch else None
         return simplejpeg.decode_jpeg(content, colorspace="GRAY" if channels == 1 else "RGB", buffer=buffer)
     except ValueError as error:
         raise ValueError(f"damaged JPEG: {error}") from None

@@ -20,6 +20,10 @@ _SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.g
 _STAMP = hashlib.sha256(_SOURCES).hexdigest()[:16]
 
 
+# What an intrinsic takes is not what its function takes, which begins with the typing context.
+_inlined: Any = intrinsic
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """The function compiled at its first call, kept beside its file or in the user's cache for later processes.
 
@@ -34,7 +38,7 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(nogil=True)(function)
 
 
-@intrinsic
+@_inlined
 def word_at(typing, data, at):
     """The 64 bits from that byte on, in one load: of eight loads and shifts LLVM makes that only where it is simple."""
 
@@ -45,7 +49,7 @@ def word_at(typing, data, at):
     return types.uint64(data, types.intp), build
 
 
-@intrinsic
+@_inlined
 def store(typing, data, at, word):
     """The word becomes the eight bytes from there on."""
 
@@ -57,7 +61,7 @@ def store(typing, data, at, word):
     return types.void(data, types.intp, types.uint64), build
 
 
-@intrinsic
+@_inlined
 def leading_ones(typing, word):
     def build(context, builder, signature, values):
         return builder.ctlz(builder.not_(values[0]), ir.Constant(ir.IntType(1), 0))
