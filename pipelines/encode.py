@@ -1,5 +1,6 @@
-"""What `prepare` stores of an image: its own bytes, the same JPEG cut into segments, or a smaller JPEG."""
+"""What `prepare` stores of an image: its own bytes, the same JPEG so that parts can be decoded, or a smaller JPEG."""
 
+import dataclasses
 import io
 from dataclasses import dataclass
 
@@ -8,13 +9,7 @@ from PIL import Image
 
 from pipelines.config import EncodeConfig
 from pipelines.decode import ImageHeader, Pixels, crop_resize, decode
-from pipelines.jpeg import read_header
-from pipelines.jpeg.restarts import with_restarts
-from pipelines.jpeg.slice import find_segments
-
-# Of the segments of a smaller JPEG, where one may choose: shorter ones leave less to decode beside a crop.
-_TILE_PX = 48
-_BLOCK_PX = 8
+from pipelines.jpeg.slice import decode_crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +21,14 @@ class StoredImage:
     width_px: int
     orientation: int
     segment_offsets: list[int] | None = None
-    """Where each segment of a sliceable JPEG starts, and its length; None where there are none."""
+    """Of a JPEG that can be sliced: where its index begins and ends, or where each of its segments starts, and its
+    length; None for others."""
 
 
 def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeConfig) -> StoredImage:
     """The image as the config wants it stored; `pixels` are the upright ones that `decode` made of `content`.
 
-    Lossless kinds are decoded again and compared: where a pixel differed, the image stays as it was.
+    Lossless kinds are decoded again, whole and in part: where a pixel differed, the image stays as it was.
     """
     if config.kind == "shrink" and min(header.height_px, header.width_px) > config.short_side_px:
         return _shrunk(pixels, config)
@@ -41,39 +37,43 @@ def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeCo
     )
     if config.kind == "keep" or header.format != "JPEG":
         return kept
-    found = with_restarts(content)
-    if found is None or not np.array_equal(decode(found[0], pixels.shape[2], header.orientation), pixels):
+    found = _sliceable(content, config)
+    if found is None:
         return kept
-    return StoredImage(
-        content=found[0],
-        height_px=header.height_px,
-        width_px=header.width_px,
-        orientation=header.orientation,
-        segment_offsets=found[1].tolist(),
-    )
+    stored = dataclasses.replace(kept, content=found[0], segment_offsets=found[1])
+    return stored if _holds(stored, pixels) else kept
+
+
+def _holds(stored: StoredImage, pixels: Pixels) -> bool:
+    """Whether these are the pixels of the stored image, decoded whole, and of its middle, decoded alone."""
+    channels, offsets = pixels.shape[2], np.array(stored.segment_offsets, np.int32)
+    if not np.array_equal(decode(stored.content, channels, stored.orientation), pixels):
+        return False
+    top, left = stored.height_px // 4, stored.width_px // 4
+    height, width = -(-stored.height_px // 2), -(-stored.width_px // 2)
+    found, within = decode_crop(stored.content, channels, stored.orientation, offsets, (top, left, height, width))
+    part = found[within[0] : within[0] + height, within[1] : within[1] + width]
+    return np.array_equal(part, pixels[top : top + height, left : left + width])
+
+
+def _sliceable(content: bytes, config: EncodeConfig) -> tuple[bytes, list[int]] | None:
+    """The same JPEG with what slicing needs, and its offsets."""
+    # Both need a compiler, which takes half a second to load.
+    from pipelines.jpeg.index import with_index
+    from pipelines.jpeg.restarts import with_restarts
+
+    found = with_restarts(content) if config.kind == "restarts" else with_index(content)
+    return None if found is None else (found[0], list(map(int, found[1])))
 
 
 def _shrunk(pixels: Pixels, config: EncodeConfig) -> StoredImage:
-    """A JPEG whose short side is as configured, upright, with restart markers."""
+    """A JPEG whose short side is as configured, upright, with an index."""
     height, width = pixels.shape[:2]
     scale = config.short_side_px / min(height, width)
     height_px, width_px = max(1, round(height * scale)), max(1, round(width * scale))
     small = crop_resize(pixels, (0, 0, height, width), False, (height_px, width_px))
     file = io.BytesIO()
-    is_gray = pixels.shape[2] == 1
-    image = Image.fromarray(small[:, :, 0] if is_gray else small)
-    mcu_px = _BLOCK_PX if is_gray else 2 * _BLOCK_PX
-    interval = _interval(-(-width_px // mcu_px), mcu_px)
-    image.save(file, "JPEG", quality=config.quality, subsampling="4:2:0", restart_marker_blocks=interval)
-    content = file.getvalue()
-    offsets = find_segments(content, read_header(content))
-    return StoredImage(
-        content=content, height_px=height_px, width_px=width_px, orientation=1, segment_offsets=offsets.tolist()
-    )
-
-
-def _interval(mcus_per_row: int, mcu_px: int) -> int:
-    """The fewest MCUs that divide a row and are _TILE_PX wide, or the row."""
-    return min(
-        k for k in range(1, mcus_per_row + 1) if mcus_per_row % k == 0 and (k * mcu_px >= _TILE_PX or k == mcus_per_row)
-    )
+    image = Image.fromarray(small[:, :, 0] if pixels.shape[2] == 1 else small)
+    image.save(file, "JPEG", quality=config.quality, subsampling="4:2:0")
+    content, offsets = _sliceable(file.getvalue(), config) or (file.getvalue(), None)
+    return StoredImage(content=content, height_px=height_px, width_px=width_px, orientation=1, segment_offsets=offsets)

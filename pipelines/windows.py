@@ -16,7 +16,7 @@ from torch import Tensor
 from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import AugmentConfig, Size
 from mae_core.randomness import Purpose, seed_of
-from pipelines.decode import crop_resize, decode, evaluation_view
+from pipelines.decode import Scratch, crop_resize, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.row_groups import RowGroups
@@ -185,6 +185,7 @@ class _Views:
 
     def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
         self._transform, self._epoch, self._samples = transform, epoch, samples
+        self._scratch = Scratch()
         # Both by crop and place.
         self._boxes: list[list[Any]] = []
         self._flips: list[list[bool]] = []
@@ -216,15 +217,16 @@ class _Views:
         transform, samples = self._transform, self._samples
         content, orientation = samples.images[place].to_pybytes(), samples.orientations[place]
         if not self._crops:
-            pixels = evaluation_view(decode(content, transform.channels, orientation), transform.image_px)
+            pixels = decode(content, transform.channels, orientation, self._scratch)
+            pixels = evaluation_view(pixels, transform.image_px)
             flip = transform.train and self._flips[0][place]
             return [self._augmented(pixels[:, ::-1] if flip else pixels, place, 0)]
         boxes = [tuple(boxes[place]) for boxes in self._boxes]
         # Of several crops the parts that lie under them would be decoded more than once.
         offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
-        pixels, box = decode_crop(content, transform.channels, orientation, offsets, boxes[0])
+        pixels, box = decode_crop(content, transform.channels, orientation, offsets, boxes[0], self._scratch)
         crops = [
-            crop_resize(pixels, box, flips[place], transform.image_px)
+            crop_resize(pixels, box, flips[place], transform.image_px, self._scratch)
             for box, flips in zip([box, *boxes[1:]], self._flips)
         ]
         return [self._augmented(crop, place, view) for view, crop in enumerate(crops)]

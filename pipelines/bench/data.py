@@ -80,7 +80,10 @@ def _decoding_lines(decoding: Decoding) -> Iterator[str]:
         f"  against PIL on the same crops: {difference.psnr_db:.1f} dB, mean {difference.mean:.4f}, "
         f"maximum {difference.maximum} of 255"
     )
-    yield f"  preparing with restart markers takes {decoding.prepare_ms:.0f} ms an image more than keeping it"
+    yield (
+        f"  preparing takes {decoding.prepare_ms['sliced']:.1f} ms an image more with an index than without, "
+        f"{decoding.prepare_ms['restarts']:.1f} ms with restart markers"
+    )
 
 
 def _feeding_line(decoding: Decoding, gpu_images_per_s: float) -> str:

@@ -1,39 +1,68 @@
 """The pixels under a crop, decoded from just the bytes under it: bit-identical to decoding all and cropping.
 
-The file has restart markers, an interval of MCUs that divides its rows of MCUs, and the offset of every segment
-between them is known. The segments under the crop, renumbered, behind a header with their size, are a JPEG.
+Either the file has an index of its tiles (`index.py`), or restart markers at an interval of MCUs that divides its rows
+and the offset of every segment between them is known. What lies under the crop is a JPEG behind a header with its size.
 """
 
+import zlib
+
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
-from pipelines.decode import Box, Pixels, decode
+from pipelines.decode import Box, Pixels, Scratch, decode, decode_jpeg
 from pipelines.jpeg import RST0, JpegHeader, read_header
 
 Offsets = NDArray[np.int32]
+INDEX_NAME = b"MAE1"
+"""What the content of the header's part with the index begins with."""
 
 
 def decode_crop(
-    content: bytes, channels: int, orientation: int, segment_offsets: Offsets, box: Box
+    content: bytes, channels: int, orientation: int, offsets: Offsets, box: Box, scratch: Scratch | None = None
 ) -> tuple[Pixels, Box]:
     """Upright pixels around the box (top, left, height, width), and the box within them.
 
-    With the offsets of a JPEG's segments only those under the box are decoded; without any, or for a turned image,
-    all is. Raises ValueError where the image is damaged or the offsets are not its own.
+    Only what lies under the box is decoded where `offsets` say where the index begins and ends, or where each segment
+    starts and the file ends; all is without any, and of a turned image. With `scratch` the pixels may lie there.
+    Raises ValueError where the image is damaged or the offsets are not its own.
     """
-    if orientation != 1 or not len(segment_offsets):
-        return decode(content, channels, orientation), box
-    pixels, (top, left) = decode_box(content, segment_offsets, box, channels)
-    return pixels, (top, left, box[2], box[3])
+    if orientation != 1 or not len(offsets):
+        return decode(content, channels, orientation, scratch), box
+    scratch = scratch or Scratch()
+    start = int(offsets[0])
+    has_index = len(offsets) == 2 and content[start + 4 : start + 8] == INDEX_NAME
+    cut = _cut_tiles if has_index else _cut_segments
+    file, (top, left) = cut(content, offsets, box, scratch)
+    pixels = decode_jpeg(file, channels, scratch)
+    if pixels is None:
+        raise ValueError("damaged JPEG: its colours are not those of a JPEG that can be sliced")
+    return pixels, (box[0] - top, box[1] - left, box[2], box[3])
 
 
-def decode_box(content: bytes, offsets: Offsets, box: Box, channels: int) -> tuple[Pixels, tuple[int, int]]:
-    """Pixels around the box (top, left, height, width) of the stored image, and where in them the box begins.
+def _cut_tiles(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> tuple[Pixels, tuple[int, int]]:
+    """A JPEG of the tiles under the box, and the row and column that it begins at."""
+    from pipelines.jpeg import kernels
 
-    `offsets` are where each segment starts, and the length of the file. Raises ValueError where they are not those of
-    this file, where it is damaged, and where the box is not within the image.
-    """
+    start, stop = offsets.tolist()
+    checksum = start + kernels.INDEX_HEAD - 6
+    if int.from_bytes(content[checksum : checksum + 4], "big") != zlib.crc32(content[checksum + 4 : stop]):
+        raise ValueError("the index is not that of this JPEG")
+    out, work = scratch.of("file", 2 * len(content) + 4096), scratch.of("work", len(content) + kernels.PADDING_BYTES)
+    # A tile takes two bits at least, four numbers of eight bytes each here.
+    tiles = scratch.of("tiles", 32 * (4 * (stop - start) + 1)).view(np.int64).reshape(-1, 4)
+    facts = np.zeros(kernels.NUM_FACTS, np.int64)
+    tables = np.zeros((kernels.NUM_TABLES, kernels.TABLE_ROW), np.int32)
+    length = kernels.cut(np.frombuffer(content, np.uint8), start, box, facts, tables, tiles, work, out)
+    height, width, top, left = facts[kernels.HEIGHT : kernels.LEFT + 1].tolist()
+    if length == kernels.OUTSIDE:
+        raise ValueError(f"box {box} is not within the image of {width} x {height}")
+    if length == kernels.DAMAGED:
+        raise ValueError("damaged JPEG: the tiles under the box are not where its index says")
+    return out[:length], (top, left)
+
+
+def _cut_segments(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> tuple[bytearray, tuple[int, int]]:
+    """A JPEG of the segments under the box, and the row and column that it begins at."""
     header = read_header(content)
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1:
@@ -48,19 +77,7 @@ def decode_box(content: bytes, offsets: Offsets, box: Box, channels: int) -> tup
     tiles_per_row = header.mcus_per_row // header.restart_interval
     first_tile, last_tile = _span(left, width, margin, tile_width, tiles_per_row)
     file = _cut(content, header, offsets, range(first_row, last_row), range(first_tile, last_tile))
-    try:
-        pixels = simplejpeg.decode_jpeg(file, colorspace="GRAY" if channels == 1 else "RGB")
-    except ValueError as error:
-        raise ValueError(f"damaged JPEG: {error}") from None
-    return pixels, (top - first_row * header.mcu_height_px, left - first_tile * tile_width)
-
-
-def find_segments(content: bytes, header: JpegHeader) -> Offsets:
-    """The offsets of all segments of a file with restart markers that ends with its scan, and its length."""
-    stored = np.frombuffer(content, np.uint8, offset=header.scan_at)
-    places = np.flatnonzero(stored[:-1] == 0xFF)
-    markers = places[stored[places + 1] & 0xF8 == RST0]
-    return np.concatenate([[header.scan_at], header.scan_at + markers + 2, [len(content)]]).astype(np.int32)
+    return file, (first_row * header.mcu_height_px, first_tile * tile_width)
 
 
 def _span(start: int, size: int, margin: int, unit: int, count: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""Restart markers change no pixel, slices are what decoding all gives, and what is crafted is refused."""
+"""An index or restart markers change no pixel, slices are what decoding all gives, and what is crafted is refused."""
 
 import io
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -10,12 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.config import EncodeConfig
-from pipelines.decode import decode, inspect
+from pipelines.decode import Scratch, decode, inspect
 from pipelines.encode import encode
 from pipelines.jpeg import read_header
-from pipelines.jpeg.restarts import MAX_GROWTH, with_restarts
-from pipelines.jpeg.slice import decode_box, decode_crop, find_segments
+from pipelines.jpeg.huffman import Huffman, completed, read_tables
+from pipelines.jpeg.index import indexed, with_index
+from pipelines.jpeg.restarts import MAX_GROWTH, rewritten, with_restarts
+from pipelines.jpeg.scan import read_scan
+from pipelines.jpeg.slice import decode_crop
 
+KINDS = ("indexed", "restarts")
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
 
 
@@ -55,22 +60,30 @@ images = st.builds(
 )
 
 
-def rewritten(content: bytes, interval: int) -> tuple[bytes, np.ndarray] | None:
-    """With restart markers whatever the file grows by."""
-    from pipelines.jpeg import restarts as jpeg_restarts
-    from pipelines.jpeg.scan import read_scan
-
+def sliceable(content: bytes, kind: str, num_mcus: int) -> tuple[bytes, np.ndarray]:
+    """With tiles of about so many MCUs, whatever the file grows by."""
     header = read_header(content)
-    return jpeg_restarts._rewritten(content, header, read_scan(content, header), interval)
+    scan = read_scan(content, header)
+    if kind == "indexed":
+        found, span = indexed(content, header, scan, min(num_mcus, header.mcus_per_row))
+        return found, np.array(span, np.int32)
+    dividing = max(k for k in range(1, num_mcus + 1) if header.mcus_per_row % k == 0)
+    return rewritten(content, header, scan, dividing)
 
 
-@settings(max_examples=60, deadline=None)
-@given(content=images, data=st.data())
-def test_a_slice_of_any_file_is_what_decoding_all_gives(content: bytes, data: st.DataObject) -> None:
+def decode_box(found: tuple[bytes, np.ndarray], box: tuple[int, int, int, int], channels: int) -> np.ndarray:
+    """The box's pixels, decoded from what lies under it."""
+    pixels, (top, left, height, width) = decode_crop(found[0], channels, 1, found[1], box, Scratch())
+    return pixels[top : top + height, left : left + width]
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=images, kind=st.sampled_from(KINDS), num_mcus=st.integers(1, 20), data=st.data())
+def test_a_slice_of_any_file_is_what_decoding_all_gives(
+    content: bytes, kind: str, num_mcus: int, data: st.DataObject
+) -> None:
     header = read_header(content)
-    divisors = [k for k in range(1, header.mcus_per_row + 1) if header.mcus_per_row % k == 0]
-    found = rewritten(content, data.draw(st.sampled_from(divisors)))
-    assert found is not None
+    found = sliceable(content, kind, num_mcus)
     channels = data.draw(st.sampled_from([1, 3]))
     expected = decode(content, channels)
     np.testing.assert_array_equal(decode(found[0], channels), expected)
@@ -79,52 +92,101 @@ def test_a_slice_of_any_file_is_what_decoding_all_gives(content: bytes, data: st
         width = data.draw(st.integers(1, header.width_px))
         top = data.draw(st.integers(0, header.height_px - height))
         left = data.draw(st.integers(0, header.width_px - width))
-        pixels, (row, column) = decode_box(*found, (top, left, height, width), channels)
         crop = expected[top : top + height, left : left + width]
-        np.testing.assert_array_equal(pixels[row : row + height, column : column + width], crop)
+        np.testing.assert_array_equal(decode_box(found, (top, left, height, width), channels), crop)
+
+
+def find_segments(content: bytes) -> np.ndarray:
+    """Where the segments of a file that ends with its scan begin, and its length, by its markers."""
+    start = read_header(content).scan_at
+    markers = [at for at in range(start, len(content) - 1) if content[at] == 0xFF and content[at + 1] & 0xF8 == 0xD0]
+    return np.array([start, *(at + 2 for at in markers), len(content)])
 
 
 @settings(max_examples=25, deadline=None)
-@given(content=images, first=st.integers(1, 9), second=st.integers(1, 9))
-def test_files_that_have_restart_markers_get_others(content: bytes, first: int, second: int) -> None:
-    per_row = read_header(content).mcus_per_row
-    pair = [rewritten(content, k if per_row % k == 0 else per_row) for k in (first, second)]
-    assert pair[0] is not None
-    assert pair[1] is not None
-    interval = read_header(pair[1][0]).restart_interval
-    again = rewritten(pair[0][0], interval)
-    assert again is not None
-    assert len(again[1]) == len(pair[1][1])
-    np.testing.assert_array_equal(decode(again[0], 3), decode(content, 3))
-    np.testing.assert_array_equal(again[1], find_segments(again[0], read_header(again[0])))
+@given(content=images, first=st.integers(1, 9), second=st.integers(1, 9), kind=st.sampled_from(KINDS))
+def test_files_that_have_restart_markers_are_sliceable_too(content: bytes, first: int, second: int, kind: str) -> None:
+    marked = sliceable(content, "restarts", first)[0]
+    if kind == "restarts":
+        again = sliceable(marked, kind, second)
+        np.testing.assert_array_equal(again[1], find_segments(again[0]))
+        assert again[0] == sliceable(content, kind, second)[0]
+    else:
+        plain = with_index(marked)
+        if plain is not None:
+            assert not read_header(plain[0]).restart_interval
+            np.testing.assert_array_equal(decode(plain[0], 3), decode(content, 3))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
-def test_files_grow_by_less_than_the_limit(subsampling: str) -> None:
+def test_files_grow_by_less_than_the_limit_and_are_the_same_each_time(subsampling: str, kind: str) -> None:
     content = jpeg(375, 500, subsampling)
-    found = with_restarts(content)
+    transcode = with_index if kind == "indexed" else with_restarts
+    found = transcode(content)
     assert found is not None
     assert len(found[0]) <= (1 + MAX_GROWTH) * len(content)
-    assert read_header(found[0]).restart_interval < read_header(content).mcus_per_row
+    again = transcode(content)
+    assert again is not None
+    assert (again[0], list(again[1])) == (found[0], list(found[1]))
+    header = read_header(content)
+    left = decode_crop(found[0], 3, 1, np.array(found[1], np.int32), (0, 0, 8, 8))[0]
+    assert left.shape[1] < header.width_px
 
 
-def test_a_table_without_the_code_that_a_segment_needs_is_replaced() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_the_code_that_a_segment_needs_is_completed(kind: str) -> None:
     """A plane of slowly changing brightness, whose optimised table has codes for small differences alone."""
     ramp = np.repeat(np.arange(240, 256, dtype=np.uint8), 32)[None].repeat(64, axis=0)
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "JPEG", quality=95, optimize=True)
-    found = rewritten(file.getvalue(), 8)
-    assert found is not None
-    np.testing.assert_array_equal(decode(found[0], 1), decode(file.getvalue(), 1))
+    content = file.getvalue()
+    assert len(read_tables(content, read_header(content).parts)[0].symbols) < 12
+    found = sliceable(content, kind, 8)
+    np.testing.assert_array_equal(decode(found[0], 1), decode(content, 1))
+    np.testing.assert_array_equal(decode_box(found, (24, 300, 30, 100), 1), decode(content, 1)[24:54, 300:400])
 
 
-def test_other_files_are_left_alone(zoo: list) -> None:
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), symbols=st.permutations(range(12)))
+def test_a_completed_table_has_every_size_and_its_old_codes(lengths: list[int], symbols: list[int]) -> None:
+    lengths = sorted(lengths)
+    if sum(2.0**-length for length in lengths) + 2.0**-16 > 1 - 2.0 ** -max(lengths) / 2:
+        return
+    counts = bytes(lengths.count(length) for length in range(1, 17))
+    table = Huffman(counts, bytes(symbols[: len(lengths)]))
+    found = completed(table)
+    assert sorted(found.symbols) == list(range(12))
+    codes, more = codes_of(table), codes_of(found)
+    assert {symbol: more[symbol] for symbol in codes} == codes
+    assert all(not a.startswith(b) for a in more.values() for b in more.values() if a is not b)
+    assert all("0" in code for code in more.values())
+
+
+def codes_of(table: Huffman) -> dict[int, str]:
+    """Codes as strings of bits, by symbol (T.81, annex C)."""
+    found, code, place = {}, 0, 0
+    for length, count in enumerate(table.counts, start=1):
+        for symbol in table.symbols[place : place + count]:
+            found[symbol] = f"{code:0{length}b}"
+            code += 1
+        place, code = place + count, code << 1
+    return found
+
+
+def test_a_table_without_room_is_left_alone() -> None:
+    full = Huffman(bytes([1] * 15 + [2]), bytes(range(17)))
+    with pytest.raises(ValueError, match="without room"):
+        completed(full._replace(symbols=bytes(range(12, 29))))
+
+
+@pytest.mark.parametrize("transcode", [with_index, with_restarts])
+def test_other_files_are_left_alone(zoo: list, transcode) -> None:
     contents = {animal.name: animal.content for animal in zoo}
     for name in ("progressive.jpg", "cmyk.jpg", "colour.PNG", "truncated.jpg", "flipped.jpg", "empty.jpg"):
-        assert with_restarts(contents[name]) is None, name
+        assert transcode(contents[name]) is None, name
     whole = jpeg(375, 500)
-    assert with_restarts(whole[:-2]) is None
-    assert with_restarts(whole[: len(whole) // 2] + b"\xff\xd9") is None
+    assert transcode(whole[:-2]) is None
+    assert transcode(whole[: len(whole) // 2] + b"\xff\xd9") is None
 
 
 @settings(max_examples=150, deadline=None)
@@ -134,64 +196,95 @@ def test_damage_is_left_alone_or_makes_a_file_of_equal_pixels(data: st.DataObjec
     for place in data.draw(st.lists(st.integers(2, len(content) - 1), min_size=1, max_size=4)):
         content[place] = data.draw(st.integers(0, 255))
     damaged = bytes(content)
+    kind = data.draw(st.sampled_from(KINDS))
     try:
         header = inspect(damaged, 1_000_000)
         pixels = decode(damaged, header.channels, header.orientation)
     except ValueError:
+        with_index(damaged)
         with_restarts(damaged)
         return
-    stored = encode(damaged, header, pixels, EncodeConfig())
+    stored = encode(damaged, header, pixels, EncodeConfig(kind=kind))
     np.testing.assert_array_equal(decode(stored.content, header.channels, stored.orientation), pixels)
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_crafted_offsets_are_refused(data: st.DataObject) -> None:
-    found = rewritten(jpeg(70, 130), 3)
-    assert found is not None
-    content, offsets = found[0], found[1].copy()
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_crafted_offsets_are_refused(data: st.DataObject, kind: str) -> None:
+    content, right = sliceable(jpeg(70, 130), kind, 3)
+    offsets = right.copy()
     number = st.integers(-(2**31), 2**31 - 1) | st.sampled_from(offsets.tolist())
     for place in data.draw(st.lists(st.integers(0, len(offsets) - 1), max_size=4)):
         offsets[place] = data.draw(number)
     count = data.draw(st.integers(1, len(offsets)))
     offsets = offsets[:count] if data.draw(st.booleans()) else offsets
-    if np.array_equal(offsets, found[1]):
+    if np.array_equal(offsets, right):
         return
-    with pytest.raises(ValueError, match="offsets are not those of this JPEG"):
-        decode_box(content, offsets, (0, 0, 70, 130), 3)
+    with pytest.raises(ValueError, match=r"not that|not those|without restart markers"):
+        decode_box((content, offsets), (0, 0, 70, 130), 3)
 
 
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_damaged_sliceable_files_are_refused_or_decoded_and_nothing_else(data: st.DataObject) -> None:
-    found = rewritten(jpeg(70, 130), 3)
-    assert found is not None
-    content = bytearray(found[0])
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_damaged_sliceable_files_are_refused_or_decoded_and_nothing_else(data: st.DataObject, kind: str) -> None:
+    found, offsets = sliceable(jpeg(70, 130), kind, 3)
+    content = bytearray(found)
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=5)):
         content[place] = data.draw(st.integers(0, 255))
     try:
-        pixels, (top, left) = decode_box(bytes(content), found[1], (20, 30, 40, 50), 3)
+        pixels = decode_box((bytes(content), offsets), (20, 30, 40, 50), 3)
     except ValueError:
         return
-    assert pixels[top : top + 40, left : left + 50].shape == (40, 50, 3)
+    assert pixels.shape == (40, 50, 3)
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_crafted_index_is_refused_or_decoded_and_nothing_else(data: st.DataObject) -> None:
+    """Its checksum is right, so that its numbers are looked at."""
+    content, span = sliceable(jpeg(70, 130, data.draw(st.sampled_from(SUBSAMPLINGS))), "indexed", 2)
+    start, stop = span.tolist()
+    body = bytearray(content[start + 12 : stop])
+    for place in data.draw(st.lists(st.integers(0, 8) | st.integers(0, len(body) - 1), min_size=1, max_size=9)):
+        body[place] = data.draw(st.integers(0, 255))
+    crafted = content[: start + 8] + zlib.crc32(body).to_bytes(4, "big") + body + content[stop:]
+    try:
+        pixels = decode_box((crafted, span), (20, 30, 40, 50), 3)
+    except ValueError:
+        return
+    assert pixels.shape == (40, 50, 3)
+
+
+def test_a_damaged_index_is_refused() -> None:
+    content, span = sliceable(jpeg(70, 130), "indexed", 2)
+    for place in range(span[0] + 8, span[1]):
+        damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        with pytest.raises(ValueError, match="not that of this JPEG"):
+            decode_box((damaged, span), (20, 30, 40, 50), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "box", [(-1, 0, 5, 5), (0, -1, 5, 5), (0, 0, 0, 5), (0, 0, 71, 5), (60, 0, 11, 5), (0, 0, 5, 131)]
 )
-def test_a_box_outside_the_image_is_refused(box: tuple[int, int, int, int]) -> None:
-    found = rewritten(jpeg(70, 130), 3)
-    assert found is not None
+def test_a_box_outside_the_image_is_refused(box: tuple[int, int, int, int], kind: str) -> None:
     with pytest.raises(ValueError, match="is not within the image"):
-        decode_box(*found, box, 3)
+        decode_box(sliceable(jpeg(70, 130), kind, 3), box, 3)
 
 
 def test_a_file_without_restart_markers_is_not_sliced() -> None:
     with pytest.raises(ValueError, match="without restart markers that divide its rows cannot be sliced"):
-        decode_box(jpeg(70, 130), np.array([0, 9], np.int32), (0, 0, 5, 5), 3)
+        decode_box((jpeg(70, 130), np.array([0, 9], np.int32)), (0, 0, 5, 5), 3)
 
 
-@pytest.mark.parametrize("kind", ["restarts", "keep", "shrink"])
+def test_a_file_of_one_segment_is_sliced_by_it() -> None:
+    """Its offsets are two numbers, as an index's."""
+    content, offsets = sliceable(jpeg(8, 32, "4:4:4"), "restarts", 4)
+    assert len(offsets) == 2
+    np.testing.assert_array_equal(decode_box((content, offsets), (1, 2, 3, 4), 3), decode(content, 3)[1:4, 2:6])
+
+
+@pytest.mark.parametrize("kind", ["indexed", "restarts", "keep", "shrink"])
 def test_what_is_stored_of_every_kind_of_image(zoo: list, kind) -> None:
     config = EncodeConfig(kind=kind, short_side_px=24)
     none = np.zeros(0, np.int32)
@@ -222,5 +315,6 @@ def test_what_shrink_stores_can_be_sliced() -> None:
     stored = encode(content, inspect(content), decode(content, 3), EncodeConfig(kind="shrink", short_side_px=240))
     assert (stored.height_px, stored.width_px) == (240, 320)
     assert stored.segment_offsets is not None
-    assert len(stored.segment_offsets) == 15 * 5 + 1
+    pixels = decode_crop(stored.content, 3, 1, np.array(stored.segment_offsets, np.int32), (0, 0, 8, 8))[0]
+    assert pixels.shape[1] < 320
     assert len(stored.content) < len(content) / 2

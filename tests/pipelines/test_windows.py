@@ -16,7 +16,8 @@ from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.decode import crop_resize, decode, evaluation_view, inspect
 from pipelines.jpeg import read_header
-from pipelines.jpeg.restarts import _rewritten
+from pipelines.jpeg.index import indexed
+from pipelines.jpeg.restarts import rewritten
 from pipelines.jpeg.scan import read_scan
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import PLACEHOLDER, EpochPlan, Index
@@ -174,8 +175,9 @@ def test_a_sample_that_cannot_be_decoded_counts_for_nothing(
         assert not batch.images[spoilt].any()
 
 
+@pytest.mark.parametrize("kind", ["indexed", "restarts"])
 def test_sliceable_images_give_the_same_views_and_wrong_offsets_count_for_nothing(
-    zoo: list, tmp_path: Path, make_segment: Callable
+    zoo: list, tmp_path: Path, make_segment: Callable, kind: str
 ) -> None:
     expected = list(all_of(make_segment()))
     orientations = [inspect(content).orientation for content in contents_of(zoo)]
@@ -185,10 +187,11 @@ def test_sliceable_images_give_the_same_views_and_wrong_offsets_count_for_nothin
         # since write_dataset takes their sizes from their EXIF.
         try:
             jpeg = read_header(content)
-            found = _rewritten(content, jpeg, read_scan(content, jpeg), 1) if orientation == 1 else None
+            transcode = indexed if kind == "indexed" else rewritten
+            found = transcode(content, jpeg, read_scan(content, jpeg), 1) if orientation == 1 else None
         except ValueError:
             found = None
-        stored.append((content, None) if found is None else (found[0], found[1].tolist()))
+        stored.append((content, None) if found is None else (found[0], np.array(found[1]).tolist()))
     contents, offsets = [content for content, _ in stored], [found for _, found in stored]
     assert sum(found is not None for found in offsets) >= 4
     write_dataset(tmp_path, contents, orientations, offsets)
