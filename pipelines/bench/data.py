@@ -99,8 +99,9 @@ def _loading_lines(loading: Loading) -> Iterator[str]:
     ):  # fmt: skip
         yield f"  {title:34} {loading.images_per_s(name):8.0f}  {loading.spread(name):5.0%}"
     yield (
-        f"  {loading.ratio('dataloader'):.2f} x DataLoader, {loading.share_of_bare:.0%} of the bare decode rate of the "
-        f"cores without the {loading.store_share:.0%} that the S3 server takes ({loading.ratio('bare'):.0%} of all)"
+        f"  {loading.ratio('dataloader'):.2f} x DataLoader; {loading.share_of_bare:.0%} of the bare decode rate of the "
+        f"cores that it uses, {loading.ratio('bare'):.0%} by the wall clock, where the S3 server takes "
+        f"{loading.store_share:.0%} of the cores"
     )
     yield (
         f"  first batch after {loading.first_batch_s:.2f} s with warm workers; between epochs "

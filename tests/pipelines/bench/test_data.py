@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ from PIL import Image
 
 from pipelines.bench.data import DataBenchConfig, run
 from pipelines.bench.loading import _Passage
+from pipelines.bench.ways import only_cores
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -39,6 +45,36 @@ def test_figures_on_a_folder(folder: Path) -> None:
     assert "torchvision transforms on PIL" in text
     assert "a GPU that trains on 1500 images/s needs" in text
     json.dumps(found)
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_whole_path_is_measured_on_a_folder(folder: Path) -> None:
+    """In a process of its own, whose Ray inherits the S3 server's address."""
+    command = [sys.executable, "-c", "from pipelines.cli import main; main()", "bench", "data", "--json"]
+    sizes = ["--source", str(folder), "--rounds", "1", "--epoch-images", "100", "--cores", "1"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_"))}
+    done = subprocess.run([*command, *sizes], env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = ("ratio_vs_dataloader", "share_of_bare_decode", "wall_share_of_bare_decode", "first_batch_s", "epoch_gap_s")
+    assert all(found[name] > 0 for name in (*names, "images_per_core_s", "store_share")), found
+    assert found["share_of_bare_decode"] < 1.5
+    assert found["cores"] == 1
+
+
+def test_more_cores_than_there_are_cannot_be_shared() -> None:
+    with (
+        pytest.raises(ValueError, match=r"cores 9999 is more than the \d+ that this process may use"),
+        only_cores(9999),
+    ):
+        pass
+    before = os.sched_getaffinity(0)
+    with only_cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_wrong_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,147 @@
+"""The whole ways to training that take turns: shards in S3 through Ray Data, DataLoader on files, and bare decoding."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mae_core.config import AugmentConfig
+from pipelines.cluster import DATA_TASK_CPUS
+from pipelines.manifest import Manifest
+from pipelines.plan import EpochPlan, Index
+from pipelines.windows import Segment, Transform, window_micro_batches
+
+MICRO_BATCH = 50
+EPOCHS = 6
+WINDOW_ROWS = 250
+_IMAGE_PX = (224, 224)
+
+
+@contextmanager
+def only_cores(count: int) -> Iterator[None]:
+    """The processes that are started in the block have so many cores. Raises ValueError where there are fewer."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS: they have all
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    if count > len(before):
+        raise ValueError(f"cores {count} is more than the {len(before)} that this process may use")
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def write_images(images: Sequence[bytes], folder: Path, count: int) -> None:
+    """Files in one class folder, the images again and again, each with its number in a comment: no two are equal."""
+    (folder / "all").mkdir(parents=True)
+    for number in range(count):
+        content = images[number % len(images)]
+        comment = number.to_bytes(8, "big")
+        if content.startswith(b"\xff\xd8"):
+            content = content[:2] + b"\xff\xfe\x00\x0a" + comment + content[2:]
+            (folder / "all" / f"{number:07d}.jpg").write_bytes(content)
+        else:
+            (folder / "all" / f"{number:07d}.png").write_bytes(content + comment)
+
+
+def segment_of(uri: str, manifest: Manifest) -> Segment:
+    plan = EpochPlan(
+        index=Index.from_manifest(manifest, "train"),
+        seed=0,
+        batch=MICRO_BATCH,
+        micro_batch=MICRO_BATCH,
+        num_workers=1,
+        window=WINDOW_ROWS,
+    )
+    transform = Transform(train=True, image_px=_IMAGE_PX, channels=3, augment=AugmentConfig(), seed=0)
+    return Segment(
+        dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=EPOCHS * plan.steps_per_epoch
+    )
+
+
+def ways(stored: Segment, local: Segment, folder: Path, cores: int) -> dict[str, Callable[[], Iterator[Any]]]:
+    return {
+        "ray": lambda: _ray_batches(stored, cores),
+        "dataloader": lambda: _dataloader_batches(folder, cores),
+        "bare": lambda: _bare_batches(local, cores),
+    }
+
+
+def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
+    from pipelines.ingest import feed, micro_batches
+
+    # One more than cores: see DATA_TASK_CPUS.
+    yield from micro_batches(feed([segment], 1, cores + 1, DATA_TASK_CPUS).iterator())
+
+
+def _dataloader_batches(folder: Path, cores: int) -> Iterator[Any]:
+    """As the reference implementation loads; its workers stay for all epochs of a passage."""
+    loader = _loader(folder, cores)
+    for _ in range(EPOCHS):
+        yield from loader
+
+
+@lru_cache(maxsize=1)
+def _loader(folder: Path, cores: int) -> Any:
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                _IMAGE_PX, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    return DataLoader(
+        ImageFolder(str(folder), transform),
+        batch_size=MICRO_BATCH,
+        shuffle=True,
+        num_workers=cores,
+        persistent_workers=True,
+        # Threads of Ray and of S3 run here: a forked process could wait for ever for a lock that one of them holds.
+        multiprocessing_context="spawn",
+    )
+
+
+def _bare_batches(segment: Segment, cores: int) -> Iterator[float]:
+    """The same windows, read from local shards and decoded by as many processes, with nothing behind them: the CPU
+    seconds of every batch."""
+    pool = _pool(cores)
+    for batches_s in pool.map(_decode_window, [segment] * segment.num_windows, range(segment.num_windows)):
+        yield from batches_s
+
+
+def end_workers(cores: int) -> None:
+    """The processes that wait for another passage are gone."""
+    _pool(cores).shutdown()
+    for cached in (_pool, _loader):
+        cached.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _pool(cores: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _decode_window(segment: Segment, window: int) -> list[float]:
+    stops = [time.process_time()]
+    stops += [time.process_time() for _ in window_micro_batches(segment, segment.first_window + window)]
+    return [b - a for a, b in pairwise(stops)]
