@@ -210,9 +210,14 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 def crop_resize(
     pixels: Pixels, box: Box, flip: bool, out_hw: tuple[int, int], scratch: Scratch | None = None
 ) -> Pixels:
-    """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`."""
+    """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`.
+
+    Raises ValueError where no pixel is in the box.
+    """
     top, left, height, width = box
     found = pixels[top : top + height, left : left + width]
+    if not found.size:
+        raise ValueError(f"box {box} holds no pixel of an image of {pixels.shape[1]} x {pixels.shape[0]}")
     if (height, width) == out_hw:
         return found[:, ::-1] if flip else found
     return _resize(found, flip, out_hw, scratch or Scratch())

@@ -195,7 +195,8 @@ class _Views:
             keys: dict[str, Any] = {"seed": transform.seed, "epoch": epoch, "sample_ids": samples.ids, "view": view}
             self._flips.append(flips(transform.augment, **keys).tolist())
             if self._crops:
-                sizes: dict[str, Any] = {"heights_px": samples.heights_px, "widths_px": samples.widths_px}
+                heights_px, widths_px = np.maximum(samples.heights_px, 1), np.maximum(samples.widths_px, 1)
+                sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
     def fill(self, batch: MicroBatch, places: range) -> None:
@@ -221,6 +222,8 @@ class _Views:
             pixels = evaluation_view(pixels, transform.image_px)
             flip = transform.train and self._flips[0][place]
             return [self._augmented(pixels[:, ::-1] if flip else pixels, place, 0)]
+        if min(samples.heights_px[place], samples.widths_px[place]) < 1:
+            raise ValueError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
         boxes = [tuple(boxes[place]) for boxes in self._boxes]
         # Of several crops the parts that lie under them would be decoded more than once.
         offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]

@@ -175,6 +175,23 @@ def test_a_sample_that_cannot_be_decoded_counts_for_nothing(
         assert not batch.images[spoilt].any()
 
 
+@pytest.mark.parametrize(("height_px", "width_px"), [(0, 9), (9, 0), (-3, 9), (10**6, 10**6)])
+def test_a_row_that_says_a_wrong_size_counts_for_nothing_and_ends_nothing(
+    zoo: list, tmp_path: Path, make_segment: Callable, height_px: int, width_px: int
+) -> None:
+    segment, path = make_segment(), tmp_path / "train/part-00000.parquet"
+    table = pq.read_table(path)
+    for name, value in (("height_px", height_px), ("width_px", width_px)):
+        sizes = table[name].to_pylist()
+        sizes[3] = value
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, SCHEMA.field(name), pa.array(sizes, SCHEMA.field(name).type))
+    pq.write_table(table.cast(SCHEMA), path, row_group_size=PER_GROUP)
+    weights = {int(i): w for b in all_of(segment) for i, w in zip(b.ids, b.weights.tolist()) if i != PLACEHOLDER}
+    assert weights.pop(3) == 0
+    assert set(weights.values()) == {1}
+
+
 @pytest.mark.parametrize("kind", ["indexed", "restarts"])
 def test_sliceable_images_give_the_same_views_and_wrong_offsets_count_for_nothing(
     zoo: list, tmp_path: Path, make_segment: Callable, kind: str
