@@ -99,6 +99,7 @@ def resumed(place: Place, name: str) -> list[tuple[int, int]]:
     return [(int(step), int(workers)) for step, workers in found]
 
 
+@pytest.mark.long
 def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes_nothing(place: Place) -> None:
     # Nothing but the announcement leads to a checkpoint before the end.
     one = {"epochs": 80, "compute": {"num_workers": 1, "max_failures": 0}, "checkpoint": {"every_epochs": 80}}

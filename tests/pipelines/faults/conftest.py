@@ -36,11 +36,6 @@ class Proxy:
         self.share, self.kinds, self.num_requests, self.num_spoiled = share, kinds, 0, 0
         self.until_s, self.before_request = math.inf, lambda number: None
 
-    def storm(self, share: float, *kinds: str, seconds: float) -> None:
-        """As `reset`, but answers are spoiled for so long only, from now on."""
-        self.reset(share, *kinds)
-        self.until_s = time.monotonic() + seconds
-
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
