@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.contact_sheet import Tile, contact_sheet
@@ -18,6 +17,7 @@ from pipelines.decode import decode
 from pipelines.manifest import Manifest, is_prepared, read_manifest
 from pipelines.prepare.quarantine import quarantined
 from pipelines.prepare.slices import Tally, check_splits, class_names
+from pipelines.row_groups import RowGroups
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, open_storage
 
@@ -119,14 +119,11 @@ def _dataset_tiles(storage: Storage, manifest: Manifest, config: InspectConfig) 
 
 
 def _rows(storage: Storage, manifest: Manifest, wanted: Sequence[int]) -> Iterator[Tile]:
-    columns = ["image", "label", "source", "orientation"]
+    columns, row_groups = ["image", "label", "source", "orientation"], RowGroups(storage.uri)
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         rows = [i - shard.first_id for i in wanted if shard.first_id <= i < shard.first_id + shard.num_rows]
-        if not rows:
-            continue
-        with storage.open_input(shard.path) as source, pq.ParquetFile(source) as file:
-            for row in rows:
-                group, place = divmod(row, shard.rows_per_group)
-                found = file.read_row_group(group, columns=columns).slice(place, 1).to_pylist()[0]
-                label = "" if found["label"] is None else manifest.classes[found["label"]]
-                yield Tile(found["source"], label, found["image"], found["orientation"])
+        for row in rows:
+            group, place = divmod(row, shard.rows_per_group)
+            found = row_groups.read(shard.path, group, columns).slice(place, 1).to_pylist()[0]
+            label = "" if found["label"] is None else manifest.classes[found["label"]]
+            yield Tile(found["source"], label, found["image"], found["orientation"])

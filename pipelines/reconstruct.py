@@ -112,9 +112,10 @@ def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:
 def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:
     """Sources, encoded images and their EXIF orientations, of rows spread evenly over the split."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    manifest = read_manifest(storage)
+    from pipelines.row_groups import RowGroups
+
+    manifest, row_groups = read_manifest(storage), RowGroups(storage.uri)
     if split not in manifest.splits:
         raise ValueError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
     rows = manifest.splits[split].num_rows
@@ -124,13 +125,11 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
     for shard in manifest.splits[split].shards:
         inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
         start += shard.num_rows
-        if len(inside):
-            with pq.ParquetFile(storage.open_input(shard.path)) as file:
-                for group in np.unique(inside // shard.rows_per_group):
-                    rows_of = file.read_row_group(int(group), columns=["source", "image", "orientation"])
-                    chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
-                    taken = rows_of.take(pa.array(chosen)).to_pylist()
-                    found += [(row["source"], row["image"], row["orientation"]) for row in taken]
+        for group in np.unique(inside // shard.rows_per_group):
+            rows_of = row_groups.read(shard.path, int(group), ["source", "image", "orientation"])
+            chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
+            taken = rows_of.take(pa.array(chosen)).to_pylist()
+            found += [(row["source"], row["image"], row["orientation"]) for row in taken]
     return found
 
 

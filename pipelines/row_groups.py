@@ -1,6 +1,5 @@
 """Row groups of a dataset's shards, each read by one request; where they lie is read once a shard and process."""
 
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage import Ranges, open_storage
+from pipelines.storage import open_storage
+from pipelines.storage.ranges import RangeFile, Ranges
 
 _TAIL_BYTES = 2**16
 _MAGIC = b"PAR1"
@@ -39,7 +39,9 @@ class RowGroups:
         piece = _Piece(start, shard.ranges.read(start, stop - start), shard.ranges.num_bytes)
         with (
             self._named_damage(path),
-            pq.ParquetFile(pa.PythonFile(piece, mode="r"), metadata=shard.metadata, pre_buffer=False) as file,
+            pq.ParquetFile(
+                pa.PythonFile(RangeFile(piece), mode="r"), metadata=shard.metadata, pre_buffer=False
+            ) as file,
         ):
             return file.read_row_group(group, columns=list(columns), use_threads=False)
 
@@ -106,33 +108,21 @@ def _metadata(tail: bytes, num_bytes: int) -> pq.FileMetaData:
     """What the end of a file of that size says of it. Raises ValueError, or what pyarrow does, where it is damaged."""
     if tail[-4:] != _MAGIC:
         raise ValueError("it is not a whole Parquet file")
-    return pq.read_metadata(pa.PythonFile(_Piece(num_bytes - len(tail), tail, num_bytes), mode="r"))
+    piece = _Piece(num_bytes - len(tail), tail, num_bytes)
+    return pq.read_metadata(pa.PythonFile(RangeFile(piece), mode="r"))
 
 
-class _Piece(io.RawIOBase):
+class _Piece:
     """A file of which just one piece is there; reading elsewhere is an error, reading within it copies nothing."""
 
     def __init__(self, start: int, content: bytes, num_bytes: int) -> None:
         self._start, self._content, self._num_bytes = start, memoryview(content), num_bytes
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
+    def size(self) -> int:
+        return self._num_bytes
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        return self._position
-
-    def read(self, size: int = -1) -> Any:
-        first = self._position - self._start
-        stop = len(self._content) if size < 0 else first + size
-        if first < 0 or stop > len(self._content):
+    def read_at(self, num_bytes: int, offset: int) -> memoryview:
+        first = offset - self._start
+        if first < 0 or first + num_bytes > len(self._content):
             raise ValueError("it points outside what was read of it")
-        self._position += stop - first
-        return self._content[first:stop]
+        return self._content[first : first + num_bytes]

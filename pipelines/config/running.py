@@ -25,7 +25,8 @@ class ComputeConfig:
     threads: int = 1
     """CPU threads of one worker."""
     data_tasks: int = 2
-    """Tasks that decode at the same time where Ray is embedded in this process; a cluster uses all free CPUs."""
+    """Tasks that decode at the same time where Ray is embedded in this process, or where a cluster's workers hold all
+    its CPUs; otherwise a cluster uses all free ones."""
     spread: bool = False
     """Spread workers over nodes instead of filling one node after another."""
     max_failures: int = 3

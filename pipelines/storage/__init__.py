@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -15,12 +16,12 @@ from urllib.parse import unquote, urlsplit
 import pyarrow.fs as pafs
 
 from pipelines.storage import local, s3
+from pipelines.storage.errors import in_words
 from pipelines.storage.listing import Found, check_size
 from pipelines.storage.patience import patiently
+from pipelines.storage.ranges import Ranges
 
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
-_MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
-_DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
 
 
 def open_storage(uri: str | Path) -> "Storage":
@@ -211,12 +212,12 @@ class Storage:
                 return pafs.LocalFileSystem().open_input_file(self.join(path))
             return s3.open_input(self._key(path))
 
-    def ranges(self, path: str) -> "Ranges":
+    def ranges(self, path: str) -> Ranges:
         """A file whose parts are read one by one, by any number of threads."""
         with self._named_errors("read", path):
-            if self.is_local:
-                return Ranges(self, path, pafs.LocalFileSystem().open_input_file(self.join(path)))
-            return Ranges(self, path, s3.PatientRanges(self._key(path)))
+            local_file = pafs.LocalFileSystem().open_input_file
+            parts = local_file(self.join(path)) if self.is_local else s3.PatientParts(self._key(path))
+            return Ranges(parts, partial(self._named_errors, "read", path))
 
     def _key(self, path: str) -> str:
         return self.join(path).removeprefix("s3://")
@@ -239,35 +240,9 @@ class Storage:
             # One of another place, which was read from within the block.
             if getattr(error, "is_named", False):
                 raise
-            told = self._told(error, verb, path)
+            told = in_words(error, verb, self.join(path), self.is_local)
             told.is_named = True  # pyright: ignore[reportAttributeAccessIssue]
             raise told from None
-
-    def _told(self, error: OSError, verb: str, path: str) -> Exception:
-        where, text = self.join(path), str(error)
-        if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
-            remedy = "check the folder's owner and mode" if self.is_local else "check the credentials and their policy"
-            return PermissionError(f"no permission to {verb} {where}; {remedy}")
-        if isinstance(error, FileNotFoundError) or any(sign in text for sign in _MISSING):
-            return FileNotFoundError(f"{where} does not exist; check the path")
-        if "NO_SUCH_BUCKET" in text:
-            return FileNotFoundError(f"the bucket of {where} does not exist; create it first")
-        if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
-            return ValueError(f"cannot {verb} {where}: a file stands where a folder should, or the reverse")
-        return OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}")
-
-
-class Ranges:
-    """Parts of one file, of which nothing is held but where it is."""
-
-    def __init__(self, storage: Storage, path: str, file: Any) -> None:
-        self._storage, self._path, self._file = storage, path, file
-        self.num_bytes: int = file.size()
-
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        """So many bytes from `offset` on. Raises OSError where there are fewer."""
-        with self._storage._named_errors("read", self._path):
-            return s3.whole(self._file.read_at(num_bytes, offset), num_bytes)
 
 
 def stays_inside(path: str) -> bool:

@@ -4,7 +4,6 @@ Bytes go through pyarrow, whose reads need no interpreter lock; pages of a listi
 not have, through boto3. A body that ends early is noticed, since sizes are known, and asked for again.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import pyarrow.fs as pafs
 
 from pipelines.storage.listing import Found, check_size
 from pipelines.storage.patience import patiently
+from pipelines.storage.ranges import RangeFile, whole
 
 _ARROW_CODES = {
     "NoSuchBucket": "NO_SUCH_BUCKET",
@@ -91,7 +91,7 @@ def delete(key: str) -> None:
 
 def open_input(key: str) -> pa.PythonFile:
     """A random-access file for pyarrow that outlives a store's absence."""
-    return pa.PythonFile(_PatientFile(key), mode="r")
+    return pa.PythonFile(RangeFile(PatientParts(key)), mode="r")
 
 
 def look(key: str) -> Found:
@@ -172,7 +172,7 @@ def _ask(operation: str, what: str, needs: str = "", **parameters: Any) -> dict[
         raise OSError(f"AWS Error {_ARROW_CODES.get(code, code)}: {error}") from None
 
 
-class PatientRanges:
+class PatientParts:
     """Parts of an object, from any thread; each is one request, asked again whatever happened to the connection."""
 
     def __init__(self, key: str) -> None:
@@ -184,52 +184,6 @@ class PatientRanges:
 
     def read_at(self, num_bytes: int, offset: int) -> bytes:
         return patiently(lambda: whole(self._file.read_at(num_bytes, offset), num_bytes), f"s3://{self._key}")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _PatientFile(io.RawIOBase):
-    """An object that is read where it was left."""
-
-    def __init__(self, key: str) -> None:
-        self._ranges, self._position = PatientRanges(key), 0
-        self._size = self._ranges.size()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        wanted = max(0, self._size - self._position)
-        wanted = wanted if size < 0 else min(size, wanted)
-        if not wanted:
-            return b""
-        found = self._ranges.read_at(wanted, self._position)
-        self._position += wanted
-        return found
-
-    def close(self) -> None:
-        if not self.closed:
-            self._ranges.close()
-        super().close()
-
-
-def whole(content: bytes, num_bytes: int) -> bytes:
-    """The content. Raises OSError where it is shorter than it should be."""
-    if len(content) != num_bytes:
-        raise OSError(f"short body: {len(content)} of {num_bytes} bytes")
-    return content
 
 
 def endpoint() -> str | None:

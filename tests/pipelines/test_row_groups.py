@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.row_groups import RowGroups
-from pipelines.storage import Ranges
+from pipelines.storage.ranges import Ranges
 
 PATH, ROWS, PER_GROUP = "train/part-00000.parquet", 100, 16
 COLUMNS = ["image", "orientation", "segment_offsets"]

@@ -105,14 +105,25 @@ def training(tmp_path: Path, own_s3: Any, proxy: Any) -> Iterator[Any]:
         one.process.join()
 
 
+@pytest.fixture
+def refused(training: Any, proxy: Any) -> Any:
+    """Starts one whose first checkpoint is whole, and from now on nothing can be uploaded."""
+
+    def start(patience_s: float) -> Training:
+        run = training(patience_s)
+        run.go(SAVE_EVERY)
+        run.saved(SAVE_EVERY)
+        proxy.reset(1.0, "503")
+        return run
+
+    return start
+
+
 @pytest.mark.parametrize("outage_s", [5, pytest.param(60, marks=pytest.mark.long)])
 def test_training_goes_on_while_uploads_are_refused_and_the_snapshot_lands_afterwards(
-    training: Any, proxy: Any, outage_s: float
+    refused: Any, proxy: Any, outage_s: float
 ) -> None:
-    run = training(patience_s=300.0)
-    run.go(SAVE_EVERY)
-    run.saved(SAVE_EVERY)
-    proxy.reset(1.0, "503")
+    run = refused(patience_s=300.0)
     run.go(2 * SAVE_EVERY - 1)
     time.sleep(outage_s / 2)
     run.go(3 * SAVE_EVERY - 1)
@@ -127,12 +138,9 @@ def test_training_goes_on_while_uploads_are_refused_and_the_snapshot_lands_after
 
 
 def test_uploads_that_stay_refused_end_the_run_with_the_reason_and_the_checkpoint_before(
-    training: Any, proxy: Any, tmp_path: Path
+    refused: Any, proxy: Any, tmp_path: Path
 ) -> None:
-    run = training(patience_s=2.0)
-    run.go(SAVE_EVERY)
-    run.saved(SAVE_EVERY)
-    proxy.reset(1.0, "503")
+    run = refused(patience_s=2.0)
     run.go(2 * SAVE_EVERY)
     (tmp_path / "go").write_text("1000")
     run.process.join(60)
