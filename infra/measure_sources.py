@@ -33,7 +33,7 @@ from pipelines.plan import EpochPlan, Index
 from pipelines.prepare import prepare
 from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import Storage, open_storage
-from pipelines.windows import Segment, Transform
+from pipelines.segments import Segment, Transform
 
 IMAGE_BYTES, ROWS_PER_GROUP, ROWS_PER_SHARD = 110_000, 256, 4096
 

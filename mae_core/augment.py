@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from mae_core.config import AugmentConfig, Pixels
-from mae_core.randomness import Purpose, hash64, hash64_numpy, seed_of, uniform, uniform_numpy
+from mae_core.random_tensors import hash64, uniform
+from mae_core.randomness import Purpose, hash64_numpy, seed_of, uniform_numpy
 
 _NUM_ATTEMPTS = 10
 # Random erasing's areas and aspects, as shares of the image (Zhong et al. 2017).

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from mae_core.config import MaskConfig, ModelConfig, Size, num_visible
-from mae_core.randomness import Purpose, hash64, uniform
+from mae_core.random_tensors import hash64, uniform
+from mae_core.randomness import Purpose
 
 # Block masks after BEiT (Bao et al. 2021, Algorithm 1): its rectangles cover at least 16 of 196 patches and are at most
 # 1 / 0.3 times as long as wide. Sixteen of them cover any share of the image that is asked for, in all but rare cases.

@@ -1,7 +1,8 @@
 """Prepared shards become micro-batches on every rank, in the order of the epoch plan.
 
 The unit of work is a shuffle window: one Ray task reads its row groups once, decodes and crops, and yields what is
-ready. One dataset spans all segments of a job, so that nothing waits between epochs.
+ready. One dataset spans all segments of a job, so that nothing waits between epochs. Only tasks and ranks load torch:
+it would cost each of Ray Data's own processes two seconds.
 """
 
 import threading
@@ -9,16 +10,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
+from pipelines.segments import Segment
 
-__all__ = ["MicroBatch", "Segment", "Transform", "data_config", "feed", "micro_batches"]
+if TYPE_CHECKING:
+    from pipelines.windows import MicroBatch
 
 # A row of the feed costs the machine several milliseconds whatever its size, so one row carries several small
 # micro-batches of one rank. The first of a window carries one, so that training need not wait.
@@ -71,7 +72,7 @@ def data_config() -> Any:
     return DataConfig(datasets_to_split="all", execution_options=ExecutionOptions(preserve_order=True))
 
 
-def micro_batches(iterator: Any, *, prefetch: int = 2) -> Iterator[MicroBatch]:
+def micro_batches(iterator: Any, *, prefetch: int = 2) -> Iterator["MicroBatch"]:
     """This rank's micro-batches as they become ready; their tensors must not be written to.
 
     Data tasks start at once, not when the first is asked for, so that they work while the model is built.
@@ -91,7 +92,7 @@ def _pump(iterator: Any, prefetch: int, rows: "Queue[pa.Table | BaseException | 
         rows.put(error)
 
 
-def _drain(rows: "Queue[pa.Table | BaseException | None]") -> Iterator[MicroBatch]:
+def _drain(rows: "Queue[pa.Table | BaseException | None]") -> Iterator["MicroBatch"]:
     while (row := rows.get()) is not None:
         if isinstance(row, BaseException):
             raise row
@@ -107,6 +108,8 @@ def _configure(context: Any) -> None:
 
 def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
     """The window's micro-batches in rows: of every `num_workers` rows in turn, row r holds some of rank r."""
+    from pipelines.windows import window_micro_batches
+
     num_workers = segment.plan.num_workers
     most, per_row = _ROW_BYTES // segment.micro_batch_bytes, 1
     waiting: list[MicroBatch] = []
@@ -119,7 +122,7 @@ def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
         yield from (_to_row(waiting[rank::num_workers]) for rank in range(num_workers))
 
 
-def _to_row(batches: Sequence[MicroBatch]) -> pa.Table:
+def _to_row(batches: Sequence["MicroBatch"]) -> pa.Table:
     """One row of lists, those of the micro-batches end to end."""
 
     def joined(name: str) -> NDArray[Any]:
@@ -141,8 +144,12 @@ def _one(values: NDArray[Any]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
 
 
-def _from_row(row: pa.Table) -> Iterator[MicroBatch]:
+def _from_row(row: pa.Table) -> Iterator["MicroBatch"]:
     """The micro-batches of a row; their tensors are read-only views of it."""
+    import torch
+
+    from pipelines.windows import MicroBatch
+
     arrays = {name: row[name].combine_chunks().flatten() for name in row.column_names}
     steps, indices, shape = (arrays[name].to_pylist() for name in ("step", "index", "shape"))
     # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.

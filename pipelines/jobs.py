@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from mae_core.config import Pixels, Size
 from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
-from pipelines.ingest import Segment, Transform
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.plan import EpochPlan, Index
 from pipelines.run_folder import RunFolder
+from pipelines.segments import Segment, Transform
 from pipelines.storage import open_storage
 
 

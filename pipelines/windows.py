@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,67 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_core.augment import crop_boxes, flips, rand_augment
-from mae_core.config import AugmentConfig, Size
+from mae_core.config import Size
 from mae_core.randomness import Purpose, seed_of
 from pipelines.decode import Scratch, crop_resize, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.row_groups import RowGroups
+from pipelines.segments import Segment, Transform
 
 log = logging.getLogger(__name__)
 
 _COLUMNS = ["image", "label", "height_px", "width_px", "orientation", "segment_offsets"]
 _READ_THREADS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transform:
-    """What happens to a sample on its way into a micro-batch; random only in training, keyed by the seed."""
-
-    train: bool
-    image_px: Size
-    channels: int
-    augment: AugmentConfig
-    seed: int
-    crops: int = 1
-    """Training views made of each decoded image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Steps [first_step, last_step) of a plan over one prepared dataset; steps count over all epochs."""
-
-    dataset_uri: str
-    plan: EpochPlan
-    transform: Transform
-    first_step: int
-    last_step: int
-
-    @cached_property
-    def row_groups(self) -> RowGroups:
-        """The reader of its shards, for all windows that this process reads."""
-        return RowGroups(self.dataset_uri)
-
-    @property
-    def first_window(self) -> int:
-        """The window of first_step, counted over all epochs."""
-        return self._window_of(self.first_step)
-
-    @property
-    def num_windows(self) -> int:
-        if self.last_step <= self.first_step:
-            return 0
-        return self._window_of(self.last_step - 1) - self.first_window + 1
-
-    @property
-    def micro_batch_bytes(self) -> int:
-        """Size of one micro-batch's pixels."""
-        height_px, width_px = self.transform.image_px
-        return self.plan.micro_batch * self.transform.crops * height_px * width_px * self.transform.channels
-
-    def _window_of(self, step: int) -> int:
-        epoch, within = divmod(step, self.plan.steps_per_epoch)
-        return epoch * self.plan.windows_per_epoch + within // self.plan.steps_per_window
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from pipelines.bench.config import RecipesConfig
 from pipelines.config import ClassifyConfig, load_preset
 from pipelines.manifest import read_manifest
 from pipelines.plan import EpochPlan, Index
+from pipelines.segments import Segment, Transform
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
+from pipelines.windows import MicroBatch, window_micro_batches
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from pipelines.config import ComputeConfig, PretrainConfig, load_preset
 from pipelines.jobs import PretrainJob, segments, train_plan
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.pretrain import open_dataset, pixels_of
+from pipelines.segments import Segment
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch, Segment, window_micro_batches
+from pipelines.windows import MicroBatch, window_micro_batches
 from pipelines.worker.loop import TrainState
 
 log = logging.getLogger(__name__)

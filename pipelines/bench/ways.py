@@ -15,7 +15,8 @@ from mae_core.config import AugmentConfig
 from pipelines.cluster import DATA_TASK_CPUS
 from pipelines.manifest import Manifest
 from pipelines.plan import EpochPlan, Index
-from pipelines.windows import Segment, Transform, window_micro_batches
+from pipelines.segments import Segment, Transform
+from pipelines.windows import window_micro_batches
 
 MICRO_BATCH = 50
 EPOCHS = 6

@@ -14,11 +14,11 @@ from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import classify_loss
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
-from pipelines.ingest import MicroBatch
 from pipelines.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
+from pipelines.windows import MicroBatch
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
 from pipelines.worker.recorder import Recorder

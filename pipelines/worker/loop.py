@@ -15,8 +15,8 @@ from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tens
 from mae_core.step import ema_update
 from pipelines.checkpoints import Checkpoint
 from pipelines.config import ClassifyConfig, PretrainConfig
-from pipelines.ingest import MicroBatch
 from pipelines.plan import EpochPlan
+from pipelines.windows import MicroBatch
 from pipelines.worker.rank import Feed, Rank, bare, no_sync
 from pipelines.worker.saving import Tensors
 

@@ -22,9 +22,9 @@ from mae_core.model import build_mae
 from mae_core.schedule import apply_lr
 from mae_core.step import pretrain_loss
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
-from pipelines.ingest import MicroBatch
 from pipelines.plan import EpochPlan, Index
 from pipelines.run_folder import RunFolder
+from pipelines.windows import MicroBatch
 from pipelines.worker.loop import TrainState, train
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder

@@ -12,13 +12,13 @@ from mae_core.model import MAE, build_mae
 from mae_core.state import model_tensors, pack
 from mae_core.step import pretrain_loss
 from pipelines.checkpoints import Checkpoint
-from pipelines.ingest import MicroBatch
 from pipelines.jobs import PretrainJob, train_plan
 from pipelines.manifest import read_manifest
 from pipelines.pictures import reconstruction_rows
 from pipelines.reconstruct import Backbone, picture_block, sample_images
 from pipelines.run_folder import RunFolder
 from pipelines.storage import open_storage
+from pipelines.windows import MicroBatch
 from pipelines.worker.export import backbone_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank

@@ -10,11 +10,12 @@ import torch
 
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
-from pipelines.ingest import MicroBatch, Segment, Transform, data_config, feed, micro_batches
+from pipelines.ingest import data_config, feed, micro_batches
 from pipelines.manifest import Manifest
 from pipelines.plan import EpochPlan, Index
 from pipelines.prepare import prepare
-from pipelines.windows import window_micro_batches
+from pipelines.segments import Segment, Transform
+from pipelines.windows import MicroBatch, window_micro_batches
 
 pytestmark = [
     pytest.mark.ray,

@@ -22,7 +22,8 @@ from pipelines.jpeg.scan import read_scan
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import PLACEHOLDER, EpochPlan, Index
 from pipelines.prepare.shards import SCHEMA
-from pipelines.windows import MicroBatch, Segment, Transform, window_micro_batches
+from pipelines.segments import Segment, Transform
+from pipelines.windows import MicroBatch, window_micro_batches
 
 SHARD_ROWS, PER_GROUP = (30, 23), 8
 

@@ -25,9 +25,9 @@ from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tens
 from mae_core.step import pretrain_loss
 from pipelines.checkpoints import Retention
 from pipelines.config import ComputeConfig
-from pipelines.ingest import MicroBatch
 from pipelines.plan import EpochPlan, Index
 from pipelines.run_folder import RunFolder
+from pipelines.windows import MicroBatch
 from pipelines.worker import probing
 from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
