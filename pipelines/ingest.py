@@ -21,9 +21,10 @@ from pipelines.segments import Segment
 if TYPE_CHECKING:
     from pipelines.windows import MicroBatch
 
-# A row of the feed costs the machine several milliseconds whatever its size, so one row carries several small
-# micro-batches of one rank. The first of a window carries one, so that training need not wait.
-_ROW_BYTES = 2**20
+# A row of the feed costs the machine several milliseconds whatever its size, and the one driver of the feed most of
+# them, so one row carries several micro-batches of one rank. The first of a segment carries one, so that training need
+# not wait.
+_ROW_BYTES = 48 * 2**20
 _MAX_PER_ROW = 16
 
 
@@ -108,29 +109,26 @@ def _configure(context: Any) -> None:
 
 def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
     """The window's micro-batches in rows: of every `num_workers` rows in turn, row r holds some of rank r."""
-    from pipelines.windows import window_micro_batches
+    from pipelines.windows import Window
 
-    num_workers = segment.plan.num_workers
-    most, per_row = _ROW_BYTES // segment.micro_batch_bytes, 1
-    waiting: list[MicroBatch] = []
-    for batch in window_micro_batches(segment, window):
-        waiting.append(batch)
-        if len(waiting) == per_row * num_workers:
-            yield from (_to_row(waiting[rank::num_workers]) for rank in range(num_workers))
-            waiting, per_row = [], max(1, min(2 * per_row, most, _MAX_PER_ROW))
-    if waiting:
-        yield from (_to_row(waiting[rank::num_workers]) for rank in range(num_workers))
+    opened, num_workers = Window(segment, window), segment.plan.num_workers
+    most = max(1, min(_ROW_BYTES // segment.micro_batch_bytes, _MAX_PER_ROW))
+    first, per_row = 0, 1 if window == segment.first_window else most
+    while first < len(opened):
+        stop = min(first + per_row * num_workers, len(opened))
+        for rank in range(num_workers):
+            numbers = range(first + rank, stop, num_workers)
+            # All images of a row are written where they stay.
+            images = np.empty((len(numbers), *opened.images_shape), np.uint8)
+            yield _to_row([opened.micro_batch(number, memory) for number, memory in zip(numbers, images)], images)
+        first, per_row = stop, min(2 * per_row, most)
 
 
-def _to_row(batches: Sequence["MicroBatch"]) -> pa.Table:
+def _to_row(batches: Sequence["MicroBatch"], images: NDArray[np.uint8]) -> pa.Table:
     """One row of lists, those of the micro-batches end to end."""
-
-    def joined(name: str) -> NDArray[Any]:
-        parts = [getattr(batch, name).numpy().reshape(-1) for batch in batches]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    columns = {name: joined(name) for name in _TENSORS}
-    columns["shape"] = np.array(batches[0].images.shape, dtype=np.int64)
+    columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
+    for name in _TENSORS[1:]:
+        columns[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
     for name in ("step", "index"):
         columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
     return pa.table({name: _one(values) for name, values in columns.items()})
@@ -150,7 +148,7 @@ def _from_row(row: pa.Table) -> Iterator["MicroBatch"]:
 
     from pipelines.windows import MicroBatch
 
-    arrays = {name: row[name].combine_chunks().flatten() for name in row.column_names}
+    arrays = {name: _list_of(row[name].chunks) for name in row.column_names}
     steps, indices, shape = (arrays[name].to_pylist() for name in ("step", "index", "shape"))
     # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.
     tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), -1) for name in _TENSORS}
@@ -163,3 +161,8 @@ def _from_row(row: pa.Table) -> Iterator["MicroBatch"]:
             step=step,
             index=index,
         )
+
+
+def _list_of(chunks: list[Any]) -> Any:
+    """The values of a column's only row. Joining chunks copies, even a single one."""
+    return (chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)).flatten()

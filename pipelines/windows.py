@@ -15,7 +15,7 @@ from torch import Tensor
 from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import Size
 from mae_core.randomness import Purpose, seed_of
-from pipelines.decode import Scratch, crop_resize, decode, evaluation_view
+from pipelines.decode import Pixels, Scratch, crop_resize, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.row_groups import RowGroups
@@ -67,20 +67,45 @@ class MicroBatch:
         return MicroBatch(**move, step=self.step, index=self.index)
 
 
+class Window:
+    """A window's samples, read, and the micro-batches of all ranks that they make, in the order of training."""
+
+    def __init__(self, segment: Segment, window: int) -> None:
+        """`window` counts over all epochs of the segment."""
+        plan = segment.plan
+        self._transform, self._size = segment.transform, plan.micro_batch
+        epoch, within = divmod(window, plan.windows_per_epoch)
+        steps = plan.window_steps(epoch, within)
+        steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
+        self._slots = [
+            (step, index, slots) for step in steps for index, slots in enumerate(plan.micro_batch_slots(step))
+        ]
+        self._first_slot = self._slots[0][2].start
+        slots = range(self._first_slot, self._slots[-1][2].stop)
+        self._views = _Views(segment.transform, epoch, _read(segment.row_groups, plan, epoch, within, slots))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def images_shape(self) -> tuple[int, ...]:
+        """Of one micro-batch's pixels."""
+        transform = self._transform
+        return transform.crops * self._size, *transform.image_px, transform.channels
+
+    def micro_batch(self, number: int, memory: Pixels | None = None) -> MicroBatch:
+        """The micro-batch of that number; its images lie in `memory`, of their shape, where there is some."""
+        step, index, slots = self._slots[number]
+        images = np.empty(self.images_shape, np.uint8) if memory is None else memory
+        places = range(slots.start - self._first_slot, slots.stop - self._first_slot)
+        ids, labels, weights = self._views.fill(images, places, self._size)
+        return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
+
+
 def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
-    """What one task yields: micro-batches of all ranks for one window, counted over all epochs of the segment."""
-    plan, transform = segment.plan, segment.transform
-    epoch, within = divmod(window, plan.windows_per_epoch)
-    steps = plan.window_steps(epoch, within)
-    steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
-    slots = range(plan.micro_batch_slots(steps[0])[0].start, plan.micro_batch_slots(steps[-1])[-1].stop)
-    samples = _read(segment.row_groups, plan, epoch, within, slots)
-    view = _Views(transform, epoch, samples)
-    for step in steps:
-        for index, wanted in enumerate(plan.micro_batch_slots(step)):
-            batch = MicroBatch.blank(plan.micro_batch, transform.image_px, transform.channels, transform.crops)
-            view.fill(batch, range(wanted.start - slots.start, wanted.stop - slots.start))
-            yield MicroBatch(batch.images, batch.ids, batch.labels, batch.weights, step=step, index=index)
+    """Micro-batches of all ranks for one window, counted over all epochs of the segment."""
+    opened = Window(segment, window)
+    return (opened.micro_batch(number) for number in range(len(opened)))
 
 
 @dataclass(frozen=True)
@@ -149,21 +174,26 @@ class _Views:
                 sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
-    def fill(self, batch: MicroBatch, places: range) -> None:
-        """The batch's first rows hold the samples at those places; one that cannot be decoded has weight 0."""
-        size, samples = len(places), self._samples
-        batch.ids[:size] = torch.from_numpy(samples.ids[places.start : places.stop])
-        batch.labels[:size] = torch.from_numpy(samples.labels[places.start : places.stop])
-        images, weights = batch.images.numpy(), batch.weights.numpy()
+    def fill(self, images: Pixels, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The views of the samples at those places are in `images`, black where there is none; returns ids, labels and
+        weights of `size` samples. One that cannot be decoded, and a placeholder, has weight 0."""
+        samples, weights = self._samples, torch.zeros(size)
+        ids, labels = torch.full((size,), PLACEHOLDER, dtype=torch.int64), torch.full((size,), -1, dtype=torch.int64)
+        ids[: len(places)] = torch.from_numpy(samples.ids[places.start : places.stop])
+        labels[: len(places)] = torch.from_numpy(samples.labels[places.start : places.stop])
+        by_view = images.reshape(-1, size, *images.shape[1:])
+        by_view[:, len(places) :] = 0
         for row, place in enumerate(places):
             try:
                 for view, pixels in enumerate(self._views(place)):
-                    images[view * len(weights) + row] = pixels
+                    by_view[view, row] = pixels
                 weights[row] = 1
             except ValueError as error:
+                by_view[:, row] = 0
                 log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
+        return ids, labels, weights
 
-    def _views(self, place: int) -> list[NDArray[np.uint8]]:
+    def _views(self, place: int) -> list[Pixels]:
         """The sample as it is evaluated, or its training views, for which it is decoded once."""
         transform, samples = self._transform, self._samples
         content, orientation = samples.images[place].to_pybytes(), samples.orientations[place]
@@ -184,7 +214,7 @@ class _Views:
         ]
         return [self._augmented(crop, place, view) for view, crop in enumerate(crops)]
 
-    def _augmented(self, pixels: NDArray[np.uint8], place: int, view: int) -> NDArray[np.uint8]:
+    def _augmented(self, pixels: Pixels, place: int, view: int) -> Pixels:
         transform = self._transform
         if not (transform.train and transform.augment.rand_augment):
             return pixels
@@ -192,7 +222,7 @@ class _Views:
         return _rand_augment(pixels, transform.augment.rand_augment, key)
 
 
-def _rand_augment(pixels: NDArray[np.uint8], recipe: str, seed_key: int) -> NDArray[np.uint8]:
+def _rand_augment(pixels: Pixels, recipe: str, seed_key: int) -> Pixels:
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))

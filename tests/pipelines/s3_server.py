@@ -1,0 +1,65 @@
+"""A real S3 server that a test can kill."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.bench.object_store import Ports, server_command
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
+
+
+class S3Server:
+    """A SeaweedFS server of its own folder, which can be killed and started again."""
+
+    def __init__(self, folder: Path, ports: Ports) -> None:
+        self._folder, self._ports = folder, ports
+        self._process: subprocess.Popen[bytes] | None = None
+        self.endpoint = f"http://127.0.0.1:{ports['s3']}"
+        self.uri = "s3://mae-test"
+
+    def start(self) -> None:
+        """It answers."""
+        command = server_command(self._folder, "mae-test", self._ports)
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
+        self._wait_for_bucket()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """It has ended."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _wait_for_bucket(self) -> None:
+        import boto3
+
+        credentials = {
+            "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        }
+        client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **credentials)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.head_bucket(Bucket="mae-test")
+                return
+            except Exception as error:
+                assert self._process is not None
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    log = (self._folder / "log").read_text()[-2000:]
+                    pytest.fail(f"the S3 server did not start ({error}): {log}")
+                time.sleep(0.2)
