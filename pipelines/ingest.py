@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from pipelines.windows import MicroBatch
 
 # A row of the feed costs the machine several milliseconds whatever its size, and the one driver of the feed most of
-# them, so one row carries several micro-batches of one rank. The first of a segment carries one, so that training need
-# not wait.
-_ROW_BYTES = 48 * 2**20
+# them, so one row carries several micro-batches of one rank; where many ranks share the driver, more. The first of a
+# segment carries one, so that training need not wait.
+_ROW_BYTES = 32 * 2**20
+_RANKS_PER_ROW_BYTES = 4
 _MAX_PER_ROW = 16
 
 
@@ -107,12 +108,18 @@ def _configure(context: Any) -> None:
     context.enable_progress_bars = False
 
 
+def most_per_row(micro_batch_bytes: int, num_workers: int) -> int:
+    """Micro-batches of one rank that a row of the feed carries at most."""
+    row_bytes = _ROW_BYTES * max(1, num_workers // _RANKS_PER_ROW_BYTES)
+    return max(1, min(row_bytes // micro_batch_bytes, _MAX_PER_ROW))
+
+
 def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
     """The window's micro-batches in rows: of every `num_workers` rows in turn, row r holds some of rank r."""
     from pipelines.windows import Window
 
     opened, num_workers = Window(segment, window), segment.plan.num_workers
-    most = max(1, min(_ROW_BYTES // segment.micro_batch_bytes, _MAX_PER_ROW))
+    most = most_per_row(segment.micro_batch_bytes, num_workers)
     first, per_row = 0, 1 if window == segment.first_window else most
     while first < len(opened):
         stop = min(first + per_row * num_workers, len(opened))

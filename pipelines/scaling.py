@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mae_core.config import ModelConfig, parse_arch
+from pipelines.ingest import most_per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,10 @@ class Cluster:
     cores_per_gpu: float = 14.0
     """CPU cores beside each GPU that decode."""
     images_s_per_core: float = 400.0
-    """Decoding, cropping and resizing of ImageNet photographs on one core; 410 were measured on ours."""
+    """Decoding, cropping and resizing of ImageNet photographs on one core; on two virtual ones, the S3
+    server on them too, 956 a second were measured."""
+    row_s: float = 6e-3
+    """Of the feed's one driver for a row of micro-batches; 5.7 ms of a virtual core were measured."""
     snapshot_bytes_s: float = 5.0e9
     """From a GPU to pageable host memory."""
     storage_bytes_s: float = 1.0e9
@@ -48,6 +52,7 @@ class Run:
     micro_batch: int = 64
     epoch_images: int = 1_281_167
     epochs_between_checkpoints: float = 1.0
+    window: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,8 @@ class Estimate:
     """Of the all-reduce of gradients, what backward does not hide."""
     data_s: float
     """To decode a step's images on all cores; it hides behind the step."""
+    feed_s: float
+    """Of the one process that hands every row to its rank; it hides behind the step."""
     checkpoint_s: float
     """A step's share of the snapshots, which the step waits for, and of writing that outlasts the interval."""
     goodput: float
@@ -68,7 +75,7 @@ class Estimate:
 
     @property
     def step_s(self) -> float:
-        return max(self.compute_s, self.launch_s, self.data_s) + self.exposed_s + self.checkpoint_s
+        return max(self.compute_s, self.launch_s, self.data_s, self.feed_s) + self.exposed_s + self.checkpoint_s
 
     @property
     def images_s(self) -> float:
@@ -120,18 +127,21 @@ def estimate(run: Run, cluster: Cluster, num_gpus: int) -> Estimate:
     exposed_s = max(0.0, comm_s - hidden_s)
 
     data_s = run.batch / (num_gpus * cluster.cores_per_gpu * cluster.images_s_per_core)
+    feed_s = run.batch / images_per_row(run, num_gpus) * cluster.row_s
+    hidden_behind_s = max(busy_s, data_s, feed_s)
     steps = run.epochs_between_checkpoints * run.epoch_images / run.batch
     state_bytes = 12 * num_parameters(run.model)
-    interval_s = steps * (max(busy_s, data_s) + exposed_s)
+    interval_s = steps * (hidden_behind_s + exposed_s)
     late_s = max(0.0, state_bytes / cluster.storage_bytes_s - interval_s)
     checkpoint_s = (state_bytes / cluster.snapshot_bytes_s + late_s) / steps
 
     lost_s = interval_s / 2 + cluster.restart_s
     goodput = 1 / (1 + lost_s * num_gpus * cluster.gpu_failures_per_h / 3600)
     parts = {
-        "arithmetic": compute_s if compute_s >= launch_s else 0.0,
-        "kernel launches": launch_s if launch_s > compute_s else 0.0,
-        "decoding": data_s if data_s > busy_s else 0.0,
+        "arithmetic": compute_s if compute_s == hidden_behind_s else 0.0,
+        "kernel launches": launch_s if launch_s == hidden_behind_s else 0.0,
+        "decoding": data_s if data_s == hidden_behind_s else 0.0,
+        "the feed": feed_s if feed_s == hidden_behind_s else 0.0,
         "the network": exposed_s,
         "checkpoints": checkpoint_s,
     }
@@ -141,11 +151,21 @@ def estimate(run: Run, cluster: Cluster, num_gpus: int) -> Estimate:
         launch_s=launch_s,
         exposed_s=exposed_s,
         data_s=data_s,
+        feed_s=feed_s,
         checkpoint_s=checkpoint_s,
         goodput=goodput,
         bound=max(parts, key=lambda name: parts[name]),
         _images=run.batch,
     )
+
+
+def images_per_row(run: Run, num_gpus: int) -> int:
+    """Of a row of the feed: no more than a rank has of one window."""
+    micro_batch = min(run.micro_batch, max(1, run.batch // num_gpus))
+    height_px, width_px = run.model.image_px
+    image_bytes = height_px * width_px * run.model.channels
+    in_window = max(1, run.window // (num_gpus * micro_batch))
+    return micro_batch * min(in_window, most_per_row(micro_batch * image_bytes, num_gpus))
 
 
 def all_reduce_s(num_bytes: float, cluster: Cluster, num_gpus: int) -> float:
@@ -171,15 +191,15 @@ SIZES = (8, 64, 512)
 def table(runs: dict[str, Run], cluster: Cluster, sizes: Sequence[int] = SIZES) -> str:
     """A row a model and size, in Markdown."""
     lines = [
-        "| model | GPUs | images a GPU | arithmetic | launches | network, not hidden | decoding | checkpoints | step "
-        "| images/s | after failures | bound by |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| model | GPUs | images a GPU | arithmetic | launches | network, not hidden | decoding | feed "
+        "| checkpoints | step | images/s | after failures | bound by |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for name, run in runs.items():
         for size in sizes:
             found = estimate(run, cluster, size)
-            milliseconds = [found.compute_s, found.launch_s, found.exposed_s, found.data_s, found.checkpoint_s]
-            cells = [f"{1000 * value:,.1f}" for value in (*milliseconds, found.step_s)]
+            milliseconds = [found.compute_s, found.launch_s, found.exposed_s, found.data_s, found.feed_s]
+            cells = [f"{1000 * value:,.1f}" for value in (*milliseconds, found.checkpoint_s, found.step_s)]
             lines.append(
                 f"| {name} | {size} | {run.batch // size} | {' | '.join(cells)} | {found.images_s:,.0f} "
                 f"| {found.goodput:.2%} | {found.bound} |"
@@ -190,6 +210,7 @@ def table(runs: dict[str, Run], cluster: Cluster, sizes: Sequence[int] = SIZES) 
 def page() -> str:
     """The page docs/scaling.md."""
     cluster = Cluster()
+    wide = Run(model=MODELS["ViT-L/16"], window=131_072)
     table_8 = {name: Run(model=model) for name, model in MODELS.items()}
     return f"""# Scaling on paper
 
@@ -208,6 +229,10 @@ arithmetic, a GPU waits for its host: compile, capture CUDA graphs, or use fewer
 ({cluster.network_bytes_s:.0e} bytes/s a GPU), less what the last micro-batch's backward hides.
 - **decoding**: {cluster.cores_per_gpu:.0f} cores a GPU at {cluster.images_s_per_core:.0f} images/s; it bounds the \
 step only where it exceeds the rest. Sources already shrunk, or several masks a decoded image, move it.
+- **feed**: {cluster.row_s * 1e3:.0f} ms for each row that Ray Data's one driver hands to a rank; a row holds up to \
+{images_per_row(table_8["ViT-L/16"], 8)} images for 8 GPUs, and what a rank has of a window of \
+{table_8["ViT-L/16"].window:,} where there are many. **It is the first to bound large clusters**: there take a larger \
+`data.window` (of 131,072 at 64 GPUs: {1000 * estimate(wide, cluster, 64).feed_s:.0f} ms); several feeds would lift it.
 - **checkpoints**: weights and both moments, once an epoch, copied at {cluster.snapshot_bytes_s:.0e} bytes/s while the \
 step waits, written at {cluster.storage_bytes_s:.0e} bytes/s while it does not.
 - **after failures**: each GPU fails {cluster.gpu_failures_per_h:.0e} times an hour; half an interval between \
