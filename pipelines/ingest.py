@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # them, so one row carries several micro-batches of one rank; where many ranks share the driver, more. The first of a
 # segment carries one, so that training need not wait.
 _ROW_BYTES = 32 * 2**20
-_RANKS_PER_ROW_BYTES = 4
+_RANKS_FOR_MORE = 4
 _MAX_PER_ROW = 16
 
 
@@ -110,7 +110,7 @@ def _configure(context: Any) -> None:
 
 def most_per_row(micro_batch_bytes: int, num_workers: int) -> int:
     """Micro-batches of one rank that a row of the feed carries at most."""
-    row_bytes = _ROW_BYTES * max(1, num_workers // _RANKS_PER_ROW_BYTES)
+    row_bytes = _ROW_BYTES * max(1, num_workers // _RANKS_FOR_MORE)
     return max(1, min(row_bytes // micro_batch_bytes, _MAX_PER_ROW))
 
 

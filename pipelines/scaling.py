@@ -243,6 +243,7 @@ Steps, waits and recovery of a real run stand in MLflow as `goodput/*` and in it
 ## What was checked
 - The operation counts equal those of the presets' headers (ViT-L: 124 GFLOP an image and step), by a test.
 - Limits that any such model must keep (one GPU sends nothing, more GPUs never cost arithmetic), by tests.
+- The cost of a row of the feed: two sizes of row, the same images, on one machine of two cores; not with many ranks.
 - The loop around the step: `python -m pipelines.worker.overhead` measures what it adds, interleaved.
 """
 
