@@ -115,7 +115,7 @@ def measure_loading(images: Sequence[bytes], folder: Path, cores: int, epoch_ima
     (folder / "store").mkdir()
     with only_cores(cores), object_store(folder / "store") as (bucket, store_cpu_s), ray_session(compute):
         uri, small = f"{bucket}/shards", folder / "local"
-        config = PrepareConfig(rows_per_shard=WINDOW_ROWS, rows_per_group=50, val_fraction=0.0)
+        config = PrepareConfig(rows_per_shard=WINDOW_ROWS, val_fraction=0.0)
         manifest = prepare(str(folder / "images"), uri, config)
         prepare(str(folder / "images"), str(small), config)
         batches = -(-manifest.num_ok // MICRO_BATCH)

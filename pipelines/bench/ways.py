@@ -18,9 +18,10 @@ from pipelines.plan import EpochPlan, Index
 from pipelines.segments import Segment, Transform
 from pipelines.windows import window_micro_batches
 
-MICRO_BATCH = 50
-EPOCHS = 6
-WINDOW_ROWS = 250
+MICRO_BATCH = 64
+EPOCHS = 3
+# An eighth of the default: so that a few epochs of a few seconds have enough windows.
+WINDOW_ROWS = 1024
 _IMAGE_PX = (224, 224)
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.storage import Storage, open_storage
+from pipelines.storage.patience import patience
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
@@ -75,6 +77,31 @@ def test_a_range_is_read_and_ends_where_the_file_ends(storage: Storage) -> None:
     storage.write("x", content)
     assert storage.read_range("x", 300, 1000) == content[300:1300]
     assert storage.read_range("x", 12_700, 1000) == content[12_700:]
+
+
+PARTS = ((0, 1), (7, 4 * 2**20 - 1), (7, 4 * 2**20), (1, 9 * 2**20), (0, 10 * 2**20))
+
+
+def test_parts_of_any_size_are_read(storage: Storage) -> None:
+    content = random.Random(0).randbytes(10 * 2**20)
+    storage.write("x", content)
+    parts = storage.ranges("x")
+    assert parts.num_bytes == len(content)
+    for offset, size in PARTS:
+        assert parts.read(offset, size) == content[offset : offset + size]
+
+
+@pytest.mark.s3
+def test_parts_of_an_object_that_shrank_or_vanished_are_errors(s3: str, tmp_path: Path) -> None:
+    storage = open_storage(f"{s3}/{tmp_path.name}")
+    storage.write("x", bytes(10 * 2**20))
+    parts = storage.ranges("x")
+    storage.write("x", bytes(5 * 2**20))
+    with patience(0.2), pytest.raises(OSError, match=r"cannot read .*short body"):
+        parts.read(0, 9 * 2**20)
+    storage.delete("x")
+    with pytest.raises(FileNotFoundError, match=r"/x does not exist"):
+        parts.read(0, 9 * 2**20)
 
 
 def test_folders_of_any_depth_are_walked_once(storage: Storage) -> None:

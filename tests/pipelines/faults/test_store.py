@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,21 @@ def test_a_listing_that_never_came_is_no_empty_folder(tmp_path: Path, proxy: Any
     proxy.reset(0.5, "reset", "short")
     assert [len(list(storage.walk("folder"))) for _ in range(15)] == 15 * [3]
     assert not storage.is_empty()
+    assert proxy.num_spoiled > 3
+
+
+@pytest.mark.parametrize("kinds", [("503",), ("short", "reset")])
+def test_large_parts_come_whole_however_answers_are_spoiled(
+    tmp_path: Path, proxy: Any, own_s3: Any, kinds: tuple[str, ...]
+) -> None:
+    content = random.Random(0).randbytes(9 * 2**20)
+    storage = open_storage(f"{own_s3.uri}/{tmp_path.name}")
+    proxy.reset(0.0, "503")
+    storage.write("x", content)
+    parts = storage.ranges("x")
+    proxy.reset(0.5, *kinds)
+    for offset in range(8):
+        assert parts.read(offset, 9 * 2**20 - offset) == content[offset:]
     assert proxy.num_spoiled > 3
 
 
