@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from math import inf
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.row_memory import RowMemory
 from pipelines.segments import Segment
 
 if TYPE_CHECKING:
     from pipelines.windows import MicroBatch
 
 # A row of the feed costs the machine several milliseconds whatever its size, and the one driver of the feed most of
-# them, so one row carries several micro-batches of one rank; where many ranks share the driver, more. The first of a
-# segment carries one, so that training need not wait.
-_ROW_BYTES = 32 * 2**20
-_RANKS_FOR_MORE = 4
+# them, so one row carries several micro-batches of one rank; where many ranks share the driver, more, and fewer where
+# object stores are small. The first of a segment carries one, so that training need not wait.
+_ROW_BYTES = 64 * 2**20
+_RANKS_FOR_MORE = 8
+_ROWS_IN_STORE = 32
 _MAX_PER_ROW = 16
+_MEMORY = RowMemory()
 
 
 def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None, num_cpus: float = 1) -> Any:
@@ -46,7 +50,7 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
     for segment in segments:
         if segment.plan.num_workers != num_workers:
             raise ValueError(f"a plan for {segment.plan.num_workers} workers cannot feed {num_workers}; make it anew")
-    stops = list(accumulate(segment.num_windows for segment in segments))
+    stops, store_bytes = list(accumulate(segment.num_windows for segment in segments)), _store_bytes()
     num_tasks = stops[-1] if stops else 0
     if not num_tasks:
         raise ValueError("nothing to feed: no segment has a step; give at least one")
@@ -55,7 +59,7 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
         for task in block["id"].to_pylist():
             place = bisect_right(stops, task)
             segment = segments[place]
-            yield from _rows(segment, segment.first_window + task - (stops[place] - segment.num_windows))
+            yield from _rows(segment, segment.first_window + task - (stops[place] - segment.num_windows), store_bytes)
 
     # Equal limits on both, or they would not become one operator.
     limits: dict[str, Any] = {"concurrency": max_tasks, "num_cpus": num_cpus}
@@ -106,27 +110,36 @@ def _configure(context: Any) -> None:
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Each task would start a thread that asks the system for its memory, which no one reads.
+    context.memory_usage_poll_interval_s = None
 
 
-def most_per_row(micro_batch_bytes: int, num_workers: int) -> int:
+def _store_bytes() -> float:
+    """Of the smallest object store of a node."""
+    import ray
+
+    return min(node["Resources"].get("object_store_memory", inf) for node in ray.nodes() if node["Alive"])
+
+
+def most_per_row(micro_batch_bytes: int, num_workers: int, store_bytes: float = inf) -> int:
     """Micro-batches of one rank that a row of the feed carries at most."""
-    row_bytes = _ROW_BYTES * max(1, num_workers // _RANKS_FOR_MORE)
-    return max(1, min(row_bytes // micro_batch_bytes, _MAX_PER_ROW))
+    row_bytes = min(_ROW_BYTES * max(1, num_workers // _RANKS_FOR_MORE), store_bytes // _ROWS_IN_STORE)
+    return max(1, min(int(row_bytes // micro_batch_bytes), _MAX_PER_ROW))
 
 
-def _rows(segment: Segment, window: int) -> Iterator[pa.Table]:
+def _rows(segment: Segment, window: int, store_bytes: float) -> Iterator[pa.Table]:
     """The window's micro-batches in rows: of every `num_workers` rows in turn, row r holds some of rank r."""
     from pipelines.windows import Window
 
     opened, num_workers = Window(segment, window), segment.plan.num_workers
-    most = most_per_row(segment.micro_batch_bytes, num_workers)
+    most = most_per_row(segment.micro_batch_bytes, num_workers, store_bytes)
     first, per_row = 0, 1 if window == segment.first_window else most
     while first < len(opened):
         stop = min(first + per_row * num_workers, len(opened))
         for rank in range(num_workers):
             numbers = range(first + rank, stop, num_workers)
             # All images of a row are written where they stay.
-            images = np.empty((len(numbers), *opened.images_shape), np.uint8)
+            images = _MEMORY.take((len(numbers), *opened.images_shape))
             yield _to_row([opened.micro_batch(number, memory) for number, memory in zip(numbers, images)], images)
         first, per_row = stop, min(2 * per_row, most)
 

@@ -51,7 +51,7 @@ class DataBenchConfig:
     """Also measure the way from shards in S3 through Ray Data to this process, against torch's DataLoader."""
     cores: int = 2
     """Cores that all processes of each whole path share: Ray and the S3 server, or DataLoader's workers."""
-    epoch_images: int = 2048
+    epoch_images: int = 4096
     """Images of an epoch on the whole path; the source's, each as often as needed."""
     gpu_images_per_s: float = 1500.0
     """The training rate of one GPU, for which the cores that feed it are counted."""

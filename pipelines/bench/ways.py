@@ -20,8 +20,8 @@ from pipelines.windows import window_micro_batches
 
 MICRO_BATCH = 64
 EPOCHS = 3
-# An eighth of the default: so that a few epochs of a few seconds have enough windows.
-WINDOW_ROWS = 1024
+# A quarter of the default: so that a few epochs of a few seconds have enough windows.
+WINDOW_ROWS = 2048
 _IMAGE_PX = (224, 224)
 
 

@@ -18,7 +18,12 @@ INDEX_NAME = b"MAE1"
 
 
 def decode_crop(
-    content: bytes, channels: int, orientation: int, offsets: Offsets, box: Box, scratch: Scratch | None = None
+    content: bytes | memoryview,
+    channels: int,
+    orientation: int,
+    offsets: Offsets,
+    box: Box,
+    scratch: Scratch | None = None,
 ) -> tuple[Pixels, Box]:
     """Upright pixels around the box (top, left, height, width), and the box within them.
 
@@ -27,19 +32,22 @@ def decode_crop(
     Raises ValueError where the image is damaged or the offsets are not its own.
     """
     if orientation != 1 or not len(offsets):
-        return decode(content, channels, orientation, scratch), box
+        return decode(bytes(content), channels, orientation, scratch), box
     scratch = scratch or Scratch()
     start = int(offsets[0])
-    has_index = len(offsets) == 2 and content[start + 4 : start + 8] == INDEX_NAME
-    cut = _cut_tiles if has_index else _cut_segments
-    file, (top, left) = cut(content, offsets, box, scratch)
+    if len(offsets) == 2 and content[start + 4 : start + 8] == INDEX_NAME:
+        file, (top, left) = _cut_tiles(content, offsets, box, scratch)
+    else:
+        file, (top, left) = _cut_segments(bytes(content), offsets, box)
     pixels = decode_jpeg(file, channels, scratch)
     if pixels is None:
         raise ValueError("damaged JPEG: its colours are not those of a JPEG that can be sliced")
     return pixels, (box[0] - top, box[1] - left, box[2], box[3])
 
 
-def _cut_tiles(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> tuple[Pixels, tuple[int, int]]:
+def _cut_tiles(
+    content: bytes | memoryview, offsets: Offsets, box: Box, scratch: Scratch
+) -> tuple[Pixels, tuple[int, int]]:
     """A JPEG of the tiles under the box, and the row and column that it begins at."""
     from pipelines.jpeg import kernels
 
@@ -61,7 +69,7 @@ def _cut_tiles(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> 
     return out[:length], (top, left)
 
 
-def _cut_segments(content: bytes, offsets: Offsets, box: Box, scratch: Scratch) -> tuple[bytearray, tuple[int, int]]:
+def _cut_segments(content: bytes, offsets: Offsets, box: Box) -> tuple[bytearray, tuple[int, int]]:
     """A JPEG of the segments under the box, and the row and column that it begins at."""
     header = read_header(content)
     top, left, height, width = box

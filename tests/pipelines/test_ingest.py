@@ -10,7 +10,7 @@ import torch
 
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
-from pipelines.ingest import data_config, feed, micro_batches
+from pipelines.ingest import data_config, feed, micro_batches, most_per_row
 from pipelines.manifest import Manifest
 from pipelines.plan import EpochPlan, Index
 from pipelines.prepare import prepare
@@ -123,6 +123,16 @@ def test_large_micro_batches_come_one_a_row(dataset: tuple[str, Manifest]) -> No
     found = consume([segment], 1)
     assert [(b.step, b.index) for b in found[0]] == [(step, i) for step in range(3) for i in range(3)]
     assert found[0][0].images.shape == (8, 512, 512, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "store_bytes", "most"),
+    [(1, 2**40, 6), (7, 2**40, 6), (64, 2**40, 16), (1, 2**30, 3), (64, 2**30, 3), (1, 2**27, 1)],
+)
+def test_rows_are_larger_for_many_ranks_and_smaller_for_small_stores(
+    num_workers: int, store_bytes: int, most: int
+) -> None:
+    assert most_per_row(64 * 224 * 224 * 3, num_workers, store_bytes) == most
 
 
 def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:

@@ -23,7 +23,7 @@ from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import PLACEHOLDER, EpochPlan, Index
 from pipelines.prepare.shards import SCHEMA
 from pipelines.segments import Segment, Transform
-from pipelines.windows import MicroBatch, window_micro_batches
+from pipelines.windows import MicroBatch, _values, window_micro_batches
 
 SHARD_ROWS, PER_GROUP = (30, 23), 8
 
@@ -261,3 +261,10 @@ def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
         assert (batch.step, batch.index) == (other.step, other.index)
         for name in ("images", "ids", "labels", "weights"):
             assert torch.equal(getattr(batch, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("values", [[], [b""], [b"", b""], [b"ab", b"", b"cde"]])
+def test_values_of_a_column_are_what_pyarrow_sees(values: list[bytes]) -> None:
+    column = pa.array([b"xyz", *values, b"z"], pa.binary())
+    for chunk in (column, column.slice(1, len(values)), pa.array(values, pa.binary())):
+        assert [bytes(value) for value in _values(chunk)] == chunk.to_pylist()
