@@ -6,11 +6,14 @@ python infra/measure_plan.py [images]
 import resource
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 
 from pipelines.manifest import Manifest, Shard, Split
 from pipelines.plan import EpochPlan, Index
+from pipelines.sources.entry import Entry
+from pipelines.sources.sorting import SortedEntries
 
 ROWS_PER_SHARD = 8192
 
@@ -65,26 +68,35 @@ def cost(num_images: int) -> None:
     print(f"  another epoch {epoch_s:.2f} s; peak {peak_mb() - before_mb:.0f} MiB above the manifest's {before_mb:.0f}")
 
 
-def mixing(num_images: int, num_classes: int, rows_per_group: int, window: int, batch: int = 4096) -> None:
-    """Storage order against visiting order, and classes in a batch of class-sorted input."""
+def mixing(
+    num_images: int, num_classes: int, rows_per_group: int, window: int, batch: int = 4096, mixed: bool = False
+) -> None:
+    """Storage order against visiting order, and classes in a batch of class-sorted input: stored as it comes, as images
+    within larger files are, or `mixed`, as files of their own are."""
     plan = plan_of(Index.from_manifest(manifest_of(num_images, rows_per_group), "train"), window, batch)
     ids = np.concatenate([plan.window_ids(0, w) for w in range(plan.windows_per_epoch)])
     correlation = np.corrcoef(np.arange(len(ids)), ids)[0, 1]  # of ranks: both are permutations
-    labels = ids * num_classes // num_images
+    stored = np.arange(num_images) * num_classes // num_images
+    if mixed:
+        names = (f"{label}/{number}.jpg" for number, label in enumerate(stored))
+        with closing(SortedEntries(Entry(name, name, label=name.split("/")[0]) for name in names)) as entries:
+            stored = np.array([int(entry.label) for entry in entries])
+    labels = stored[ids]
     batches = labels[: len(labels) // batch * batch].reshape(-1, batch)
     distinct = np.median([len(np.unique(row)) for row in batches])
     shares = [np.bincount(row, minlength=num_classes) / batch for row in batches]
     distance = np.mean([np.abs(share - 1 / num_classes).sum() / 2 for share in shares])
-    print(f"  {rows_per_group:>14} {window:>8} {window // rows_per_group:>11} {correlation:>12.4f} {distinct:>8.0f} {distance:>9.2f}")
+    print(f"  {'mixed' if mixed else 'sorted':>6} {rows_per_group:>14} {window:>8} {window // rows_per_group:>11} {correlation:>12.4f} {distinct:>8.0f} {distance:>9.2f}")
 
 
 def main() -> None:
     cost(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000_000)
     n, classes = 1_281_167, 1000
     print(f"class-sorted, {n:,} images of {classes} classes, batch 4096")
-    print("  rows_per_group   window  groups/win  correlation  classes  distance")
+    print("  stored rows_per_group   window  groups/win  correlation  classes  distance")
     for rows_per_group, window in ((256, 8192), (256, 32768), (256, 131072), (256, 524288), (64, 8192), (64, 32768), (64, 131072), (1, 8192)):
         mixing(n, classes, rows_per_group, window)
+    mixing(n, classes, 256, 8192, mixed=True)
 
 
 if __name__ == "__main__":

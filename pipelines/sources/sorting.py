@@ -1,5 +1,6 @@
 """Entries in order, however many: sorted runs on the local disk, merged as they are read."""
 
+import hashlib
 import heapq
 import json
 import tempfile
@@ -15,7 +16,8 @@ _Row = tuple[object, ...]
 
 
 class SortedEntries:
-    """Entries by split, then by name, readable again and again until it is closed."""
+    """Entries by split, then mixed where each is a file, by name where files hold many; readable again and again until
+    it is closed."""
 
     def __init__(self, entries: Iterable[Entry], run_entries: int = RUN_ENTRIES) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mae-listing-")
@@ -31,7 +33,7 @@ class SortedEntries:
     def __iter__(self) -> Iterator[Entry]:
         with ExitStack() as stack:
             runs = [_read(stack, run) for run in self._runs]
-            for _, *fields in heapq.merge(*runs, self._rest):
+            for _, _, *fields in heapq.merge(*runs, self._rest):
                 yield Entry(*fields)  # pyright: ignore[reportArgumentType] -- the fields of an Entry, in order
 
     def close(self) -> None:
@@ -40,7 +42,7 @@ class SortedEntries:
 
     def _fill(self, entries: Iterable[Entry], run_entries: int) -> None:
         for entry in entries:
-            self._rest.append((("", *SPLITS).index(entry.split), *fields_of(entry)))
+            self._rest.append((("", *SPLITS).index(entry.split), _mixed(entry), *fields_of(entry)))
             if len(self._rest) == run_entries:
                 self._rest.sort()
                 self._spill(self._rest)
@@ -63,6 +65,15 @@ class SortedEntries:
             self._spill(heapq.merge(*(_read(stack, run) for run in merged)))
         for run in merged:
             run.unlink()
+
+
+def _mixed(entry: Entry) -> int:
+    """A hash of the name: folders hold a class each, and no shuffle window of training could mix what is stored far
+    apart. What lies within a larger file keeps its place, so that neighbours are read together."""
+    if entry.offset >= 0 or entry.group >= 0:
+        return 0
+    name = entry.name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest(), "big")
 
 
 def _read(stack: ExitStack, run: Path) -> Iterator[_Row]:

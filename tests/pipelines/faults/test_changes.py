@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from PIL import Image
 
 from pipelines import prepare as module
 from pipelines.config import PrepareConfig
+from pipelines.sources.entry import Entry
+from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
 
+with closing(SortedEntries(Entry(f"{number:02d}.bmp", f"{number:02d}.bmp") for number in range(30))) as _entries:
+    NAMES = [entry.name for entry in _entries]
+    """In the order of storage."""
 CONFIG = PrepareConfig(rows_per_shard=5, rows_per_group=2, max_bad=1, val_fraction=0.2)
 
 
@@ -50,9 +56,9 @@ def put(root: str) -> Callable[[str, bytes], None]:
             os.utime(storage.join(name), ns=(0, next(ticks)))
 
     for number in range(30):
-        write(f"{number:02d}.bmp", bitmap(number))
-    write("03.bmp", b"x" * len(bitmap(0)))
-    write("27.bmp", bitmap(6))  # the copy of an image of another slice
+        write(NAMES[number], bitmap(number))
+    write(NAMES[3], b"x" * len(bitmap(0)))
+    write(NAMES[27], bitmap(6))  # the copy of an image of another slice
     return write
 
 
@@ -88,7 +94,7 @@ def is_as_if_fresh(root: str) -> bool:
 
 def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any, killed: Any) -> None:
     written = killed(4)
-    put("07.bmp", bitmap(100))
+    put(NAMES[7], bitmap(100))
     module.prepare(f"{root}/source", f"{root}/out", CONFIG)
     assert sorted(set(written)) == [1, 4, 5]
     assert is_as_if_fresh(root)
@@ -97,14 +103,14 @@ def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any,
 def test_a_bad_image_that_was_mended_leaves_no_quarantine(root: str, put: Any, killed: Any) -> None:
     killed(5)
     assert open_storage(f"{root}/out").exists("quarantine/part-00000.parquet")
-    put("03.bmp", bitmap(3))
+    put(NAMES[3], bitmap(3))
     assert is_as_if_fresh(root)
     assert not open_storage(f"{root}/out").exists("quarantine/part-00000.parquet")
 
 
-@pytest.mark.parametrize("changed", ["06.bmp", "27.bmp", "29.bmp"])
+@pytest.mark.parametrize("changed", [6, 27, 29])
 def test_a_change_after_duplicates_were_dropped_brings_back_what_is_none_now(
-    changed: str, root: str, put: Any, killed: Any, monkeypatch: pytest.MonkeyPatch
+    changed: int, root: str, put: Any, killed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = killed(6)
     # The slice with the copy is written again without it, and its summary never is.
@@ -113,7 +119,7 @@ def test_a_change_after_duplicates_were_dropped_brings_back_what_is_none_now(
         with pytest.raises(ZeroDivisionError):
             module.prepare(f"{root}/source", f"{root}/out", CONFIG)
     assert written == [5]
-    put(changed, bitmap(100))
+    put(NAMES[changed], bitmap(100))
     assert is_as_if_fresh(root)
 
 
