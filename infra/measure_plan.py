@@ -1,21 +1,40 @@
 """Prints what the epoch plan costs at a billion images, and how well its windows mix: docs/data-sources.md.
 
-python infra/measure_plan.py [images]
+python infra/measure_plan.py [images]                  the plan alone, and mixing
+python infra/measure_plan.py feed [images [epochs]]    a run's first micro-batches through Ray, of a dataset of so many
 """
 
+import io
+import itertools
 import resource
 import sys
+import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
-from pipelines.manifest import Manifest, Shard, Split
+from mae_core.config import AugmentConfig
+from pipelines.cluster import ray_session
+from pipelines.config import ComputeConfig
+from pipelines.ingest import feed
+from pipelines.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipelines.plan import EpochPlan, Index
+from pipelines.prepare.shards import SCHEMA
+from pipelines.segments import Segment, Transform
 from pipelines.sources.entry import Entry
 from pipelines.sources.sorting import SortedEntries
+from pipelines.storage import open_storage
 
 ROWS_PER_SHARD = 8192
+ROWS_PER_GROUP = 256
+SIDE_PX = 28
 
 
 def manifest_of(num_images: int, rows_per_group: int) -> Manifest:
@@ -68,6 +87,56 @@ def cost(num_images: int) -> None:
     print(f"  another epoch {epoch_s:.2f} s; peak {peak_mb() - before_mb:.0f} MiB above the manifest's {before_mb:.0f}")
 
 
+def write_dataset(folder: Path, num_images: int) -> None:
+    """A dataset of so many noisy tiles: every shard is a link to the same file."""
+    noise = np.random.default_rng(0).integers(0, 256, (ROWS_PER_SHARD, SIDE_PX, SIDE_PX), np.uint8)
+    images = []
+    for pixels in noise:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        images.append(file.getvalue())
+    columns = [images, *([value] * ROWS_PER_SHARD for value in (0, SIDE_PX, SIDE_PX, 1, None, "x"))]
+    table = pa.Table.from_arrays([pa.array(c, kind) for c, kind in zip(columns, SCHEMA.types)], schema=SCHEMA)
+    pq.write_table(table, folder / "shard.parquet", row_group_size=ROWS_PER_GROUP)
+    (folder / "train").mkdir()
+    manifest = manifest_of(num_images, ROWS_PER_GROUP)
+    for shard in manifest.splits["train"].shards:
+        (folder / shard.path).symlink_to(folder / "shard.parquet")
+    write_manifest(open_storage(str(folder)), manifest)
+
+
+def first_batches(num_images: int, epochs: int) -> None:
+    """The way of a run to its first micro-batch and beyond, each part timed by the wall clock."""
+    num_images -= num_images % ROWS_PER_SHARD  # every link is a whole shard
+    with tempfile.TemporaryDirectory() as name, ray_session(ComputeConfig(num_workers=1, data_tasks=2)):
+        folder = Path(name)
+        write_dataset(folder, num_images)
+        laps = [time.perf_counter()]
+        manifest = read_manifest(open_storage(name))
+        laps.append(time.perf_counter())
+        index = Index.from_manifest(manifest, "train")
+        plan = EpochPlan(index=index, seed=0, batch=4096, micro_batch=64, num_workers=1, window=8192)
+        transform = Transform(
+            train=True, image_px=(SIDE_PX, SIDE_PX), channels=1, augment=AugmentConfig(), seed=0
+        )  # fmt: skip
+        steps = epochs * plan.steps_per_epoch
+        segment = Segment(dataset_uri=name, plan=plan, transform=transform, first_step=0, last_step=steps)
+        laps.append(time.perf_counter())
+        for _ in feed([replace(segment, last_step=min(steps, 16))], 1, max_tasks=2).micro_batches():
+            pass  # workers are warm
+        start_s, arrivals_s = time.perf_counter(), []
+        for batch in itertools.islice(feed([segment], 1, max_tasks=2).micro_batches(), 8192 // 64 * 16):
+            arrivals_s.append(time.perf_counter() - start_s)
+            assert batch.weights.all()
+        rate = 64 * (len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0])
+        print(f"{num_images:,} images, {epochs} epochs: {segment.num_windows:,} windows, {len(manifest.splits['train'].shards):,} shards")
+        print(f"  manifest of {(folder / 'manifest.json').stat().st_size / 2**20:.0f} MiB read in {laps[1] - laps[0]:.2f} s, plan and index {laps[2] - laps[1]:.2f} s")
+        print(f"  first micro-batch {arrivals_s[0]:.2f} s after a feed began, then {rate:,.0f} images/s")
+        found = [(p.name(), p.memory_info().rss / 2**20) for p in psutil.Process().children(recursive=True)]
+        tasks = [mb for _, mb in sorted(found, key=lambda pair: -pair[1])[:3]]
+        print(f"  driver at its peak {peak_mb():.0f} MiB; the largest of Ray's processes {', '.join(f'{mb:.0f}' for mb in tasks)} MiB")
+
+
 def mixing(
     num_images: int, num_classes: int, rows_per_group: int, window: int, batch: int = 4096, mixed: bool = False
 ) -> None:
@@ -90,6 +159,11 @@ def mixing(
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["feed"]:
+
+        numbers = [int(word) for word in sys.argv[2:]]
+        first_batches(*(numbers + [1_000_000_000, 1][len(numbers) :]))
+        return
     cost(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000_000)
     n, classes = 1_281_167, 1000
     print(f"class-sorted, {n:,} images of {classes} classes, batch 4096")

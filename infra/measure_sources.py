@@ -27,7 +27,7 @@ from PIL import Image
 from mae_core.config import AugmentConfig
 from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig, PrepareConfig
-from pipelines.ingest import feed, micro_batches
+from pipelines.ingest import feed
 from pipelines.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipelines.plan import EpochPlan, Index
 from pipelines.prepare import prepare
@@ -143,7 +143,7 @@ def read_shards(uri: str, window: int) -> None:
     transform = Transform(train=True, image_px=(32, 32), channels=3, augment=AugmentConfig(), seed=0)
     segment = Segment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
     with peaks(f"{manifest.split('train').num_bytes / 1e9:.2f} GB read in windows of {window} rows"), ray_session(compute):
-        count = sum(float(batch.weights.sum()) for batch in micro_batches(feed([segment], 1, max_tasks=2).iterator()))
+        count = sum(float(batch.weights.sum()) for batch in feed([segment], 1, max_tasks=2).micro_batches())
     print(f"  {count:,.0f} images")
 
 

@@ -11,6 +11,8 @@ import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from pipelines.chapters import Chapters, begun
+
 
 @dataclass(frozen=True)
 class _Number:
@@ -23,19 +25,20 @@ class _Number:
 
 
 class Numbers(Datasource):
-    """The numbers from 0 to num_tasks - 1, a block each."""
+    """The numbers of a chapter's tasks, a block each; of which chapter, is asked at each execution."""
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, chapters: Chapters, turn: int) -> None:
         super().__init__()
-        self._num_tasks = num_tasks
+        self._chapters, self._turn = chapters, turn
 
-    def estimate_inmemory_data_size(self) -> int:
-        return 8 * self._num_tasks
+    def estimate_inmemory_data_size(self) -> None:
+        """Unknown, so that Ray splits nothing."""
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """One task a number, whatever parallelism is asked for."""
         metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
-        reads: list[Callable[[], Iterable[pa.Table]]] = [_Number(number) for number in range(self._num_tasks)]
+        numbers = self._chapters.tasks(begun(self._chapters.key, self._turn))
+        reads: list[Callable[[], Iterable[pa.Table]]] = [_Number(number) for number in numbers]
         return [ReadTask(read, metadata) for read in reads]

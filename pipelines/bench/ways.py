@@ -78,10 +78,10 @@ def ways(stored: Segment, local: Segment, folder: Path, cores: int) -> dict[str,
 
 
 def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
-    from pipelines.ingest import feed, micro_batches
+    from pipelines.ingest import feed
 
     # One more than cores: see DATA_TASK_CPUS.
-    yield from micro_batches(feed([segment], 1, cores + 1, DATA_TASK_CPUS).iterator())
+    yield from feed([segment], 1, cores + 1, DATA_TASK_CPUS).micro_batches()
 
 
 def _dataloader_batches(folder: Path, cores: int) -> Iterator[Any]:

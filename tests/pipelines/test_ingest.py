@@ -3,12 +3,15 @@
 import json
 import threading
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mae_core.config import AugmentConfig
+from pipelines.chapters import NUM_TURNS, Chapters, dataset_name
 from pipelines.config import PrepareConfig
 from pipelines.ingest import data_config, feed, micro_batches, most_per_row
 from pipelines.manifest import Manifest
@@ -62,13 +65,21 @@ def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[Segment]
     ]
 
 
-def consume(segments: list[Segment], num_workers: int) -> list[list[MicroBatch]]:
+def consume(segments: list[Segment], num_workers: int, max_tasks: int | None = None) -> list[list[MicroBatch]]:
     """What each of the ranks gets."""
     found: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
-    iterators = feed(segments, num_workers).streaming_split(num_workers, equal=True)
+    source, lock = feed(segments, num_workers, max_tasks), threading.Lock()
+
+    @cache
+    def split(turn: int) -> Any:
+        return source.datasets[turn].streaming_split(num_workers, equal=True)
 
     def read(rank: int) -> None:
-        found[rank].extend(micro_batches(iterators[rank]))
+        def shard(turn: int) -> Any:
+            with lock:
+                return split(turn)[rank]
+
+        found[rank].extend(micro_batches(shard, source.key))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(num_workers)]
     for thread in threads:
@@ -100,6 +111,19 @@ def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
 def test_each_rank_gets_its_micro_batches_in_order(dataset: tuple[str, Manifest], num_workers: int) -> None:
     segments = segments_of(*dataset, num_workers)
     found = consume(segments, num_workers)
+    for rank in range(num_workers):
+        assert_same(found[rank], expected_of(segments, rank))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_chapters_follow_one_another(
+    dataset: tuple[str, Manifest], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.chapters._LEAST_TASKS", 1)
+    segments = segments_of(*dataset, num_workers)
+    chapters = Chapters.of("", sum(segment.num_windows for segment in segments), 1)
+    assert len(chapters.tasks(2)), "each dataset should have its turn, and one of them another"
+    found = consume(segments, num_workers, max_tasks=1)
     for rank in range(num_workers):
         assert_same(found[rank], expected_of(segments, rank))
 
@@ -138,7 +162,7 @@ def test_rows_are_larger_for_many_ranks_and_smaller_for_small_stores(
 def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:
     segments = segments_of("/no/such/dataset", dataset[1], 1)
     with pytest.raises(Exception, match=r"/no/such/dataset/train/part-0000\d.parquet does not exist"):
-        list(micro_batches(feed(segments, 1).iterator()))
+        list(feed(segments, 1).micro_batches())
 
 
 def test_nothing_to_feed_and_a_plan_for_others_are_refused(dataset: tuple[str, Manifest]) -> None:
@@ -164,14 +188,18 @@ def test_ray_train_deals_the_same(dataset: tuple[str, Manifest], tmp_path: Path)
         from pipelines.ingest import micro_batches
 
         rank = ray.train.get_context().get_world_rank()
-        seen = [(b.step, b.index) for b in micro_batches(ray.train.get_dataset_shard("feed"))]
+        shard = ray.train.get_dataset_shard
+        seen = [(b.step, b.index) for b in micro_batches(lambda turn: shard(dataset_name(turn)), "dealt")]
         (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
+
+    def dataset_of(turn: int) -> Any:
+        return feed(segments, 2, key="dealt").datasets[turn]
 
     TorchTrainer(
         work,
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(tmp_path / "train")),
-        datasets={"feed": lambda: feed(segments, 2)},
+        datasets={dataset_name(turn): partial(dataset_of, turn) for turn in range(NUM_TURNS)},
         dataset_config=data_config(),
     ).fit()
     for rank in range(2):
