@@ -7,11 +7,12 @@ windows of this one are still on their way. What processes must know of each oth
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 NUM_TURNS = 2
 """Datasets that take turns."""
 
-_LEAST_TASKS = 128
+_LEAST_TASKS, _TIMES = 128, 8
 _NAMESPACE = b"mae-feed"
 
 
@@ -28,7 +29,7 @@ class Chapters:
     @classmethod
     def of(cls, key: str, num_tasks: int, at_a_time: int) -> "Chapters":
         """Chapters of many times the tasks that run at a time."""
-        return cls(key, num_tasks, max(_LEAST_TASKS, 8 * at_a_time), at_a_time)
+        return cls(key, num_tasks, max(_LEAST_TASKS, _TIMES * at_a_time), at_a_time)
 
     def tasks(self, chapter: int) -> range:
         """Those of a chapter, none behind the last."""
@@ -74,14 +75,27 @@ def is_under_way(key: str, chapter: int) -> bool:
     return _get(key, "under way", -1) >= chapter
 
 
-def _put(key: str, name: str, number: int) -> None:
+def announce(run: str, key: str) -> None:
+    """From now on that feed is the run's: each worker group has one of its own."""
+    _put(run, "feed", key)
+
+
+def announced(run: str) -> str:
+    """The key of the feed that was announced last; empty where none was."""
+    return _get(run, "feed", "")
+
+
+T = TypeVar("T", int, str)
+
+
+def _put(key: str, name: str, value: int | str) -> None:
     from ray.experimental.internal_kv import _internal_kv_put
 
-    _internal_kv_put(f"{key}/{name}".encode(), str(number).encode(), overwrite=True, namespace=_NAMESPACE)
+    _internal_kv_put(f"{key}/{name}".encode(), str(value).encode(), overwrite=True, namespace=_NAMESPACE)
 
 
-def _get(key: str, name: str, default: int) -> int:
+def _get(key: str, name: str, default: T) -> T:
     from ray.experimental.internal_kv import _internal_kv_get
 
     found = _internal_kv_get(f"{key}/{name}".encode(), namespace=_NAMESPACE)
-    return default if found is None else int(found)
+    return default if found is None else type(default)(found.decode())

@@ -50,20 +50,14 @@ class Source:
         return micro_batches(lambda turn: self.datasets[turn].iterator(), self.key)
 
 
-def feed(
-    segments: Sequence[Segment],
-    num_workers: int,
-    max_tasks: int | None = None,
-    num_cpus: float = 1,
-    key: str | None = None,
-) -> Source:
+def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = None, num_cpus: float = 1) -> Source:
     """Rows that hold micro-batches, in the order of the segments and of their plans.
 
     At most `max_tasks` tasks run at a time; without a value as many as find their `num_cpus` free.
 
     Split among `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets row j where
-    j % num_workers == r, which holds micro-batches of rank r. The key is one that no other feed of the cluster has.
-    Raises ValueError where a plan is for another number of workers, or nothing is left to feed.
+    j % num_workers == r, which holds micro-batches of rank r. Raises ValueError where a plan is for another number of
+    workers, or nothing is left to feed.
     """
     segments = list(segments)
     for segment in segments:
@@ -72,7 +66,7 @@ def feed(
     stops, store_bytes = list(accumulate(segment.num_windows for segment in segments)), _store_bytes()
     if not stops or not stops[-1]:
         raise ValueError("nothing to feed: no segment has a step; give at least one")
-    chapters = Chapters.of(key or uuid4().hex, stops[-1], max_tasks or _most_tasks(num_cpus))
+    chapters = Chapters.of(uuid4().hex, stops[-1], max_tasks or _most_tasks(num_cpus))
 
     def run(block: pa.Table) -> Iterator[pa.Table]:
         here = _kept(chapters.key, segments)

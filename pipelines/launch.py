@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from pipelines.chapters import NUM_TURNS, dataset_name
+from pipelines.chapters import NUM_TURNS, announce, dataset_name
 from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
 from pipelines.failures import cause_of, witness
@@ -33,7 +33,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    jobs, key = list(jobs), uuid4().hex
+    jobs, run = list(jobs), uuid4().hex
     compute = jobs[0].config.compute
     attempt = {"launched_s": time.time(), "died_s": died_s}
     for job in jobs:
@@ -45,7 +45,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt, "feed": key},
+            train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt, "run": run},
             torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
@@ -56,7 +56,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
                 callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
             ),
             datasets={dataset_name(turn): _nothing for turn in range(NUM_TURNS)},
-            dataset_config=_feeds(jobs, key),
+            dataset_config=_feeds(jobs, run),
         )
         try:
             trainer.fit()
@@ -86,7 +86,7 @@ def _nothing() -> Any:
     return ray.data.range(1)
 
 
-def _feeds(jobs: list[Job], key: str) -> Any:
+def _feeds(jobs: list[Job], run: str) -> Any:
     """Ray Train's view of the feed: made anew, of what is left of the jobs, for each group of whatever size."""
     from ray.train import DataConfig
 
@@ -100,7 +100,8 @@ def _feeds(jobs: list[Job], key: str) -> Any:
         ) -> Any:
             # Ray Train asks for the second dataset when the first is well under way, and other steps are left.
             if self.source is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
-                self.source = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids), key)
+                self.source = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
+                announce(run, self.source.key)
             if self.source:
                 names = {dataset_name(turn): dataset for turn, dataset in enumerate(self.source.datasets)}
                 datasets = {name: names[name] for name in datasets}

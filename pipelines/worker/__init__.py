@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.chapters import dataset_name
+from pipelines.chapters import announced, dataset_name
 from pipelines.console import speak_up
 from pipelines.ingest import micro_batches
 from pipelines.jobs import Job, PretrainJob, job_from_dict, with_workers
@@ -29,7 +29,12 @@ def work(config: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs = [job_from_dict(values) for values in config["jobs"]]
     rank = join_group(jobs[0].config.compute)
-    feed = Feed(micro_batches(lambda turn: ray.train.get_dataset_shard(dataset_name(turn)), config["feed"]))
+
+    def shard(turn: int) -> Any:
+        return ray.train.get_dataset_shard(dataset_name(turn))
+
+    shard(0)  # with it the feed is announced
+    feed = Feed(micro_batches(shard, announced(config["run"])))
     attempt = Attempt(**config["attempt"])
     for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
         try:

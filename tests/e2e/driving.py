@@ -49,7 +49,7 @@ class Place:
             "name": name,
             "output": str(self.folder / "runs"),
             "epochs": 10,
-            "data": {"uri": str(self.dataset), "batch": 32, "micro_batch": 8, "window": 64},
+            "data": {"uri": str(self.dataset), "batch": 32, "micro_batch": 8, "window": 32},
             "model": {
                 "arch": "vit_pico_patch7",
                 "image_px": [28, 28],

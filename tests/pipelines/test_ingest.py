@@ -3,7 +3,7 @@
 import json
 import threading
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mae_core.config import AugmentConfig
-from pipelines.chapters import NUM_TURNS, Chapters, dataset_name
+from pipelines.chapters import Chapters, dataset_name
 from pipelines.config import PrepareConfig
 from pipelines.ingest import data_config, feed, micro_batches, most_per_row
 from pipelines.manifest import Manifest
@@ -120,6 +120,7 @@ def test_chapters_follow_one_another(
     dataset: tuple[str, Manifest], num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.chapters._LEAST_TASKS", 1)
+    monkeypatch.setattr("pipelines.chapters._TIMES", 2)
     segments = segments_of(*dataset, num_workers)
     chapters = Chapters.of("", sum(segment.num_windows for segment in segments), 1)
     assert len(chapters.tasks(2)), "each dataset should have its turn, and one of them another"
@@ -179,6 +180,7 @@ def test_ray_train_deals_the_same(dataset: tuple[str, Manifest], tmp_path: Path)
     from ray.train.torch import TorchTrainer
 
     segments = segments_of(*dataset, 2)
+    source = feed(segments, 2)
 
     def work() -> None:
         import json
@@ -189,17 +191,14 @@ def test_ray_train_deals_the_same(dataset: tuple[str, Manifest], tmp_path: Path)
 
         rank = ray.train.get_context().get_world_rank()
         shard = ray.train.get_dataset_shard
-        seen = [(b.step, b.index) for b in micro_batches(lambda turn: shard(dataset_name(turn)), "dealt")]
+        seen = [(b.step, b.index) for b in micro_batches(lambda turn: shard(dataset_name(turn)), source.key)]
         (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
-
-    def dataset_of(turn: int) -> Any:
-        return feed(segments, 2, key="dealt").datasets[turn]
 
     TorchTrainer(
         work,
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(tmp_path / "train")),
-        datasets={dataset_name(turn): partial(dataset_of, turn) for turn in range(NUM_TURNS)},
+        datasets={dataset_name(turn): dataset for turn, dataset in enumerate(source.datasets)},
         dataset_config=data_config(),
     ).fit()
     for rank in range(2):
