@@ -25,7 +25,7 @@ def to_row(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], following
         columns[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
     for name in _NUMBERS:
         columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
-    return pa.table({name: _one(values) for name, values in columns.items()} | {_NEXT: [following]})
+    return pa.table({name: as_row(values) for name, values in columns.items()} | {_NEXT: [following]})
 
 
 def next_chapter(row: pa.Table) -> int:
@@ -33,7 +33,7 @@ def next_chapter(row: pa.Table) -> int:
     return row[_NEXT][0].as_py()
 
 
-def _one(values: NDArray[Any]) -> pa.LargeListArray:
+def as_row(values: NDArray[Any]) -> pa.LargeListArray:
     """One row that is the list of these values, without a copy."""
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
 

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.ingest import _one
 from pipelines.row_memory import RowMemory
+from pipelines.rows import as_row
 
 
 def address(pixels: np.ndarray) -> int:
@@ -39,7 +39,7 @@ def test_memory_of_a_table_is_left_alone_until_the_table_is_gone() -> None:
     pixels = memory.take((4, 8))
     pixels[:] = 7
     before = address(pixels)
-    table = pa.table({"images": _one(pixels.reshape(-1))})
+    table = pa.table({"images": as_row(pixels.reshape(-1))})
     part = table.slice(0, 1)
     del pixels, table
     other = memory.take((4, 8))
