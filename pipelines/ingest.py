@@ -78,7 +78,7 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
             yield from _rows(segment, window, store_bytes, chapters.next_after(task))
 
     # Equal limits on both, or they would not become one operator.
-    limits: dict[str, Any] = {"concurrency": max_tasks, "num_cpus": num_cpus}
+    limits: dict[str, Any] = {"concurrency": max_tasks, "num_cpus": num_cpus, "resources": _resources()}
     return Source(chapters.key, tuple(_dataset(chapters, turn, run, limits) for turn in range(NUM_TURNS)))
 
 
@@ -171,6 +171,15 @@ def _store_bytes() -> float:
     import ray
 
     return min(node["Resources"].get("object_store_memory", inf) for node in ray.nodes() if node["Alive"])
+
+
+def _resources() -> dict[str, float]:
+    """What each task asks for beside CPUs."""
+    import ray
+
+    from pipelines.cluster import DATA_TASK
+
+    return {DATA_TASK: 1} if DATA_TASK in ray.cluster_resources() else {}
 
 
 def _most_tasks(num_cpus: float) -> int:
