@@ -19,8 +19,8 @@ DATA_TASK_CPUS = 0.8
 """What a data task asks for: it waits for storage for about a fifth of its time, in which another one decodes."""
 
 DATA_TASK = "mae_data_task"
-"""Resource of an embedded Ray, one for each data task that may run: tasks of two chapters must not be twice as many
-processes. A cluster may declare it, too, to say which nodes decode, and how many tasks at a time."""
+"""Resource of an embedded Ray, for one data task more than may run at a time: two chapters of a feed must not need
+twice as many processes. A cluster may declare it, too, to say which nodes decode, and how many tasks at a time."""
 
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.
 _SPARE_CPUS = 2
@@ -86,7 +86,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         os.environ[_EMBEDDED] = "1"
         _init(
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
-            resources={DATA_TASK: groups * compute.data_tasks},
+            resources={DATA_TASK: groups * (compute.data_tasks + 1)},
             include_dashboard=False,
             logging_level=logging.ERROR,
             # In every process: Train's placement group cleaner warns each second that there is no dashboard.

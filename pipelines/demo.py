@@ -76,14 +76,13 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
     )
 
     log.info("5/6  drawing reconstructions of test images")
-    picture = reconstruct.run(
-        ReconstructConfig(
-            model=pretrained["model"],
-            uri=str(out / "prepared"),
-            num_images=_PICTURED,
-            out=str(out / "reconstructions.png"),
-        )
+    pictured = ReconstructConfig(
+        model=pretrained["model"],
+        uri=str(out / "prepared"),
+        num_images=_PICTURED,
+        out=str(out / "reconstructions.png"),
     )
+    picture = Path(reconstruct.run(pictured))
     figure = out / "masking_ratio.png"
     shutil.copyfile(swept["figure"], figure)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,14 @@ from pipelines.prepare.quarantine import quarantined
 from pipelines.prepare.slices import Tally, check_splits, class_names
 from pipelines.row_groups import RowGroups
 from pipelines.sources import Entry, open_source
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, storage_of
 
 _SHOWN_CLASSES = 1000
 
 
 def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
     """What is there, and the path of the sheet that was drawn of it. Raises ValueError where nothing of ours is."""
-    storage = open_storage(uri)
+    storage, (place, name) = open_storage(uri), storage_of(config.out)
     if is_prepared(storage):
         manifest = read_manifest(storage)
         found, tiles = _of_dataset(manifest), _dataset_tiles(storage, manifest, config)
@@ -35,10 +34,8 @@ def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
         ]
     else:
         found, tiles, bad = _of_source(uri, config)
-    sheet = Path(config.out)
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    sheet.write_bytes(contact_sheet(uri, tiles, bad))
-    return {"uri": uri, **found, "contact_sheet": str(sheet)}
+    place.write(name, contact_sheet(uri, tiles, bad))
+    return {"uri": uri, **found, "contact_sheet": place.join(name)}
 
 
 def _of_dataset(manifest: Manifest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipelines.config import ReconstructConfig, from_dict
 from pipelines.decode import SUFFIXES, decode, evaluation_view
 from pipelines.manifest import is_prepared, read_manifest
 from pipelines.pictures import Block, reconstruction_rows
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,11 @@ def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, s
     return Block(title=f"{ratio:.0%} masked: {visible} of {total} patches visible", rows=rows)
 
 
-def run(config: ReconstructConfig) -> Path:
-    """The picture is written, from the registry alone; returns its path."""
+def run(config: ReconstructConfig) -> str:
+    """The picture is written, from the registry alone; returns its path or URI."""
     if not config.uri:
         raise ValueError("no images are named; try --uri with a prepared dataset or a folder of images")
+    place, name = storage_of(config.out)
     tracking = registry.open_tracking("mae")
     with TemporaryDirectory() as folder:
         files = tracking.fetch(tracking.resolve(config.model), Path(folder))
@@ -95,10 +96,11 @@ def run(config: ReconstructConfig) -> Path:
         config.uri, config.split, config.num_images, backbone.config.image_px, backbone.config.channels
     )
     blocks = [picture_block(backbone, images, ratio, config.seed) for ratio in config.ratios]
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    reconstruction_rows(blocks, out)
-    return out.resolve()
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / name
+        reconstruction_rows(blocks, picture)
+        place.write(name, picture.read_bytes())
+    return place.join(name)
 
 
 def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:

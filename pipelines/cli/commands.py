@@ -86,7 +86,7 @@ def _sweep(call: Invocation) -> dict[str, Any]:
 def _reconstruct(call: Invocation) -> dict[str, Any]:
     from pipelines import reconstruct
 
-    return {"picture": str(reconstruct.run(call.config))}
+    return {"picture": reconstruct.run(call.config)}
 
 
 def _register(call: Invocation) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class ReconstructConfig:
     seed: int = 0
     """Seed of the masks."""
     out: str = "reconstructions.png"
-    """File that is written."""
+    """File that is written, here or at s3://."""
 
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
@@ -40,7 +40,7 @@ class InspectConfig:
     seed: int = 0
     """Seed of the choice from a source."""
     out: str = "contact-sheet.png"
-    """File that the sheet is written to."""
+    """File that the sheet is written to, here or at s3://."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 1000:

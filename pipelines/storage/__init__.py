@@ -49,6 +49,15 @@ def open_storage(uri: str | Path) -> "Storage":
     return Storage(f"s3://{parts.netloc}/{key}".rstrip("/"))
 
 
+def storage_of(file: str) -> tuple["Storage", str]:
+    """Where a file lies and its name there, by its path or URI. Raises ValueError for one without a name."""
+    text = file.strip() if "://" in file else str(Path(file).expanduser().absolute())
+    folder, _, name = text.rpartition("/")
+    if not name or folder.endswith(":/"):
+        raise ValueError(f"{file!r} names no file; try sheet.png or s3://bucket/sheet.png")
+    return open_storage(folder or "/"), name
+
+
 @dataclass(frozen=True)
 class Storage:
     """A place by its absolute URI, all that a pickle of it holds; paths are relative to it and cannot leave it."""

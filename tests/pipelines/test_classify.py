@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipelines.config import (
     TrackingConfig,
 )
 from pipelines.run_folder import RunFolder
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, storage_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -142,7 +142,8 @@ def test_a_checkpoint_registered_by_hand_loads_and_is_the_one_asked_for(pretrain
     assert tensors_digest(backbone.mae.state_dict()) == pretrained.digests[first]
 
 
-def test_reconstructions_are_drawn_from_the_registry_alone(pretrained: Pretrained, tmp_path: Path) -> None:
+@pytest.mark.s3
+def test_reconstructions_are_drawn_from_the_registry_alone(pretrained: Pretrained, s3: str, tmp_path: Path) -> None:
     from PIL import Image
 
     from pipelines import reconstruct
@@ -150,9 +151,12 @@ def test_reconstructions_are_drawn_from_the_registry_alone(pretrained: Pretraine
     config = ReconstructConfig(
         model=f"models:/mae-{ARCH}@candidate", uri=pretrained.dataset, num_images=3, out=str(tmp_path / "a" / "b.png")
     )
-    path = reconstruct.run(config)
+    path = Path(reconstruct.run(config))
     assert path == tmp_path / "a" / "b.png"
     assert Image.open(io.BytesIO(path.read_bytes())).size[0] > 100
+    there = reconstruct.run(replace(config, out=f"{s3}/{tmp_path.name}/b.png"))
+    place, name = storage_of(there)
+    assert place.read(name) == path.read_bytes()
 
 
 def test_a_probe_registers_nothing_and_a_repetition_prints_the_same(pretrained: Pretrained) -> None:

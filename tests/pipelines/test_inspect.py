@@ -10,6 +10,7 @@ from PIL import Image
 from pipelines import prepare as module
 from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.inspect import inspect_uri
+from pipelines.storage import storage_of
 
 
 @pytest.fixture
@@ -37,6 +38,15 @@ def test_a_source_of_every_kind_of_image_is_counted_and_drawn(zoo: list, zoo_fol
     colours = sheet.convert("RGB").getcolors(2**24)
     assert colours is not None
     assert len(colours) > 5000
+
+
+@pytest.mark.s3
+def test_a_sheet_goes_to_a_bucket_as_to_a_folder(zoo_folder: Path, s3: str, tmp_path: Path) -> None:
+    here, _ = looked_at(zoo_folder, tmp_path)
+    there = inspect_uri(str(zoo_folder), InspectConfig(out=f"{s3}/{tmp_path.name}/sheet.png"))
+    assert there["contact_sheet"] == f"{s3}/{tmp_path.name}/sheet.png"
+    place, name = storage_of(there["contact_sheet"])
+    assert place.read(name) == Path(here["contact_sheet"]).read_bytes()
 
 
 def test_a_prepared_dataset_shows_its_counts_and_its_quarantine(

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.storage import Storage, open_storage
+from pipelines.storage import Storage, open_storage, storage_of
 from pipelines.storage.patience import patience
 
 
@@ -271,3 +271,15 @@ def test_a_folder_without_links_holds_what_was_written_first(tmp_path: Path, mon
     assert storage.write_new("a", b"mine")
     assert not storage.write_new("a", b"theirs")
     assert storage.list() == [("a", 4)]
+
+
+def test_a_file_is_named_by_a_path_or_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage_of("a.png") == (open_storage(tmp_path), "a.png")
+    assert storage_of("/a.png") == (open_storage("/"), "a.png")
+    assert storage_of("s3://bucket/a.png") == (open_storage("s3://bucket"), "a.png")
+    assert storage_of("s3://bucket/b/a.png") == (open_storage("s3://bucket/b"), "a.png")
+    assert storage_of(f"file://{tmp_path}/b/a.png") == (open_storage(tmp_path / "b"), "a.png")
+    for nameless in ("s3://bucket", "s3://bucket/b/"):
+        with pytest.raises(ValueError, match="names no file"):
+            storage_of(nameless)
