@@ -73,7 +73,7 @@ class Training:
     def go(self, step: int) -> None:
         """The process has taken so many steps."""
         (self._here / "go").write_text(str(step))
-        deadline_s = time.monotonic() + 240
+        deadline_s = time.monotonic() + 60
         while int((self._here / "done").read_text() or 0) < step:
             assert self.process.is_alive()
             assert time.monotonic() < deadline_s, f"step {step} was not reached"
@@ -81,7 +81,7 @@ class Training:
 
     def saved(self, step: int) -> None:
         """The checkpoint of the step is committed, and whole."""
-        deadline_s = time.monotonic() + 240
+        deadline_s = time.monotonic() + 60
         while step not in self.run.checkpoints.steps():
             assert self.process.is_alive()
             assert time.monotonic() < deadline_s, f"no checkpoint of step {step}"
