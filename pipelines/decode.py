@@ -207,37 +207,6 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def crop_resize(
-    pixels: Pixels, box: Box, flip: bool, out_hw: tuple[int, int], scratch: Scratch | None = None
-) -> Pixels:
-    """The box (top, left, height, width) resized (bicubic, antialiased), mirrored where `flip`.
-
-    Raises ValueError where no pixel is in the box.
-    """
-    top, left, height, width = box
-    found = pixels[top : top + height, left : left + width]
-    if not found.size:
-        raise ValueError(f"box {box} holds no pixel of an image of {pixels.shape[1]} x {pixels.shape[0]}")
-    if (height, width) == out_hw:
-        return found[:, ::-1] if flip else found
-    return _resize(found, flip, out_hw, scratch or Scratch())
-
-
-def _resize(pixels: Pixels, flip: bool, out_hw: tuple[int, int], scratch: Scratch) -> Pixels:
-    import torch
-    from torch.nn.functional import interpolate
-
-    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not.
-    # The copy is that of the crop, and makes writable what Pillow lends.
-    height, width, channels = pixels.shape
-    copy = scratch.of("crop", pixels.size)[: pixels.size].reshape(1, height, width, channels)
-    copy[0] = pixels
-    tensor = torch.from_numpy(copy).permute(0, 3, 1, 2)
-    resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
-    # Copying a mirrored view with numpy takes longer than the resizing.
-    return (resized.flip(3) if flip else resized).permute(0, 2, 3, 1)[0].numpy()
-
-
 def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     """The image as it is evaluated: unchanged if it has the input's size, otherwise resized so that it covers 256/224
     of the input, and its centre (of an image no larger than the input: resized to cover it, and its centre)."""
@@ -248,4 +217,16 @@ def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     box_scale = min(height / (out_hw[0] * cover), width / (out_hw[1] * cover))
     box_height, box_width = max(1, round(out_hw[0] * box_scale)), max(1, round(out_hw[1] * box_scale))
     top, left = (height - box_height) // 2, (width - box_width) // 2
-    return crop_resize(pixels, (top, left, box_height, box_width), False, out_hw)
+    return _resize(pixels[top : top + box_height, left : left + box_width], out_hw)
+
+
+def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+    """Bicubic, antialiased; by torch, since machines that serve a model have no compiler for `crops`."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not. The
+    # copy makes writable what Pillow lends.
+    tensor = torch.from_numpy(pixels.copy().reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
+    resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
+    return resized.permute(0, 2, 3, 1)[0].numpy()

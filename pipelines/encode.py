@@ -3,12 +3,13 @@
 import dataclasses
 import io
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from pipelines.config import EncodeConfig
-from pipelines.decode import ImageHeader, Pixels, crop_resize, decode
+from pipelines.decode import ImageHeader, Pixels, Scratch, decode
 from pipelines.jpeg.slice import decode_crop
 
 
@@ -62,16 +63,29 @@ def _sliceable(content: bytes, config: EncodeConfig) -> tuple[bytes, list[int]] 
     from pipelines.jpeg.index import with_index
     from pipelines.jpeg.restarts import with_restarts
 
+    _compile_crops()
     found = with_restarts(content) if config.kind == "restarts" else with_index(content)
     return None if found is None else (found[0], list(map(int, found[1])))
 
 
+@cache
+def _compile_crops() -> None:
+    """Training, whose first batch is waited for, finds compiled on this machine what it crops with."""
+    from pipelines.crops import crop_into
+
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    crop_into(pixels, pixels.copy(), (0, 0, 1, 1), False, Scratch())
+
+
 def _shrunk(pixels: Pixels, config: EncodeConfig) -> StoredImage:
     """A JPEG whose short side is as configured, upright, with an index."""
+    from pipelines.crops import crop_into
+
     height, width = pixels.shape[:2]
     scale = config.short_side_px / min(height, width)
     height_px, width_px = max(1, round(height * scale)), max(1, round(width * scale))
-    small = crop_resize(pixels, (0, 0, height, width), False, (height_px, width_px))
+    small = np.empty((height_px, width_px, pixels.shape[2]), np.uint8)
+    crop_into(small, pixels, (0, 0, height, width), False, Scratch())
     file = io.BytesIO()
     image = Image.fromarray(small[:, :, 0] if pixels.shape[2] == 1 else small)
     image.save(file, "JPEG", quality=config.quality, subsampling="4:2:0")

@@ -16,7 +16,8 @@ from torch import Tensor
 from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import Size
 from mae_core.randomness import Purpose, seed_of
-from pipelines.decode import Pixels, Scratch, crop_resize, decode, evaluation_view
+from pipelines.crops import crop_into
+from pipelines.decode import Pixels, Scratch, decode, evaluation_view
 from pipelines.jpeg.slice import decode_crop
 from pipelines.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.row_groups import RowGroups
@@ -195,41 +196,40 @@ class _Views:
         by_view[:, len(places) :] = 0
         for row, place in enumerate(places):
             try:
-                for view, pixels in enumerate(self._views(place)):
-                    by_view[view, row] = pixels
+                self._see(place, by_view[:, row])
                 weights[row] = 1
             except ValueError as error:
                 by_view[:, row] = 0
                 log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
         return ids, labels, weights
 
-    def _views(self, place: int) -> list[Pixels]:
-        """The sample as it is evaluated, or its training views, for which it is decoded once."""
+    def _see(self, place: int, images: Pixels) -> None:
+        """The sample as it is evaluated, or its training views, for which it is decoded once, are in `images`."""
         transform, samples = self._transform, self._samples
-        content, orientation = samples.images[place], samples.orientations[place]
-        if not self._crops:
-            pixels = decode(bytes(content), transform.channels, orientation, self._scratch)
+        if self._crops:
+            self._crop(place, images)
+        else:
+            content = bytes(samples.images[place])
+            pixels = decode(content, transform.channels, samples.orientations[place], self._scratch)
             pixels = evaluation_view(pixels, transform.image_px)
-            flip = transform.train and self._flips[0][place]
-            return [self._augmented(pixels[:, ::-1] if flip else pixels, place, 0)]
+            images[0] = pixels[:, ::-1] if transform.train and self._flips[0][place] else pixels
+        if transform.train and transform.augment.rand_augment:
+            for view, pixels in enumerate(images):
+                key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), view)
+                images[view] = _rand_augment(pixels, transform.augment.rand_augment, key)
+
+    def _crop(self, place: int, images: Pixels) -> None:
+        """A keyed crop of the sample is in each of `images`."""
+        samples = self._samples
         if min(samples.heights_px[place], samples.widths_px[place]) < 1:
             raise ValueError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
         boxes = [tuple(boxes[place]) for boxes in self._boxes]
         # Of several crops the parts that lie under them would be decoded more than once.
         offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
-        pixels, box = decode_crop(content, transform.channels, orientation, offsets, boxes[0], self._scratch)
-        crops = [
-            crop_resize(pixels, box, flips[place], transform.image_px, self._scratch)
-            for box, flips in zip([box, *boxes[1:]], self._flips)
-        ]
-        return [self._augmented(crop, place, view) for view, crop in enumerate(crops)]
-
-    def _augmented(self, pixels: Pixels, place: int, view: int) -> Pixels:
-        transform = self._transform
-        if not (transform.train and transform.augment.rand_augment):
-            return pixels
-        key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(self._samples.ids[place]), view)
-        return _rand_augment(pixels, transform.augment.rand_augment, key)
+        image = samples.images[place], self._transform.channels, samples.orientations[place], offsets
+        pixels, boxes[0] = decode_crop(*image, boxes[0], self._scratch)
+        for out, box, mirrored in zip(images, boxes, self._flips):
+            crop_into(out, pixels, box, mirrored[place], self._scratch)
 
 
 def _rand_augment(pixels: Pixels, recipe: str, seed_key: int) -> Pixels:

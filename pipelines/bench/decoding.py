@@ -16,7 +16,8 @@ from PIL import Image
 from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.config import EncodeConfig
-from pipelines.decode import Box, Pixels, Scratch, crop_resize, decode, inspect
+from pipelines.crops import crop_into
+from pipelines.decode import Box, Pixels, Scratch, decode, inspect
 from pipelines.encode import StoredImage, encode
 from pipelines.jpeg.slice import Offsets, decode_crop
 
@@ -208,7 +209,7 @@ def _ours(stored: Sequence[StoredImage], offsets: Sequence[Offsets], number: int
     out, scratch = np.empty((*_OUT_HW, 3), np.uint8), Scratch()
     boxes, mirrored = _drawn(stored, number)
     for image, found, box, flip in zip(stored, offsets, boxes, mirrored):
-        out[...] = _view(image, found, box, flip, scratch)
+        _see(out, image, found, box, flip, scratch)
 
 
 def _offsets(stored: Sequence[StoredImage]) -> list[Offsets]:
@@ -223,9 +224,9 @@ def _drawn(stored: Sequence[StoredImage], epoch: int) -> tuple[list[Box], list[b
     return list(map(tuple, boxes.tolist())), flips(config, seed=0, epoch=epoch, sample_ids=ids).tolist()
 
 
-def _view(image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> Pixels:
+def _see(out: Pixels, image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> None:
     pixels, within = decode_crop(image.content, 3, image.orientation, offsets, box, scratch)
-    return crop_resize(pixels, within, flip, _OUT_HW, scratch)
+    crop_into(out, pixels, within, flip, scratch)
 
 
 def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Difference:
@@ -233,6 +234,7 @@ def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Diffe
     from PIL import ImageOps
 
     boxes, _ = _drawn(stored, 0)
+    found, scratch = np.empty((*_OUT_HW, 3), np.uint8), Scratch()
     squares = total = maximum = count = 0
     for content, image, offsets, box in zip(images, stored, _offsets(stored), boxes):
         top, left, height, width = box
@@ -240,7 +242,8 @@ def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Diffe
         picture = picture.crop((left, top, left + width, top + height)).resize(
             (_OUT_HW[1], _OUT_HW[0]), Image.Resampling.BICUBIC
         )
-        steps = np.abs(_view(image, offsets, box, False, Scratch()).astype(np.int64) - np.asarray(picture))
+        _see(found, image, offsets, box, False, scratch)
+        steps = np.abs(found.astype(np.int64) - np.asarray(picture))
         squares, total = squares + int((steps**2).sum()), total + int(steps.sum())
         maximum, count = max(maximum, int(steps.max())), count + steps.size
     mean_square = max(squares, 1) / count

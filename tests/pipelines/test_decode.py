@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipelines.decode import crop_resize, decode, evaluation_view, inspect
+from pipelines.decode import decode, evaluation_view, inspect
 
 
 def reference(content: bytes, channels: int) -> np.ndarray:
@@ -155,21 +155,6 @@ def test_any_damage_is_an_error_or_an_image_and_nothing_else(zoo: list, data: st
 def test_noise_is_refused(content: bytes, magic: bytes) -> None:
     with pytest.raises(ValueError):
         decode(magic + content, 3)
-
-
-def test_a_crop_equals_pillows_to_rounding() -> None:
-    rows, columns = np.mgrid[0:90, 0:120]
-    pixels = np.stack([rows * 2, columns * 2, rows + columns], axis=2).astype(np.uint8)
-    box = (10, 20, 63, 77)
-    found = crop_resize(pixels, box, False, (28, 32))
-    image = Image.fromarray(pixels).crop((20, 10, 97, 73)).resize((32, 28), Image.Resampling.BICUBIC)
-    assert np.abs(found.astype(int) - np.asarray(image)).max() <= 1
-    np.testing.assert_array_equal(crop_resize(pixels, box, True, (28, 32)), found[:, ::-1])
-
-
-def test_a_crop_of_the_right_size_is_exact() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 1), dtype=np.uint8)
-    np.testing.assert_array_equal(crop_resize(pixels, (2, 5, 8, 9), False, (8, 9)), pixels[2:10, 5:14])
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (20, 50), (64, 28), (224, 300), (3, 3), (256, 256)])

@@ -14,7 +14,8 @@ import torch
 
 from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
-from pipelines.decode import crop_resize, decode, evaluation_view, inspect
+from pipelines.crops import crop_into
+from pipelines.decode import Scratch, decode, evaluation_view, inspect
 from pipelines.jpeg import read_header
 from pipelines.jpeg.index import indexed
 from pipelines.jpeg.restarts import rewritten
@@ -128,7 +129,9 @@ def test_training_pixels_are_the_keyed_crops_of_the_stored_image(
                 "widths_px": np.array([pixels.shape[1]]),
             }
             box, flip = crop_boxes(config, **key, **sizes)[0], flips(config, **key)[0]
-            np.testing.assert_array_equal(image, crop_resize(pixels, tuple(box.tolist()), bool(flip), (16, 20)))
+            expected = np.empty((16, 20, channels), np.uint8)
+            crop_into(expected, pixels, tuple(box.tolist()), bool(flip), Scratch())
+            np.testing.assert_array_equal(image, expected)
 
 
 def test_evaluation_sees_every_image_as_it_is(make_segment: Callable, zoo: list) -> None:
