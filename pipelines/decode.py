@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -136,15 +137,15 @@ class Scratch:
     """Memory that one thread uses for every image anew: fresh pages would cost a fifth of the time of decoding."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Pixels] = {}
+        self._held: dict[str, NDArray[Any]] = {}
 
-    def of(self, purpose: str, num_bytes: int) -> Pixels:
-        """So many bytes or more; what was given for the same purpose before is overwritten."""
+    def of(self, purpose: str, count: int, kind: type[np.generic] = np.uint8) -> NDArray[Any]:
+        """So many numbers of that kind or more; what was given for the same purpose before is overwritten."""
         found = self._held.get(purpose)
-        if found is None or len(found) < num_bytes:
-            # Whole words, for those who see numbers in it.
-            found = np.empty(num_bytes + num_bytes // 4 + 64 & ~63, np.uint8)
-            if num_bytes <= _MAX_SCRATCH_BYTES:
+        if found is None or len(found) < count:
+            # Whole pieces of 64, for those who see rows in it.
+            found = np.empty(count + count // 4 + 63 & ~63, kind)
+            if found.nbytes <= _MAX_SCRATCH_BYTES:
                 self._held[purpose] = found
         return found
 

@@ -188,10 +188,10 @@ class _Views:
     def fill(self, images: Pixels, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """The views of the samples at those places are in `images`, black where there is none; returns ids, labels and
         weights of `size` samples. One that cannot be decoded, and a placeholder, has weight 0."""
-        samples, weights = self._samples, torch.zeros(size)
-        ids, labels = torch.full((size,), PLACEHOLDER, dtype=torch.int64), torch.full((size,), -1, dtype=torch.int64)
-        ids[: len(places)] = torch.from_numpy(samples.ids[places.start : places.stop])
-        labels[: len(places)] = torch.from_numpy(samples.labels[places.start : places.stop])
+        samples, weights = self._samples, np.zeros(size, np.float32)
+        ids, labels = np.full(size, PLACEHOLDER, np.int64), np.full(size, -1, np.int64)
+        ids[: len(places)] = samples.ids[places.start : places.stop]
+        labels[: len(places)] = samples.labels[places.start : places.stop]
         by_view = images.reshape(-1, size, *images.shape[1:])
         by_view[:, len(places) :] = 0
         for row, place in enumerate(places):
@@ -201,7 +201,7 @@ class _Views:
             except ValueError as error:
                 by_view[:, row] = 0
                 log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
-        return ids, labels, weights
+        return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
     def _see(self, place: int, images: Pixels) -> None:
         """The sample as it is evaluated, or its training views, for which it is decoded once, are in `images`."""

@@ -4,12 +4,10 @@ The arithmetic is of whole numbers, so that a sample's pixels are the same on ev
 its processors; and closer to Pillow's than torch's, whose kernel for bytes takes weights of fewer bits.
 """
 
-from math import ceil
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.crops.kernel import LINES, PIXEL, resize, weigh
+from pipelines.crops.kernel import LINES, PIXEL, crop
 from pipelines.decode import Box, Pixels, Scratch
 
 
@@ -27,30 +25,26 @@ def crop_into(out: Pixels, pixels: Pixels, box: Box, flip: bool, scratch: Scratc
     assert out.shape[2] == channels in (1, 3)
     if not (pixels.flags.c_contiguous and pixels.flags.writeable):
         # Pillow lends pixels that must not be written, of which numba would make a case of its own.
-        pixels, top, left, whole_width = pixels[top : top + height, left : left + width].copy(), 0, 0, width
+        pixels, top, left = pixels[top : top + height, left : left + width].copy(), 0, 0
     out_height, out_width = out.shape[:2]
-    down, down_bits = _weights(height, out_height, True, False, scratch)
-    across, across_bits = _weights(width, out_width, False, flip, scratch)
+    num_across, num_down = _num_pairs(width, out_width, 0), _num_pairs(height, out_height, 1)
     padded = out_width + 7 & ~7
-    num_lines = max(height + 1, 2 * down.shape[1]) + LINES
-    lines = _int32(scratch, "lines", LINES * PIXEL * (max(width, 2 * across.shape[1]) + 1))
-    between = _int32(scratch, "between", PIXEL * padded * (num_lines >> 1))
-    line = scratch.of("line", padded * channels + PIXEL)
-    stride = whole_width * channels
-    place = top * stride + left * channels, stride, height, width, channels
-    weights = across, across_bits, down, down_bits
-    resize(pixels.reshape(-1), *place, *weights, (lines, between, line), out.reshape(-1))
+    room = (
+        scratch.of("shares", 2 * max(out_width * num_across, out_height * num_down), np.float64),
+        scratch.of("lines", LINES * PIXEL * (max(width, 2 * num_across) + 1), np.int32),
+        scratch.of("between", PIXEL * padded * (max(height + 1, 2 * num_down) + LINES >> 1), np.int32),
+        scratch.of("line", padded * channels + PIXEL),
+    )
+    across, down = _table(scratch, "across", out_width, num_across), _table(scratch, "down", out_height, num_down)
+    crop(pixels, (top, left, height, width), flip, out, across, down, room)
 
 
-def _weights(size: int, out_size: int, is_height: bool, flip: bool, scratch: Scratch) -> tuple[NDArray[np.int32], int]:
-    """The weights of every place of the result, and their bits."""
-    # Lines are paired once, so that windows begin at even ones and may have to reach one further.
-    num_pairs = ceil(4 * max(size / out_size, 1)) + 1 + is_height >> 1
-    table = _int32(scratch, "down" if is_height else "across", out_size * (1 + num_pairs))
-    table = table[: out_size * (1 + num_pairs)].reshape(out_size, 1 + num_pairs)
-    shares = scratch.of("shares", 16 * out_size * num_pairs).view(np.float64)
-    return table, weigh(table, shares, size, is_height, flip)
+def _num_pairs(size: int, out_size: int, spare: int) -> int:
+    """Pairs of weights that a place of the result needs; of lines, which are paired once, with a spare one."""
+    return -(-4 * max(size, out_size) // out_size) + 1 + spare >> 1
 
 
-def _int32(scratch: Scratch, purpose: str, count: int) -> NDArray[np.int32]:
-    return scratch.of(purpose, 4 * count).view(np.int32)
+def _table(scratch: Scratch, purpose: str, out_size: int, num_pairs: int) -> NDArray[np.int32]:
+    """A line for every place of the result: where its weights begin, and the weights."""
+    count = out_size * (1 + num_pairs)
+    return scratch.of(purpose, count, np.int32)[:count].reshape(out_size, 1 + num_pairs)

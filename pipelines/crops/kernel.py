@@ -16,10 +16,30 @@ PIXEL = 4
 _MOST_BITS, _MOST_WEIGHT = 21, 32_000
 # So that the first and the third come to be pairs with the second and the fourth.
 _ORDER = (0, 2, 1, 3)
+# Numba compiles a case of its own for each plain one.
+_NO, _YES = np.bool_(False), np.bool_(True)
 
 
 @compiled
-def weigh(table, shares, size, aligned, mirrored):
+def crop(pixels, box, mirrored, out, across, down, room):
+    """The box (top, left, height, width) of the pixels is in `out`, resized, and mirrored where it says so.
+
+    `across` and `down` are room for what `_weigh` makes, a line for each place of the result; the other room is for the
+    weights' shares, for the lines taken at a time, for those between both sums, and for one of the result.
+    """
+    top, left, height, width = box
+    shares, lines, between, line = room
+    across_bits = _weigh(across, shares, width, _NO, mirrored)
+    down_bits = _weigh(down, shares, height, _YES, _NO)
+    channels = out.shape[2]
+    stride = pixels.shape[1] * channels
+    source = pixels.reshape(-1), top * stride + left * channels, stride
+    room = lines, between, line
+    _resize(source, height, width, channels, across, across_bits, down, down_bits, room, out.reshape(-1))
+
+
+@compiled
+def _weigh(table, shares, size, aligned, mirrored):
     """The bits of the weights, of which each line of the table gets its own: where they begin in a source of that size,
     then pairs that sum up to one. `shares` is room for twice as many numbers. `aligned`: they begin at even places."""
     out_size, num_taps = table.shape[0], 2 * (table.shape[1] - 1)
@@ -85,12 +105,9 @@ def _mirror(table):
 
 
 @compiled
-def resize(source, start, stride, height, width, channels, across, across_bits, down, down_bits, room, out):
-    """The pixels from byte `start` on, their lines `stride` bytes apart, become `out`, lines of bytes end to end.
-
-    `across` and `down` are what `weigh` makes of width and height. The room to work in is for LINES of the source, for
-    all between both sums, and for a line of the result.
-    """
+def _resize(source, height, width, channels, across, across_bits, down, down_bits, room, out):
+    """The source's pixels (its bytes, where they begin, those of a line) become `out`, lines of bytes end to end."""
+    data, start, stride = source
     lines, between, line = room
     pitch, line_bytes = PIXEL * (across.shape[0] + 7 & ~7), across.shape[0] * channels
     num_pairs, done = down.shape[1] - 1, 0
@@ -100,7 +117,7 @@ def resize(source, start, stride, height, width, channels, across, across_bits, 
         while done < down[row, 0] + 2 * num_pairs:
             for i in range(LINES):
                 at = start + min(done + i, height - 1) * stride
-                _pair_neighbours(source, at, width, channels, lines, PIXEL * _ORDER[i])
+                _pair_neighbours(data, at, width, channels, lines, PIXEL * _ORDER[i])
             _sum_across(lines, across, across_bits, between, (done >> 1) * pitch, pitch)
             done += LINES
         first = (down[row, 0] >> 1) * pitch

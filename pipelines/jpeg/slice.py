@@ -57,7 +57,7 @@ def _cut_tiles(
         raise ValueError("the index is not that of this JPEG")
     out, work = scratch.of("file", 2 * len(content) + 4096), scratch.of("work", len(content) + kernels.PADDING_BYTES)
     # A tile takes two bits at least, four numbers of eight bytes each here.
-    tiles = scratch.of("tiles", 32 * (4 * (stop - start) + 1)).view(np.int64).reshape(-1, 4)
+    tiles = scratch.of("tiles", 4 * (4 * (stop - start) + 1), np.int64).reshape(-1, 4)
     facts = np.zeros(kernels.NUM_FACTS, np.int64)
     tables = np.zeros((kernels.NUM_TABLES, kernels.TABLE_ROW), np.int32)
     length = kernels.cut(np.frombuffer(content, np.uint8), start, box, facts, tables, tiles, work, out)
