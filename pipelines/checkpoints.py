@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage import Storage, open_storage
+from pipelines.storage.patience import briefly
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _SCORE = "score.json"
+# Training waits for nothing but the commit: a store that refuses the rest is left alone until the next.
+_TIDYING_S = 10.0
 
 # One file in parts, which a writer hashes and writes one after another.
 Parts = Sequence[bytes | memoryview]
@@ -73,7 +76,7 @@ class CheckpointStore:
         """A checkpoint of these files is committed, unless a whole one of the step is there already.
 
         Nothing of it counts before its manifest is there. Raises OSError where the storage refuses; saying it again
-        goes on from whatever was left.
+        goes on from whatever was left. What need not stay is removed after that, now or with the next.
         """
         folder = self._folder(step)
         entries = {name: self._write(folder, name, parts) for name, parts in files.items()}
@@ -87,7 +90,11 @@ class CheckpointStore:
             else:
                 log.info("checkpoint of step %d was committed before; that one stays", step)
                 break
-        self._prune(retention)
+        try:
+            with briefly(_TIDYING_S):
+                self._prune(retention)
+        except OSError as error:
+            log.warning("what need not stay beside the checkpoint of step %d is removed with the next: %s", step, error)
 
     def judge(self, step: int, score: float) -> None:
         """The checkpoint of the step, if there is one, has this score, the higher the better."""

@@ -38,6 +38,13 @@ def patience(seconds: float) -> Iterator[None]:
         _patience_s.reset(token)
 
 
+@contextmanager
+def briefly(seconds: float) -> Iterator[None]:
+    """Within the block, in this thread, a store that does not answer is waited for so long, or less if so it was."""
+    with patience(min(seconds, _patience_s.get())):
+        yield
+
+
 def patiently(act: Callable[[], T], what: str) -> T:
     """What `act` returns; while the store is away, overloaded or cuts bodies short it is asked again.
 

@@ -223,6 +223,23 @@ def test_a_storage_that_refuses_leaves_the_checkpoint_before_and_no_temporary_fi
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_a_storage_that_refuses_to_remove_costs_nothing_and_the_next_commit_removes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn(Storage):
+        def delete(self, path: str) -> None:
+            raise OSError(f"cannot delete {path}")
+
+    for step in (5, 6):
+        CheckpointStore(Stubborn(str(tmp_path))).save(checkpoint(step), ONE)
+    assert "removed with the next: cannot delete" in caplog.text
+    store = CheckpointStore(open_storage(tmp_path))
+    assert store.steps() == [5, 6]
+    assert store.latest() == checkpoint(6)
+    store.save(checkpoint(7), ONE)
+    assert folders(tmp_path) == ["step-0000000007"]
+
+
 def test_the_manifest_is_written_last_and_names_every_sha256(tmp_path: Path) -> None:
     CheckpointStore(open_storage(tmp_path)).save(checkpoint(5), ONE)
     said = json.loads((folder(tmp_path, 5) / "manifest.json").read_text())

@@ -113,6 +113,11 @@ def refused(training: Any, proxy: Any) -> Any:
         run = training(patience_s)
         run.go(SAVE_EVERY)
         run.saved(SAVE_EVERY)
+        # What comes after the commit, the removal of older ones, is over, too.
+        before = -1
+        while before != proxy.num_requests:
+            before = proxy.num_requests
+            time.sleep(1)
         proxy.reset(1.0, "503")
         return run
 
