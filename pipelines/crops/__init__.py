@@ -7,7 +7,7 @@ its processors; and closer to Pillow's than torch's, whose kernel for bytes take
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.crops.kernel import LINES, PIXEL, crop
+from pipelines.crops.kernel import LINES, PIXEL, crop, padded
 from pipelines.decode import Box, Pixels, Scratch
 
 
@@ -28,12 +28,12 @@ def crop_into(out: Pixels, pixels: Pixels, box: Box, flip: bool, scratch: Scratc
         pixels, top, left = pixels[top : top + height, left : left + width].copy(), 0, 0
     out_height, out_width = out.shape[:2]
     num_across, num_down = _num_pairs(width, out_width, 0), _num_pairs(height, out_height, 1)
-    padded = out_width + 7 & ~7
+    summed_width = padded(out_width)
     room = (
         scratch.of("shares", 2 * max(out_width * num_across, out_height * num_down), np.float64),
         scratch.of("lines", LINES * PIXEL * (max(width, 2 * num_across) + 1), np.int32),
-        scratch.of("between", PIXEL * padded * (max(height + 1, 2 * num_down) + LINES >> 1), np.int32),
-        scratch.of("line", padded * channels + PIXEL),
+        scratch.of("between", PIXEL * summed_width * (max(height + 1, 2 * num_down) + LINES >> 1), np.int32),
+        scratch.of("line", summed_width * channels + PIXEL),
     )
     across, down = _table(scratch, "across", out_width, num_across), _table(scratch, "down", out_height, num_down)
     crop(pixels, (top, left, height, width), flip, out, across, down, room)

@@ -21,6 +21,12 @@ _NO, _YES = np.bool_(False), np.bool_(True)
 
 
 @compiled
+def padded(width):
+    """The width rounded up to the pixels of a line of the result that are summed at a time."""
+    return width + 7 & ~7
+
+
+@compiled
 def crop(pixels, box, mirrored, out, across, down, room):
     """The box (top, left, height, width) of the pixels is in `out`, resized, and mirrored where it says so.
 
@@ -109,7 +115,7 @@ def _resize(source, height, width, channels, across, across_bits, down, down_bit
     """The source's pixels (its bytes, where they begin, those of a line) become `out`, lines of bytes end to end."""
     data, start, stride = source
     lines, between, line = room
-    pitch, line_bytes = PIXEL * (across.shape[0] + 7 & ~7), across.shape[0] * channels
+    pitch, line_bytes = PIXEL * padded(across.shape[0]), across.shape[0] * channels
     num_pairs, done = down.shape[1] - 1, 0
     half = eight(np.int32(1 << down_bits >> 1))
     shift = eight(np.int32(down_bits))
