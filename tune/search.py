@@ -15,11 +15,11 @@ from ray.tune import Callback
 from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
-from pipelines.drive import claim
-from pipelines.manifest import read_manifest
+from pipelines.dataset.manifest import read_manifest
+from pipelines.drivers.drive import claim
 from pipelines.registry import Point
-from pipelines.report import MetricFollower, PictureFollower
-from pipelines.run_folder import RunFolder
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.metrics import MetricFollower, PictureFollower
 from pipelines.storage import open_storage
 from tune.space import said
 from tune.trial import MEASURES, Trial, run

@@ -12,15 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines import registry
-from pipelines.checkpoints import Retention
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SweepConfig, identity, run_name, to_dict
-from pipelines.jobs import ClassifyJob
-from pipelines.launch import launch
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.pretrain import pretrain_task
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.drivers.launch import launch
+from pipelines.drivers.pretrain import pretrain_task
 from pipelines.registry import Point
-from pipelines.run_folder import RunFolder
+from pipelines.runs.checkpoints import Retention
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import ClassifyJob
 from pipelines.storage import Storage, open_storage
 from tune.space import at
 from tune.summary import Entry, best_of, figure_of, preset_of, report

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mae_core.config import patch_grid
-from pipelines.classify import Start, classify_task, with_labelled_dataset
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
-from pipelines.jobs import ClassifyJob, Job, PretrainJob
-from pipelines.launch import launch
-from pipelines.manifest import Manifest
-from pipelines.pretrain import pretrain_task, with_dataset
-from pipelines.run_folder import RunFolder
+from pipelines.dataset.manifest import Manifest
+from pipelines.drivers.classify import Start, classify_task, with_labelled_dataset
+from pipelines.drivers.launch import launch
+from pipelines.drivers.pretrain import pretrain_task, with_dataset
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import ClassifyJob, Job, PretrainJob
 from pipelines.storage import Storage, open_storage
 from tune.space import Point, at, points, said
 

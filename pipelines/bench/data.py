@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.bench.config import DataBenchConfig
 from pipelines.bench.decoding import Decoding, measure_decoding
 from pipelines.bench.loading import Loading, measure_loading
-from pipelines.decode import SUFFIXES, inspect
+from pipelines.images.decode import SUFFIXES, inspect
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from PIL import Image
 from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.config import EncodeConfig
-from pipelines.crops import crop_into
-from pipelines.decode import Box, Pixels, Scratch, decode, inspect
-from pipelines.encode import StoredImage, encode
-from pipelines.jpeg.slice import Offsets, decode_crop
+from pipelines.images.crops import crop_into
+from pipelines.images.decode import Box, Pixels, Scratch, decode, inspect
+from pipelines.images.encode import StoredImage, encode
+from pipelines.images.jpeg.partial_decode import Offsets, decode_crop
 
 _OUT_HW = (224, 224)
 _SCALE = (0.2, 1.0)

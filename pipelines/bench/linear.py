@@ -16,11 +16,11 @@ from mae_core.schedule import Schedule, apply_lr, peak_lr
 from mae_core.step import classify_loss
 from pipelines.bench.config import RecipesConfig
 from pipelines.config import ClassifyConfig, load_preset
-from pipelines.manifest import read_manifest
-from pipelines.plan import EpochPlan, Index
-from pipelines.segments import Segment, Transform
+from pipelines.dataset.manifest import read_manifest
+from pipelines.feed.plan import EpochPlan, Index
+from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch, window_micro_batches
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from mae_core.step import pretrain_loss
 from pipelines.bench.config import RecipesConfig
 from pipelines.bench.linear import probe_accuracy
 from pipelines.config import ComputeConfig, PretrainConfig, load_preset
-from pipelines.jobs import PretrainJob, segments, train_plan
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.pretrain import open_dataset, pixels_of
-from pipelines.segments import Segment
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.drivers.pretrain import open_dataset, pixels_of
+from pipelines.feed.segments import Segment
+from pipelines.feed.windows import MicroBatch, window_micro_batches
+from pipelines.runs.jobs import PretrainJob, segments, train_plan
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch, window_micro_batches
 from pipelines.worker.loop import TrainState
 
 log = logging.getLogger(__name__)

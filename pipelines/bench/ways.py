@@ -13,10 +13,10 @@ from typing import Any
 
 from mae_core.config import AugmentConfig
 from pipelines.cluster import DATA_TASK_CPUS
-from pipelines.manifest import Manifest
-from pipelines.plan import EpochPlan, Index
-from pipelines.segments import Segment, Transform
-from pipelines.windows import window_micro_batches
+from pipelines.dataset.manifest import Manifest
+from pipelines.feed.plan import EpochPlan, Index
+from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.windows import window_micro_batches
 
 MICRO_BATCH = 64
 EPOCHS = 3
@@ -78,7 +78,7 @@ def ways(stored: Segment, local: Segment, folder: Path, cores: int) -> dict[str,
 
 
 def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
-    from pipelines.ingest import feed
+    from pipelines.feed.ingest import feed
 
     # One more than cores: see DATA_TASK_CPUS.
     yield from feed([segment], 1, cores + 1, DATA_TASK_CPUS).micro_batches()

@@ -54,25 +54,25 @@ def _prepare(call: Invocation) -> dict[str, Any]:
 
 
 def _inspect(call: Invocation) -> dict[str, Any]:
-    from pipelines.inspect import inspect_uri
+    from pipelines.prepare.inspect import inspect_uri
 
     return inspect_uri(call.arguments[0], call.config)
 
 
 def _pretrain(call: Invocation) -> dict[str, Any]:
-    from pipelines.pretrain import pretrain
+    from pipelines.drivers.pretrain import pretrain
 
     return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh)
 
 
 def _finetune(call: Invocation) -> dict[str, Any]:
-    from pipelines.finetune import finetune
+    from pipelines.drivers.finetune import finetune
 
     return finetune(call.config, call.preset or "finetune", fresh=call.fresh)
 
 
 def _probe(call: Invocation) -> dict[str, Any]:
-    from pipelines.probe import probe
+    from pipelines.drivers.probe import probe
 
     return probe(call.config, call.preset or "probe", fresh=call.fresh)
 
@@ -84,31 +84,31 @@ def _sweep(call: Invocation) -> dict[str, Any]:
 
 
 def _reconstruct(call: Invocation) -> dict[str, Any]:
-    from pipelines import reconstruct
+    from pipelines.pictures import reconstruct
 
     return {"picture": reconstruct.run(call.config)}
 
 
 def _register(call: Invocation) -> dict[str, Any]:
-    from pipelines.pretrain import register
+    from pipelines.drivers.pretrain import register
 
     return register(call.arguments[0], call.config)
 
 
 def _runs(call: Invocation) -> dict[str, Any]:
-    from pipelines.runs import runs
+    from pipelines.runs.listing import runs
 
     return runs(call.arguments[0], call.config)
 
 
 def _demo(call: Invocation) -> dict[str, Any]:
-    from pipelines.demo import demo
+    from pipelines.cli.demo import demo
 
     return demo(call.config, fresh=call.fresh)
 
 
 def _doctor(call: Invocation) -> dict[str, Any]:
-    from pipelines.doctor import doctor
+    from pipelines.cli.doctor import doctor
 
     return doctor()
 

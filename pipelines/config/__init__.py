@@ -1,7 +1,6 @@
 """What every command takes, as frozen dataclasses that refuse what cannot be."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
-from pipelines.config.looking import DemoConfig, InspectConfig, ReconstructConfig, RegisterConfig, RunsConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -16,6 +15,7 @@ from pipelines.config.reading import (
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 from pipelines.config.sweeping import SweepConfig, parse_space
 from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
+from pipelines.config.view import DemoConfig, InspectConfig, ReconstructConfig, RegisterConfig, RunsConfig
 
 __all__ = [
     "KINDS",

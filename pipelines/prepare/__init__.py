@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from pipelines.config import ComputeConfig, PrepareConfig, to_dict
-from pipelines.manifest import Manifest, is_prepared, read_manifest, write_manifest
+from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.prepare.assembly import assemble
 from pipelines.prepare.duplicates import duplicates
 from pipelines.prepare.quarantine import quarantined

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipelines.config import PrepareConfig
-from pipelines.manifest import Manifest, Shard, Split
+from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.prepare.summaries import PixelSums, SliceSummary
 from pipelines.sources import SPLITS
 

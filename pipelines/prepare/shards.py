@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mae_core.randomness import Purpose, uniform_numpy
 from pipelines.config import PrepareConfig
-from pipelines.decode import decode, inspect
-from pipelines.encode import encode
+from pipelines.images.decode import decode, inspect
+from pipelines.images.encode import encode
 from pipelines.prepare.slices import Slice
 from pipelines.prepare.summaries import DIGEST_BYTES, SliceSummary, WrittenShard
 from pipelines.sources import Place

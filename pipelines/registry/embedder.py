@@ -1,7 +1,7 @@
 """The model file that MLflow packages: images become embeddings, or labels where a head was trained; nothing is masked.
 
 MLflow runs this file by itself, on machines that have neither Ray nor this package, beside copies of mae_core and of
-pipelines/decode.py (as mae_decode.py), so that an image is seen as in evaluation.
+pipelines/images/decode.py (as mae_decode.py), so that an image is seen as in evaluation.
 """
 
 import json

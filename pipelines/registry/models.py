@@ -102,7 +102,7 @@ def _upload(run: Run, paths: dict[str, Path], model_name: str, tags: dict[str, s
 def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, folder: Path) -> None:
     """`folder` is an MLflow model from code: embedder.py, a copy of mae_core, and the files under artifacts/."""
     decoder = folder.with_name("mae_decode.py")
-    shutil.copyfile(Path(__file__).parents[1] / "decode.py", decoder)
+    shutil.copyfile(Path(__file__).parents[1] / "images" / "decode.py", decoder)
     with warnings.catch_warnings():
         # MLflow warns of its own type hints while it is imported, and of the input example that we leave out, since
         # it would be checked by loading the model, which costs more than all the rest.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from PIL.Image import Image
 
-    from pipelines.manifest import Manifest
+    from pipelines.dataset.manifest import Manifest
 
 Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial"]
 End = Literal["FINISHED", "FAILED", "KILLED"]

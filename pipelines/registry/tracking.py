@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import RunInfo
 
-    from pipelines.manifest import Manifest
+    from pipelines.dataset.manifest import Manifest
 
 _ENVIRONMENT = {
     # MLflow's own 7 retries with growing pauses take minutes; the repeating is ours (patience.py).

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
-from pipelines.decode import SUFFIXES
+from pipelines.images.decode import SUFFIXES
 from pipelines.sources import folders, imagenet, lists, tables, tars
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.reading import Place

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterator
 
-from pipelines.decode import SUFFIXES
+from pipelines.images.decode import SUFFIXES
 from pipelines.sources.devkit import validation_synsets
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.reading import Place

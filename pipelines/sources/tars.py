@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from pipelines.decode import SUFFIXES
+from pipelines.images.decode import SUFFIXES
 from pipelines.sources.entry import Entry, by_folder, split_by_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pipelines.chapters import announced, dataset_name
 from pipelines.console import speak_up
-from pipelines.ingest import micro_batches
-from pipelines.jobs import Job, PretrainJob, job_from_dict, with_workers
-from pipelines.run_folder import RunFolder
+from pipelines.feed.chapters import announced, dataset_name
+from pipelines.feed.ingest import micro_batches
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import Job, PretrainJob, job_from_dict, with_workers
 from pipelines.worker import finetuning, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group

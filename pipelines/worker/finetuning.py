@@ -12,13 +12,13 @@ from mae_core.config import parse_arch
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import classify_loss
-from pipelines.checkpoints import Checkpoint
 from pipelines.config import to_dict
-from pipelines.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.run_folder import RunFolder
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.checkpoints import Checkpoint
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
 from pipelines.worker.recorder import Recorder

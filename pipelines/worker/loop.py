@@ -13,10 +13,10 @@ from mae_core.optim import build_optimizer
 from mae_core.schedule import Schedule, apply_lr, peak_lr
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, unpack
 from mae_core.step import ema_update
-from pipelines.checkpoints import Checkpoint
 from pipelines.config import ClassifyConfig, PretrainConfig
-from pipelines.plan import EpochPlan
-from pipelines.windows import MicroBatch
+from pipelines.feed.plan import EpochPlan
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.checkpoints import Checkpoint
 from pipelines.worker.rank import Feed, Rank, bare, no_sync
 from pipelines.worker.saving import Tensors
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints import Retention
 from pipelines.config import CheckpointConfig, TrackingConfig
+from pipelines.runs.checkpoints import Retention
 from pipelines.worker.rank import Rank
 
 

@@ -11,14 +11,14 @@ from mae_core.masking import training_masks
 from mae_core.model import MAE, build_mae
 from mae_core.state import model_tensors, pack
 from mae_core.step import pretrain_loss
-from pipelines.checkpoints import Checkpoint
-from pipelines.jobs import PretrainJob, train_plan
-from pipelines.manifest import read_manifest
-from pipelines.pictures import reconstruction_rows
-from pipelines.reconstruct import Backbone, picture_block, sample_images
-from pipelines.run_folder import RunFolder
+from pipelines.dataset.manifest import read_manifest
+from pipelines.feed.windows import MicroBatch
+from pipelines.pictures.figures import reconstruction_rows
+from pipelines.pictures.reconstruct import Backbone, picture_block, sample_images
+from pipelines.runs.checkpoints import Checkpoint
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import PretrainJob, train_plan
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch
 from pipelines.worker.export import backbone_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank

@@ -15,13 +15,13 @@ from mae_core.encoder import build_encoder
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import unpack
 from mae_core.step import classify_loss
-from pipelines.checkpoints import Checkpoint
-from pipelines.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.plan import EpochPlan
-from pipelines.run_folder import RunFolder
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.feed.plan import EpochPlan
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.checkpoints import Checkpoint
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
-from pipelines.windows import MicroBatch
 from pipelines.worker.finetuning import accuracy_of, hits, result_of
 from pipelines.worker.loop import TrainState
 from pipelines.worker.rank import Feed, Rank

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ComputeConfig
-from pipelines.windows import MicroBatch
+from pipelines.feed.windows import MicroBatch
 from pipelines.worker.goodput import Clock
 
 T = TypeVar("T")

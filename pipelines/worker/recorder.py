@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pipelines.checkpoints import Checkpoint
 from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
-from pipelines.plan import EpochPlan
-from pipelines.report import MetricSpool
-from pipelines.run_folder import RunFolder
+from pipelines.feed.plan import EpochPlan
+from pipelines.runs.checkpoints import Checkpoint
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.metrics import MetricSpool
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import TrainState
 from pipelines.worker.meter import Due, Meter, retention

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mae_core.state import parts
-from pipelines.checkpoints import CheckpointStore, Retention
+from pipelines.runs.checkpoints import CheckpointStore, Retention
 from pipelines.storage.patience import patience
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import psutil
 import yaml
 
 from mae_core.state import tensors_digest, unpack
-from pipelines.report import read_points
-from pipelines.run_folder import RunFolder
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.metrics import read_points
 
 REPOSITORY = Path(__file__).parents[2]
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from pipelines.config import PretrainConfig, from_dict
-from pipelines.jobs import PretrainJob, job_to_dict
-from pipelines.manifest import read_manifest
-from pipelines.pretrain import pixels_of
+from pipelines.dataset.manifest import read_manifest
+from pipelines.drivers.pretrain import pixels_of
+from pipelines.runs.jobs import PretrainJob, job_to_dict
 from pipelines.storage import open_storage
 from pipelines.worker.recorder import WARNING_EVERY_STEPS
 from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, runs, started, wait_for_step
@@ -33,8 +33,8 @@ pytestmark = [
 DRIVER = """
 import json, sys
 from pipelines.cluster import ray_session
-from pipelines.jobs import job_from_dict
-from pipelines.launch import launch
+from pipelines.runs.jobs import job_from_dict
+from pipelines.drivers.launch import launch
 job = job_from_dict(json.loads(sys.argv[1]))
 with ray_session(job.config.compute):
     launch([job], "nodes")

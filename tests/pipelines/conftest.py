@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.bench.object_store import Ports, environment, free_ports
-from pipelines.manifest import Manifest, Shard, Split, write_manifest
+from pipelines.dataset.manifest import Manifest, Shard, Split, write_manifest
 from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import open_storage
 from tests.pipelines.s3_server import CREDENTIALS, S3Server

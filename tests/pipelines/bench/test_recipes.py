@@ -12,9 +12,9 @@ from pipelines.bench import recipes
 from pipelines.bench.config import RecipesConfig
 from pipelines.cli import parse
 from pipelines.config import PretrainConfig, from_dict
-from pipelines.jobs import PretrainJob
-from pipelines.manifest import Manifest
-from pipelines.pretrain import pixels_of
+from pipelines.dataset.manifest import Manifest
+from pipelines.drivers.pretrain import pixels_of
+from pipelines.runs.jobs import PretrainJob
 from pipelines.worker.loop import TrainState
 
 PRETRAIN = {

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipelines.config import PrepareConfig
-from pipelines.manifest import is_prepared, read_manifest
+from pipelines.dataset.manifest import is_prepared, read_manifest
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import PrepareConfig
-from pipelines.manifest import Manifest
+from pipelines.dataset.manifest import Manifest
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 from pipelines.storage.patience import patience

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.run_folder import RunFolder
-from pipelines.windows import MicroBatch
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train
 from pipelines.worker.meter import Due

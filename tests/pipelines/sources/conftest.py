@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines import prepare as module
 from pipelines.config import PrepareConfig
-from pipelines.manifest import Manifest
+from pipelines.dataset.manifest import Manifest
 from pipelines.storage import open_storage
 
 

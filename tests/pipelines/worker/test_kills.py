@@ -18,8 +18,8 @@ import torch
 
 from mae_core.state import tensors_digest, unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.run_folder import RunFolder
-from pipelines.windows import MicroBatch
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train
 from pipelines.worker.meter import Due

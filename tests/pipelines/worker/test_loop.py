@@ -23,11 +23,11 @@ from mae_core.model import build_mae
 from mae_core.optim import build_optimizer
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, tensors_digest, unpack
 from mae_core.step import pretrain_loss
-from pipelines.checkpoints import Retention
 from pipelines.config import ComputeConfig
-from pipelines.plan import EpochPlan, Index
-from pipelines.run_folder import RunFolder
-from pipelines.windows import MicroBatch
+from pipelines.feed.plan import EpochPlan, Index
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.checkpoints import Retention
+from pipelines.runs.folder import RunFolder
 from pipelines.worker import probing
 from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
 from pipelines.worker.rank import Feed, Rank, bare

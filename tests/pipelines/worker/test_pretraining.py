@@ -6,12 +6,12 @@ import torch
 
 from mae_core.config import ModelConfig, OptimConfig
 from pipelines.config import ComputeConfig, DataConfig, PretrainConfig
-from pipelines.jobs import PretrainJob, segments
-from pipelines.manifest import Manifest
-from pipelines.pretrain import pixels_of
-from pipelines.reconstruct import load_backbone
-from pipelines.run_folder import RunFolder
-from pipelines.windows import window_micro_batches
+from pipelines.dataset.manifest import Manifest
+from pipelines.drivers.pretrain import pixels_of
+from pipelines.feed.windows import window_micro_batches
+from pipelines.pictures.reconstruct import load_backbone
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import PretrainJob, segments
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.run_folder import RunFolder
-from pipelines.windows import MicroBatch
+from pipelines.feed.windows import MicroBatch
+from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import KINDS, Clock
 from pipelines.worker.loop import TrainState, train
 from pipelines.worker.meter import Due, retention

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mae_core.state import tensors_digest, unpack
-from pipelines.checkpoints import CheckpointStore, Retention
+from pipelines.runs.checkpoints import CheckpointStore, Retention
 from pipelines.storage import Storage, open_storage
 from pipelines.worker.saving import CheckpointWriter, Tensors
 

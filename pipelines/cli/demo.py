@@ -1,0 +1,168 @@
+"""The whole mission on an embedded sample: shards, pretraining, registry, probes, fine-tuning, a sweep, pictures."""
+
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import registry, sample
+from pipelines.cluster import ray_session
+from pipelines.config import (
+    ClassifyConfig,
+    ComputeConfig,
+    DemoConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    SweepConfig,
+    load_preset,
+    with_overrides,
+)
+from pipelines.drivers.classify import classify_task, frozen, start_of, with_labelled_dataset
+from pipelines.drivers.drive import Task, drive
+from pipelines.drivers.pretrain import pretrain
+from pipelines.pictures import reconstruct
+from pipelines.prepare import prepare
+
+log = logging.getLogger(__name__)
+
+_PICTURED = 12
+_CONCURRENT_TRIALS = 2
+
+
+def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
+    """What the demo found, and where its pictures are. A finished demo is shown again unless `fresh`."""
+    out = Path(config.output).resolve()
+    if fresh and (out / "demo.json").is_file():
+        shutil.rmtree(out)
+    if (out / "demo.json").is_file():
+        log.info("the demo in %s is finished; `mae demo --fresh` runs it again", out)
+        return json.loads((out / "demo.json").read_text())
+    if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
+        raise ValueError(f"folder {out} holds something else than a demo; try --output with a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out}/mlflow.db")
+    started_s = time.monotonic()
+    with ray_session(ComputeConfig(num_workers=2), groups=_CONCURRENT_TRIALS):
+        found = _run(config, out)
+    result = found | {"duration_s": round(time.monotonic() - started_s, 1)}
+    result["text"] = _text(result, out)
+    (out / "demo.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
+    from tune.sweep import sweep
+
+    log.info("1/6  preparing: images become shards")
+    manifest = prepare(str(sample.unpack(out / "images")), str(out / "prepared"), PrepareConfig())
+    log.info("     %s images, digest %s", f"{manifest.num_ok:,}", manifest.digest[:12])
+
+    log.info("2/6  pretraining a nano MAE with two DDP workers")
+    where = {"output": str(out / "runs"), "data.uri": str(out / "prepared")}
+    pretrained = pretrain(with_overrides(load_preset(PretrainConfig, "demo_pretrain"), where), "demo_pretrain")
+    log.info("     registered as %s", pretrained["model"])
+
+    log.info("3/6  probing, fine-tuning from the registry, training from scratch on the same labels")
+    accuracy = _compare(config, where, pretrained["model"])
+
+    log.info("4/6  sweeping mask ratio x decoder depth")
+    dotted = {f"{part}.{key}": value for part in ("pretrain", "probe", "finetune") for key, value in where.items()}
+    swept = sweep(
+        with_overrides(load_preset(SweepConfig, "demo_sweep"), dotted | {"output": str(out / "runs")}), "demo_sweep"
+    )
+
+    log.info("5/6  drawing reconstructions of test images")
+    pictured = ReconstructConfig(
+        model=pretrained["model"],
+        uri=str(out / "prepared"),
+        num_images=_PICTURED,
+        out=str(out / "reconstructions.png"),
+    )
+    picture = Path(reconstruct.run(pictured))
+    figure = out / "masking_ratio.png"
+    shutil.copyfile(swept["figure"], figure)
+
+    log.info("6/6  keeping the pictures in MLflow, beside the run that they are of")
+    tracking = registry.open_tracking("mae")
+    run = tracking.known_run(pretrained["run_id"])
+    for path in (picture, figure):
+        run.log_file(path, "demo")
+    return {
+        **accuracy,
+        "reconstructions": str(picture),
+        "masking_ratio": str(figure),
+        "model": pretrained["model"],
+        "best": swept["best"],
+        "best_preset": swept["best_preset"],
+        "ui": tracking.ui_command,
+    }
+
+
+def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str, Any]:
+    """Top-1 on test, mean over seeds, of what starts from the registered model and of what does not."""
+    tracking = registry.open_tracking("mae")
+    scratch = f"random:{load_preset(PretrainConfig, 'demo_pretrain').model.arch}"
+    plans = [
+        ("probe_mae", "demo_probe", model, 1),
+        ("probe_random", "demo_probe", scratch, config.seeds),
+        ("finetune_mae", "demo_finetune", model, config.seeds),
+        ("finetune_scratch", "demo_scratch", scratch, config.seeds),
+    ]
+    names: list[str] = []
+    tasks: list[Task] = []
+    for measure, preset, backbone, num_seeds in plans:
+        for seed in range(num_seeds):
+            point = where | {
+                "backbone": backbone,
+                "seed": seed,
+                "tracking.register": measure == "finetune_mae" and seed == 0,
+            }
+            task = _task(with_overrides(load_preset(ClassifyConfig, preset), point), f"demo_{measure}-{seed}", tracking)
+            names.append(measure)
+            tasks.append(task)
+    outcomes = drive(tasks, "demo-classifiers", tracking, fresh=False)
+    found: dict[str, Any] = {}
+    for measure, *_ in plans:
+        scores = [outcome["top1"] for name, outcome in zip(names, outcomes, strict=True) if name == measure]
+        found[measure] = round(statistics.mean(scores), 2)
+        found[f"{measure}_seeds"] = scores
+    found["classifier"] = next(outcome["model"] for outcome in outcomes if "model" in outcome)
+    return found
+
+
+def _task(config: ClassifyConfig, name: str, tracking: registry.Tracking) -> Task:
+    config, manifest = with_labelled_dataset(config)
+    config, ref = frozen(config, tracking)
+    return classify_task(config, name, start_of(config, ref, tracking, manifest), manifest)
+
+
+_ROWS = (
+    ("finetune_mae", "MAE, fine-tuned"),
+    ("finetune_scratch", "from scratch, same labels and budget"),
+    ("probe_mae", "linear probe of MAE"),
+    ("probe_random", "linear probe of a random encoder"),
+)
+
+
+def _text(result: dict[str, Any], out: Path) -> str:
+    """What a person reads at the end."""
+    lines = ["", f"{'':38}top-1 on test, %   each seed"]
+    for measure, title in _ROWS:
+        seeds = "  ".join(f"{score:.1f}" for score in result[f"{measure}_seeds"])
+        lines.append(f"{title:38}{result[measure]:>15.1f}   {seeds}")
+    lines += [
+        "",
+        f"reconstructions   {result['reconstructions']}",
+        f"masking ratio     {result['masking_ratio']}",
+        f"backbone          {result['model']}",
+        f"classifier        {result['classifier']}",
+        f"best of the sweep {result['best']}  (mae pretrain --preset {result['best_preset']})",
+        f"all of it, {result['duration_s']:.0f} s, is in MLflow:",
+        f"  {result['ui']}",
+    ]
+    return "\n".join(lines)

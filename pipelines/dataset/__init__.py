@@ -1,0 +1,1 @@
+"""A prepared dataset on disk: its manifest and its row groups."""

@@ -1,0 +1,146 @@
+"""What fine-tuning and probing share as drivers: a backbone from the registry, labelled images, a task."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mae_core.config import ModelConfig, Pixels, Size, parse_arch, patch_grid
+from pipelines import registry
+from pipelines.config import ClassifyConfig, from_dict
+from pipelines.dataset.manifest import Manifest
+from pipelines.drivers.drive import Publish, Task, exported
+from pipelines.drivers.pretrain import open_dataset, pixels_of
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import ClassifyJob
+from pipelines.storage import open_storage
+
+_RANDOM = "random:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a classifier starts from: an encoder of the registry, or a random one."""
+
+    arch: str
+    image_px: Size
+    channels: int
+    pixels: Pixels
+    ref: registry.ModelRef | None
+    encoder: bytes
+    """encoder.safetensors; empty for a random encoder."""
+
+
+def frozen(config: ClassifyConfig, tracking: registry.Tracking) -> tuple[ClassifyConfig, registry.ModelRef | None]:
+    """The config with its backbone's alias replaced by the version that it means now."""
+    if config.backbone.startswith(_RANDOM):
+        return config, None
+    ref = tracking.resolve(config.backbone)
+    return dataclasses.replace(config, backbone=ref.uri), ref
+
+
+def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manifest]:
+    """The config and the labelled dataset it names.
+
+    Raises ValueError where it has no labels or lacks the split to evaluate on.
+    """
+    uri, manifest = open_dataset(config.data.uri)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    if not manifest.is_labelled:
+        raise ValueError(
+            f"dataset {config.data.uri} is unlabelled; a classifier needs labels: put images in one folder a class "
+            "and prepare them again"
+        )
+    if config.eval_split not in manifest.splits:
+        raise ValueError(
+            f"dataset {config.data.uri} has no split {config.eval_split!r} to evaluate on; "
+            f"try --eval-split {next((s for s in ('val', 'test') if s in manifest.splits), 'val')}"
+        )
+    return config, manifest
+
+
+def start_of(
+    config: ClassifyConfig, ref: registry.ModelRef | None, tracking: registry.Tracking, manifest: Manifest
+) -> Start:
+    """The encoder's numbers and weights, read from the registry alone."""
+    if ref is None:
+        arch = config.backbone.removeprefix(_RANDOM)
+        image_px = config.image_px or manifest.image_px
+        if image_px is None:
+            raise ValueError(f"images of dataset {config.data.uri} differ in size; try --image-px 224 224")
+        patch_grid(image_px, parse_arch(arch).patch_px)
+        return Start(
+            arch=arch,
+            image_px=image_px,
+            channels=manifest.channels,
+            pixels=pixels_of(manifest, manifest.channels),
+            ref=None,
+            encoder=b"",
+        )
+    with TemporaryDirectory(prefix="mae-backbone-") as scratch:
+        files = tracking.fetch(ref, Path(scratch))
+        if "encoder.safetensors" not in files:
+            raise ValueError(f"{ref.uri} holds no encoder; try a backbone such as models:/mae-vit_base_patch16")
+        values = json.loads(files["config.json"].read_bytes())
+        encoder = files["encoder.safetensors"].read_bytes()
+    model = from_dict(ModelConfig, values["model"])
+    image_px = config.image_px or model.image_px
+    patch_grid(image_px, model.patch_px)
+    if manifest.channels not in (1, model.channels):
+        raise ValueError(
+            f"dataset {config.data.uri} has {manifest.channels} channels but {ref.uri} takes {model.channels}; "
+            "try a backbone that was pretrained on such images"
+        )
+    return Start(
+        arch=model.arch,
+        image_px=image_px,
+        channels=model.channels,
+        pixels=from_dict(Pixels, values["pixels"]),
+        ref=ref,
+        encoder=encoder,
+    )
+
+
+def classify_task(config: ClassifyConfig, name: str, start: Start, manifest: Manifest) -> Task:
+    """The run as a task; publishing a fine-tuned classifier registers it unless the config says not to."""
+    depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
+    if train_blocks is not None and train_blocks > depth:
+        raise ValueError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
+    storage = open_storage(open_storage(config.output).join(name))
+    # Workers read the weights from the run's folder, so that only the driver talks to MLflow.
+    inputs = {"backbone/encoder.safetensors": start.encoder} if start.encoder else {}
+    job = ClassifyJob(
+        folder=storage.uri,
+        config=config,
+        arch=start.arch,
+        image_px=start.image_px,
+        channels=start.channels,
+        pixels=start.pixels,
+        classes=tuple(manifest.classes),
+        backbone=storage.join("backbone") if start.encoder else "",
+    )
+    method = config.classifier.method
+    publish = _register(config, start) if method == "finetune" and config.tracking.register else _nothing
+    return Task(name=name, kind=method, job=job, manifest=manifest, publish=publish, backbone=start.ref, inputs=inputs)
+
+
+def _register(config: ClassifyConfig, start: Start) -> Publish:
+    def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
+        name = config.tracking.name or ("" if start.ref else f"scratch-{start.arch}-classifier")
+        result = folder.result() or {}
+        ref = registry.register_classifier(
+            run,
+            exported(folder, "classifier.safetensors", "config.json"),
+            start.ref,
+            name,
+            description=f"top-1 {result.get('top1')} % on {result.get('split')}",
+        )
+        return {"model": ref.uri, "backbone": config.backbone}
+
+    return publish
+
+
+def _nothing(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
+    return {}

@@ -1,0 +1,189 @@
+"""What every driver does around its jobs: claim folders, run the group, follow it into MLflow, publish, remember."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import registry
+from pipelines.cluster import ray_address, ray_session
+from pipelines.config import identity, to_dict
+from pipelines.dataset.manifest import MANIFEST, Manifest
+from pipelines.drivers.launch import launch
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import Job, train_plan
+from pipelines.runs.listing import Pulse, last_alive_s
+from pipelines.runs.metrics import MetricFollower, PictureFollower
+from pipelines.runs.progress import ProgressDisplay
+
+log = logging.getLogger(__name__)
+
+_SPENT = {
+    "steps": "in steps",
+    "data": "waiting for data",
+    "checkpoint": "waiting for checkpoints",
+    "recovery": "in recovery",
+    "other": "in starting, evaluating and drawing",
+}
+
+# (the job's MLflow run, its folder) -> what is added to the outcome, such as the model version
+Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A job with its name, what it reads, and what is done with what it leaves."""
+
+    name: str
+    kind: registry.Kind
+    job: Job
+    manifest: Manifest
+    publish: Publish
+    inputs: dict[str, bytes] = field(default_factory=dict)
+    """Files that the workers need in the job's folder."""
+    backbone: registry.ModelRef | None = None
+    parent: registry.Run | None = None
+
+
+def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fresh: bool) -> list[dict[str, Any]]:
+    """The outcome of every task, in one worker group; finished ones are not run again.
+
+    A driver that was killed goes on where it stopped: training from the newest checkpoint, publishing by finding
+    what was published. Raises RunFailed when the workers give up.
+    """
+    registry.refuse_local_tracking(ray_address())
+    for task in tasks:  # refuses what cannot be, before anything is written
+        registry.check_run_name(task.name)
+        train_plan(task.job, task.manifest)
+    folders = [RunFolder(task.job.folder) for task in tasks]
+    died_s = last_alive_s(folders[0].storage)
+    runs: dict[int, registry.Run] = {}
+    for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
+        if fresh:
+            folder.clear()
+        key = claim(task.job, task.kind, task.manifest)
+        if folder.outcome() is None:
+            runs[i] = _start(task, folder, tracking, key)
+    try:
+        with Pulse([folders[i].storage for i in runs]):
+            _train(tasks, runs, group, died_s)
+            for i, run in runs.items():
+                _finish(tasks[i], folders[i], run)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        for i, run in runs.items():
+            if folders[i].outcome() is None:
+                run.finish(status)
+        raise
+    return [outcome for folder in folders if (outcome := folder.outcome()) is not None]
+
+
+def _train(tasks: Sequence[Task], runs: dict[int, registry.Run], group: str, died_s: float | None) -> None:
+    """The jobs of the tasks with these runs are finished, and what they spooled is in MLflow."""
+    unfinished = [i for i in runs if RunFolder(tasks[i].job.folder).result() is None]
+    with ExitStack() as stack:
+        for i, run in runs.items():
+            stack.enter_context(_following(tasks[i], RunFolder(tasks[i].job.folder), run, shows=len(runs) == 1))
+        if unfinished:
+            stack.enter_context(ray_session(tasks[0].job.config.compute))
+            launch([tasks[i].job for i in unfinished], group, died_s)
+
+
+def _start(task: Task, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
+    """The workers find what they need in the folder, and the MLflow run of that key is there."""
+    _refuse_foreign(folder, key)
+    for path, content in task.inputs.items():
+        folder.storage.write(path, content)
+    run = tracking.run(
+        task.name,
+        task.kind,
+        to_dict(task.job.config),
+        tags={"mae.folder": task.job.folder},
+        dataset=task.manifest,
+        dataset_uri=task.job.config.data.uri,
+        parent=task.parent,
+        key=key,
+    )
+    if task.backbone is not None:
+        run.log_model_input(task.backbone)
+    return run
+
+
+def _refuse_foreign(folder: RunFolder, key: str) -> None:
+    """Raises ValueError where the newest checkpoint was written by another run than that which claimed the folder."""
+    for step in folder.checkpoints.steps()[-1:]:
+        try:
+            run = folder.checkpoints.meta(step).get("run")
+        except ValueError:
+            return  # damaged: the workers pass it over
+        if run not in (None, key):
+            raise ValueError(
+                f"the checkpoint of step {step} in {folder.storage.uri} was written by another run; remove it, or "
+                "start again with --fresh"
+            )
+
+
+def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
+    """The job's folder says what it is, on what data and how it is run; returns its id, the key of the run in MLflow.
+
+    Raises ValueError where the folder holds another run, or something else.
+    """
+    folder = RunFolder(job.folder)
+    key = folder.claim(
+        {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
+    )
+    if folder.outcome() is None:
+        folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
+        folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
+    return key
+
+
+def _resolved(job: Job) -> dict[str, Any]:
+    """What the job fixed beyond its config, such as the pixels' mean; not where its files lie."""
+    values = to_dict(job)
+    for key in ("folder", "config", "backbone"):
+        values.pop(key, None)
+    return values
+
+
+@contextmanager
+def _following(task: Task, folder: RunFolder, run: registry.Run, *, shows: bool) -> Iterator[None]:
+    """What the workers spool arrives in MLflow, and on the terminal, while the block runs."""
+    with ExitStack() as stack:
+        display = None
+        if shows:
+            total = task.job.reading.epochs * train_plan(task.job, task.manifest).steps_per_epoch
+            display = stack.enter_context(ProgressDisplay(task.name, total))
+        stack.enter_context(MetricFollower(folder.storage, run, display=display))
+        stack.enter_context(PictureFollower(folder.storage, run))
+        yield
+
+
+def _finish(task: Task, folder: RunFolder, run: registry.Run) -> None:
+    """The model is registered, the run is finished, and the folder remembers the outcome."""
+    published = task.publish(run, folder)
+    run.finish("FINISHED")
+    if shares := (folder.result() or {}).get("goodput"):
+        log.info("%s: of its time %s", task.name, ", ".join(f"{share:.1%} {_SPENT[k]}" for k, share in shares.items()))
+    folder.remember(
+        {"run": task.name, "run_id": run.id, "folder": task.job.folder, **(folder.result() or {}), **published}
+    )
+
+
+def exported(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:
+    """Files of the run's export/, by name."""
+    return {name: folder.storage.read(f"export/{name}") for name in names}
+
+
+def newest_picture(folder: RunFolder) -> dict[str, bytes | Path]:
+    """The last reconstructions that the workers drew, as reconstructions.png; empty where they drew none."""
+    found = folder.storage.list("pictures", suffix=".png")
+    return {"reconstructions.png": folder.storage.read(found[-1][0])} if found else {}
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The manifest as the registry keeps it."""
+    return json.dumps(to_dict(manifest), indent=1).encode()

@@ -1,0 +1,129 @@
+"""Jobs go to a Ray Train worker group, and what they spool goes to MLflow while they run."""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from pipelines.cluster import data_tasks
+from pipelines.config import ComputeConfig
+from pipelines.feed.chapters import NUM_TURNS, announce, dataset_name
+from pipelines.runs.failures import cause_of, witness
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.jobs import Job, job_to_dict, remaining_segments, with_workers
+
+log = logging.getLogger(__name__)
+
+
+class RunFailed(RuntimeError):
+    """A worker group gave up; the message names the cause."""
+
+
+def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
+    """Every job is finished. Raises RunFailed when workers fail more often than compute.max_failures allows.
+
+    Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
+    that starts again finds in it what is left to do. `died_s` is when the driver before this one was last alive, where
+    there was one.
+    """
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    jobs, run = list(jobs), uuid4().hex
+    compute = jobs[0].config.compute
+    attempt = {"launched_s": time.time(), "died_s": died_s}
+    for job in jobs:
+        RunFolder(job.folder).go_on()
+    # The controller, which starts with this environment, gives up a worker that has not answered for so long.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
+    # A rank answers while it waits for its checkpoint; those that wait for it in a collective must wait as long.
+    joining_s = compute.stall_s + max(job.config.checkpoint.patience_s for job in jobs)
+    with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt, "run": run},
+            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
+            scaling_config=scaling(compute),
+            run_config=RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=compute.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
+            ),
+            datasets={dataset_name(turn): _nothing for turn in range(NUM_TURNS)},
+            dataset_config=_feeds(jobs, run),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            raise RunFailed(
+                f"{cause_of(error.worker_failures)}; that is more than the {compute.max_failures} failures that "
+                "compute.max_failures allows; the same command goes on from the newest checkpoint"
+            ) from error
+        except Exception as error:
+            raise RunFailed(_cause(error)) from error
+    for job in jobs:
+        if cause := RunFolder(job.folder).stopped():
+            raise RunFailed(cause)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every rank does; only ranks import the models, which costs each of Ray's other processes seconds."""
+    from pipelines.worker import work
+
+    work(config)
+
+
+def _nothing() -> Any:
+    """What stands for the feed until the number of workers is known; nobody reads it."""
+    import ray.data
+
+    return ray.data.range(1)
+
+
+def _feeds(jobs: list[Job], run: str) -> Any:
+    """Ray Train's view of the feed: made anew, of what is left of the jobs, for each group of whatever size."""
+    from ray.train import DataConfig
+
+    from pipelines.feed.ingest import Source, data_config, feed
+
+    class Feeds(DataConfig):
+        source: Source | None = None
+
+        def configure(
+            self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
+        ) -> Any:
+            # Ray Train asks for the second dataset when the first is well under way, and other steps are left.
+            if self.source is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
+                self.source = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
+                announce(run, self.source.key)
+            if self.source:
+                names = {dataset_name(turn): dataset for turn, dataset in enumerate(self.source.datasets)}
+                datasets = {name: names[name] for name in datasets}
+            return data_config().configure(datasets, world_size, worker_handles, worker_node_ids, **more)
+
+    return Feeds(datasets_to_split="all")
+
+
+def scaling(compute: ComputeConfig) -> Any:
+    """Ray Train's view of the worker group."""
+    from ray.train import ScalingConfig
+
+    least = compute.min_workers
+    return ScalingConfig(
+        num_workers=compute.num_workers if least is None else (least, compute.num_workers),
+        use_gpu=compute.gpu,
+        resources_per_worker={"CPU": 1, **({"GPU": 1} if compute.gpu else {})},
+        placement_strategy="SPREAD" if compute.spread else "PACK",
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong on a worker, without Ray's wrapping."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

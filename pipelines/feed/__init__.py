@@ -1,0 +1,1 @@
+"""A prepared dataset becomes micro-batches on every rank."""

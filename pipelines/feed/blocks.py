@@ -1,0 +1,64 @@
+"""What a row of the feed holds: several micro-batches of one rank, and which chapter may be begun by then.
+
+Free of torch but where a row is read, since it would cost each of Ray Data's own processes two seconds.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pipelines.feed.windows import MicroBatch
+
+_TENSORS = ("images", "ids", "labels", "weights")
+_NUMBERS = ("step", "index")
+_NEXT = "next"
+
+
+def to_row(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], following: int) -> pa.Table:
+    """One row of lists, those of the micro-batches end to end, and the chapter that may be begun by then, or 0."""
+    columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
+    for name in _TENSORS[1:]:
+        columns[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
+    for name in _NUMBERS:
+        columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
+    return pa.table({name: as_row(values) for name, values in columns.items()} | {_NEXT: [following]})
+
+
+def next_chapter(row: pa.Table) -> int:
+    """The chapter that may be begun now, or 0."""
+    return row[_NEXT][0].as_py()
+
+
+def as_row(values: NDArray[Any]) -> pa.LargeListArray:
+    """One row that is the list of these values, without a copy."""
+    return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
+
+
+def from_row(row: pa.Table) -> Iterator["MicroBatch"]:
+    """The micro-batches of a row; their tensors are read-only views of it."""
+    import torch
+
+    from pipelines.feed.windows import MicroBatch
+
+    arrays = {name: _list_of(row[name].chunks) for name in (*_TENSORS, *_NUMBERS, "shape")}
+    steps, indices, shape = (arrays[name].to_pylist() for name in (*_NUMBERS, "shape"))
+    # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.
+    tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), -1) for name in _TENSORS}
+    for i, (step, index) in enumerate(zip(steps, indices)):
+        yield MicroBatch(
+            images=tensors["images"][i].reshape(shape),
+            ids=tensors["ids"][i],
+            labels=tensors["labels"][i],
+            weights=tensors["weights"][i],
+            step=step,
+            index=index,
+        )
+
+
+def _list_of(chunks: list[Any]) -> Any:
+    """The values of a column's only row. Joining chunks copies, even a single one."""
+    return (chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)).flatten()

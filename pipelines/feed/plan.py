@@ -1,0 +1,234 @@
+"""The epoch plan: which sample stands where, as a pure function of seed, epoch, manifest and global batch.
+
+Row groups are shuffled, then rows within windows of several. Neither the number of workers nor the micro-batch
+changes which samples make up a step. Memory is that of the row groups, and of one window's rows.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mae_core.randomness import Purpose, hash64_numpy
+from pipelines.dataset.manifest import Manifest
+from pipelines.storage import Storage
+
+Ids = NDArray[np.int64]
+PLACEHOLDER = -1
+"""Sample id of a slot that no sample fills; its weight is 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The row groups of one split, by ascending sample id; where `selected` is given, only those ids take part."""
+
+    paths: tuple[str, ...]
+    shard: NDArray[np.int32]
+    group: NDArray[np.int32]
+    first_id: Ids
+    num_rows: NDArray[np.int32]
+    selected: Ids | None = None
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, split: str) -> "Index":
+        """Every row of the split. Raises ValueError where there is no such split or it is empty."""
+        shards = manifest.split(split).shards
+        counts = np.array([shard.num_groups for shard in shards], dtype=np.int64)
+        if not counts.sum():
+            raise ValueError(f"split {split!r} has no images; choose another, or prepare a source that has some")
+        shard = np.repeat(np.arange(len(shards)), counts)
+        group = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        per_group = np.array([s.rows_per_group for s in shards], dtype=np.int64)[shard]
+        rows = np.array([s.num_rows for s in shards], dtype=np.int64)[shard]
+        first = np.array([s.first_id for s in shards], dtype=np.int64)[shard]
+        return cls(
+            paths=tuple(s.path for s in shards),
+            shard=shard.astype(np.int32),
+            group=group.astype(np.int32),
+            first_id=first + group * per_group,
+            num_rows=np.minimum(per_group, rows - group * per_group).astype(np.int32),
+        )
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.num_rows.sum()) if self.selected is None else len(self.selected)
+
+    def group_counts(self) -> Ids:
+        """Rows of each row group that take part."""
+        if self.selected is None:
+            return self.num_rows.astype(np.int64)
+        return self._bounds(self.first_id + self.num_rows) - self._bounds(self.first_id)
+
+    def rows(self, group: int, start: int, stop: int) -> Ids:
+        """Rows, within row group `group` of the index, of its taking-part samples [start, stop)."""
+        if self.selected is None:
+            return np.arange(start, stop, dtype=np.int64)
+        offset = int(self._bounds(self.first_id[group : group + 1])[0])
+        return self.selected[offset + start : offset + stop] - self.first_id[group]
+
+    def only(self, ids: Ids) -> "Index":
+        """The same row groups, where only these samples take part."""
+        return dataclasses.replace(self, selected=np.unique(np.asarray(ids, dtype=np.int64)))
+
+    def take_per_class(self, storage: Storage, per_class: int, *, seed: int) -> "Index":
+        """Exactly `per_class` samples of every class, chosen by the seed. Raises ValueError where there are fewer."""
+        return self.only(choose_per_class(*self._labels(storage), per_class, seed=seed))
+
+    def _bounds(self, ids: Ids) -> Ids:
+        assert self.selected is not None
+        return np.searchsorted(self.selected, ids).astype(np.int64)
+
+    def _labels(self, storage: Storage) -> tuple[Ids, Ids]:
+        """Sample ids and labels of all rows."""
+        import pyarrow.parquet as pq
+
+        labels = []
+        for path in self.paths:
+            column = pq.read_table(storage.open_input(path), columns=["label"])["label"]
+            labels.append(column.fill_null(PLACEHOLDER).to_numpy().astype(np.int64))
+        ids = np.concatenate([first + np.arange(rows) for first, rows in zip(self.first_id, self.num_rows)])
+        return ids, np.concatenate(labels)
+
+
+def choose_per_class(ids: Ids, labels: Ids, per_class: int, *, seed: int) -> Ids:
+    """`per_class` ids of every label, those of the smallest keyed hash. Raises ValueError where there are fewer."""
+    if (labels < 0).any():
+        raise ValueError("labels_per_class needs a labelled dataset; prepare one folder a class, or leave it out")
+    order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    if counts.min() < per_class:
+        raise ValueError(
+            f"labels_per_class {per_class} exceeds the {counts.min()} images of the smallest class; try {counts.min()}"
+        )
+    return np.sort(ids[order[(starts[:, None] + np.arange(per_class)).ravel()]])
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRead:
+    """Rows of one row group that a window needs, and the slots of the window that they fill."""
+
+    path: str
+    group: int
+    rows: Ids
+    slots: Ids
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EpochPlan:
+    """The order of one split, epoch after epoch. Steps count from 0 over all epochs; slot = place in a window."""
+
+    index: Index
+    seed: int
+    batch: int
+    micro_batch: int
+    num_workers: int
+    window: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; try {self.batch}"
+            )
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers {self.num_workers} is below 1; try 1")
+
+    @property
+    def num_samples(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.batch)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Of all ranks together, with whole placeholder micro-batches that make it a multiple of the workers."""
+        return -(-(self.batch // self.micro_batch) // self.num_workers) * self.num_workers
+
+    @property
+    def steps_per_window(self) -> int:
+        """A window is whole steps: the multiple of the batch nearest to `window`, and at least one batch."""
+        return max(1, (2 * self.window + self.batch) // (2 * self.batch))
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-self.steps_per_epoch // self.steps_per_window)
+
+    def planned(self, step: int) -> int:
+        """Real samples of a step."""
+        return min(self.batch, self.num_samples - step % self.steps_per_epoch * self.batch)
+
+    def window_steps(self, epoch: int, window: int) -> range:
+        """Steps that a window of an epoch holds."""
+        first = epoch * self.steps_per_epoch
+        stop = min(self.steps_per_epoch, (window + 1) * self.steps_per_window)
+        return range(first + window * self.steps_per_window, first + stop)
+
+    def window_ids(self, epoch: int, window: int) -> Ids:
+        """Sample id of every slot of the window, in the order of training; no placeholders."""
+        return self._window(epoch, window)[0]
+
+    def window_reads(self, epoch: int, window: int, slots: range) -> list[GroupRead]:
+        """What to read for the given slots of the window, each row group once."""
+        ids, groups = (array[slots.start : slots.stop] for array in self._window(epoch, window))
+        order = np.argsort(groups, kind="stable")
+        found, starts = np.unique(groups[order], return_index=True)
+        return [
+            GroupRead(
+                path=self.index.paths[self.index.shard[group]],
+                group=int(self.index.group[group]),
+                rows=ids[wanted] - self.index.first_id[group],
+                slots=wanted + slots.start,
+            )
+            for group, wanted in zip(found.tolist(), np.split(order, starts[1:]))
+        ]
+
+    def micro_batch_slots(self, step: int) -> list[range]:
+        """Slots of each micro-batch of a step; number j goes to rank j % num_workers. Short ones need placeholders."""
+        first = step % self.steps_per_epoch % self.steps_per_window * self.batch
+        stop = first + self.planned(step)
+        starts = range(first, first + self.micro_batches_per_step * self.micro_batch, self.micro_batch)
+        return [range(min(start, stop), min(start + self.micro_batch, stop)) for start in starts]
+
+    def step_ids(self, step: int, rank: int | None = None) -> Ids:
+        """Sample ids of a step, of one rank or in the order of the micro-batches of all, placeholders included."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        ids = self.window_ids(epoch, within // self.steps_per_window)
+        mine = self.micro_batch_slots(step)[rank :: self.num_workers if rank is not None else 1]
+        found = np.full((len(mine), self.micro_batch), PLACEHOLDER, dtype=np.int64)
+        for row, slots in zip(found, mine):
+            row[: len(slots)] = ids[slots.start : slots.stop]
+        return found.ravel()
+
+    @lru_cache(maxsize=4)  # noqa: B019 -- plans compare by identity and a process holds few
+    def _order(self, epoch: int) -> tuple[Ids, Ids]:
+        """Row groups in the order of the epoch, and where each starts in the stream of samples."""
+        order = np.arange(len(self.index.group))
+        if self.shuffle:
+            order = np.argsort(hash64_numpy(self.seed, Purpose.ROW_GROUPS, epoch, self.index.first_id), kind="stable")
+        counts = self.index.group_counts()[order]
+        return order, np.cumsum(counts) - counts
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _window(self, epoch: int, window: int) -> tuple[Ids, Ids]:
+        """Sample id and row group (its number in the index) of every slot."""
+        assert 0 <= window < self.windows_per_epoch
+        order, starts = self._order(epoch)
+        first = window * self.steps_per_window * self.batch
+        stop = min(self.num_samples, first + self.steps_per_window * self.batch)
+        ids, groups = [], []
+        begin = int(np.searchsorted(starts, first, side="right")) - 1
+        for place in range(begin, int(np.searchsorted(starts, stop))):
+            group, start = int(order[place]), int(starts[place])
+            size = (int(starts[place + 1]) if place + 1 < len(starts) else self.num_samples) - start
+            rows = self.index.rows(group, max(first - start, 0), min(stop - start, size))
+            ids.append(rows + self.index.first_id[group])
+            groups.append(np.full(len(rows), group, dtype=np.int64))
+        all_ids, all_groups = np.concatenate(ids), np.concatenate(groups)
+        if not self.shuffle:
+            return all_ids, all_groups
+        shuffled = np.argsort(hash64_numpy(self.seed, Purpose.ROWS, epoch, all_ids), kind="stable")
+        return all_ids[shuffled], all_groups[shuffled]

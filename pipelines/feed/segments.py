@@ -1,0 +1,61 @@
+"""What data tasks are to do, as it travels to them: steps of an epoch plan, and what becomes of every sample.
+
+Free of torch, which Ray's own processes would load with it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from mae_core.config import AugmentConfig, Size
+from pipelines.dataset.row_groups import RowGroups
+from pipelines.feed.plan import EpochPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """What happens to a sample on its way into a micro-batch; random only in training, keyed by the seed."""
+
+    train: bool
+    image_px: Size
+    channels: int
+    augment: AugmentConfig
+    seed: int
+    crops: int = 1
+    """Training views made of each decoded image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Steps [first_step, last_step) of a plan over one prepared dataset; steps count over all epochs."""
+
+    dataset_uri: str
+    plan: EpochPlan
+    transform: Transform
+    first_step: int
+    last_step: int
+
+    @cached_property
+    def row_groups(self) -> RowGroups:
+        """The reader of its shards, for all windows that this process reads."""
+        return RowGroups(self.dataset_uri)
+
+    @property
+    def first_window(self) -> int:
+        """The window of first_step, counted over all epochs."""
+        return self._window_of(self.first_step)
+
+    @property
+    def num_windows(self) -> int:
+        if self.last_step <= self.first_step:
+            return 0
+        return self._window_of(self.last_step - 1) - self.first_window + 1
+
+    @property
+    def micro_batch_bytes(self) -> int:
+        """Size of one micro-batch's pixels."""
+        height_px, width_px = self.transform.image_px
+        return self.plan.micro_batch * self.transform.crops * height_px * width_px * self.transform.channels
+
+    def _window_of(self, step: int) -> int:
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        return epoch * self.plan.windows_per_epoch + within // self.plan.steps_per_window

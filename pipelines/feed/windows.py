@@ -1,0 +1,239 @@
+"""A shuffle window of the epoch plan becomes micro-batches: rows read once, decoded, cropped. No Ray in here."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mae_core.augment import crop_boxes, flips, rand_augment
+from mae_core.config import Size
+from mae_core.randomness import Purpose, seed_of
+from pipelines.dataset.row_groups import RowGroups
+from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
+from pipelines.feed.segments import Segment, Transform
+from pipelines.images.crops import crop_into
+from pipelines.images.decode import Pixels, Scratch, decode, evaluation_view
+from pipelines.images.jpeg.partial_decode import decode_crop
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = ["image", "label", "height_px", "width_px", "orientation", "segment_offsets"]
+_READ_THREADS = 8
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one forward pass on one rank. A placeholder has id -1, weight 0 and black pixels.
+
+    A sample that could not be decoded keeps its id and label, with weight 0. Without labels they are -1.
+    """
+
+    images: Tensor
+    """uint8 [crops * batch, height, width, channels]; rows run over the samples, then over their crops."""
+    ids: Tensor
+    """int64 [batch]"""
+    labels: Tensor
+    """int64 [batch]"""
+    weights: Tensor
+    """float32 [batch]"""
+    step: int
+    """The step of its segment's plan that it belongs to."""
+    index: int
+    """Its number among the step's micro-batches of all ranks."""
+
+    @classmethod
+    def blank(cls, size: int, image_px: Size, channels: int, crops: int = 1) -> "MicroBatch":
+        """A micro-batch of placeholders."""
+        return cls(
+            images=torch.zeros(crops * size, *image_px, channels, dtype=torch.uint8),
+            ids=torch.full((size,), PLACEHOLDER, dtype=torch.int64),
+            labels=torch.full((size,), -1, dtype=torch.int64),
+            weights=torch.zeros(size),
+            step=0,
+            index=0,
+        )
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same on another device; from pinned memory the copy does not block."""
+        move = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "ids", "labels", "weights")
+        }
+        return MicroBatch(**move, step=self.step, index=self.index)
+
+
+class Window:
+    """A window's samples, read, and the micro-batches of all ranks that they make, in the order of training."""
+
+    def __init__(self, segment: Segment, window: int) -> None:
+        """`window` counts over all epochs of the segment."""
+        plan = segment.plan
+        self._transform, self._size = segment.transform, plan.micro_batch
+        epoch, within = divmod(window, plan.windows_per_epoch)
+        steps = plan.window_steps(epoch, within)
+        steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
+        self._slots = [
+            (step, index, slots) for step in steps for index, slots in enumerate(plan.micro_batch_slots(step))
+        ]
+        self._first_slot = self._slots[0][2].start
+        slots = range(self._first_slot, self._slots[-1][2].stop)
+        self._views = _Views(segment.transform, epoch, _read(segment.row_groups, plan, epoch, within, slots))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def images_shape(self) -> tuple[int, ...]:
+        """Of one micro-batch's pixels."""
+        transform = self._transform
+        return transform.crops * self._size, *transform.image_px, transform.channels
+
+    def micro_batch(self, number: int, memory: Pixels | None = None) -> MicroBatch:
+        """The micro-batch of that number; its images lie in `memory`, of their shape, where there is some."""
+        step, index, slots = self._slots[number]
+        images = np.empty(self.images_shape, np.uint8) if memory is None else memory
+        places = range(slots.start - self._first_slot, slots.stop - self._first_slot)
+        ids, labels, weights = self._views.fill(images, places, self._size)
+        return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
+
+
+def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
+    """Micro-batches of all ranks for one window, counted over all epochs of the segment."""
+    opened = Window(segment, window)
+    return (opened.micro_batch(number) for number in range(len(opened)))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Stored rows in the order of training."""
+
+    images: list[memoryview]
+    """Parts of the row groups as they were read."""
+    ids: Ids
+    labels: Ids
+    heights_px: Ids
+    widths_px: Ids
+    orientations: list[int]
+    segment_offsets: list[NDArray[np.int32]]
+    """Of sliceable JPEGs; empty for other images."""
+
+
+def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
+    """The window's samples in those slots, each row group read once."""
+    reads = plan.window_reads(epoch, window, slots)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        parts = list(pool.map(lambda read: _read_group(row_groups, read), reads))
+    order = np.argsort(np.concatenate([read.slots for read in reads]), kind="stable")
+    images = [image for part in parts for image in part[0]]
+    table = pa.concat_tables([part[1] for part in parts]).combine_chunks()
+    lists = table["segment_offsets"].combine_chunks()
+    offsets = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().fill_null(0).to_numpy())[:-1])
+
+    def column(name: str) -> Ids:
+        return table[name].fill_null(-1).to_numpy().astype(np.int64)[order]
+
+    return _Samples(
+        images=[images[i] for i in order.tolist()],
+        ids=plan.window_ids(epoch, window)[slots.start : slots.stop],
+        labels=column("label"),
+        heights_px=column("height_px"),
+        widths_px=column("width_px"),
+        orientations=column("orientation").tolist(),
+        segment_offsets=[offsets[i] for i in order.tolist()],
+    )
+
+
+def _read_group(row_groups: RowGroups, read: GroupRead) -> tuple[list[memoryview], pa.Table]:
+    """The images that are wanted, not copied, and the other columns of their rows."""
+    table = row_groups.read(read.path, read.group, _COLUMNS)
+    images = [image for chunk in table["image"].chunks for image in _values(chunk)]
+    return [images[i] for i in read.rows.tolist()], table.drop_columns(["image"]).take(pa.array(read.rows))
+
+
+def _values(chunk: pa.BinaryArray) -> Iterator[memoryview]:
+    """What each row holds, where it lies: pyarrow's own scalars take fifty times as long."""
+    _, offsets, content = chunk.buffers()
+    if len(chunk):
+        whole = memoryview(b"" if content is None else content)
+        places: list[int] = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset).tolist()
+        yield from (whole[start:stop] for start, stop in pairwise(places))
+
+
+class _Views:
+    """The samples of a window as the model sees them in one epoch."""
+
+    def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
+        self._transform, self._epoch, self._samples = transform, epoch, samples
+        self._scratch = Scratch()
+        # Both by crop and place.
+        self._boxes: list[list[Any]] = []
+        self._flips: list[list[bool]] = []
+        # "none" is the view of evaluation, but for the flip.
+        self._crops = transform.train and transform.augment.crop != "none"
+        for view in range(transform.crops if transform.train else 0):
+            keys: dict[str, Any] = {"seed": transform.seed, "epoch": epoch, "sample_ids": samples.ids, "view": view}
+            self._flips.append(flips(transform.augment, **keys).tolist())
+            if self._crops:
+                heights_px, widths_px = np.maximum(samples.heights_px, 1), np.maximum(samples.widths_px, 1)
+                sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
+                self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
+
+    def fill(self, images: Pixels, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The views of the samples at those places are in `images`, black where there is none; returns ids, labels and
+        weights of `size` samples. One that cannot be decoded, and a placeholder, has weight 0."""
+        samples, weights = self._samples, np.zeros(size, np.float32)
+        ids, labels = np.full(size, PLACEHOLDER, np.int64), np.full(size, -1, np.int64)
+        ids[: len(places)] = samples.ids[places.start : places.stop]
+        labels[: len(places)] = samples.labels[places.start : places.stop]
+        by_view = images.reshape(-1, size, *images.shape[1:])
+        by_view[:, len(places) :] = 0
+        for row, place in enumerate(places):
+            try:
+                self._see(place, by_view[:, row])
+                weights[row] = 1
+            except ValueError as error:
+                by_view[:, row] = 0
+                log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
+        return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
+
+    def _see(self, place: int, images: Pixels) -> None:
+        """The sample as it is evaluated, or its training views, for which it is decoded once, are in `images`."""
+        transform, samples = self._transform, self._samples
+        if self._crops:
+            self._crop(place, images)
+        else:
+            content = bytes(samples.images[place])
+            pixels = decode(content, transform.channels, samples.orientations[place], self._scratch)
+            pixels = evaluation_view(pixels, transform.image_px)
+            images[0] = pixels[:, ::-1] if transform.train and self._flips[0][place] else pixels
+        if transform.train and transform.augment.rand_augment:
+            for view, pixels in enumerate(images):
+                key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), view)
+                images[view] = _rand_augment(pixels, transform.augment.rand_augment, key)
+
+    def _crop(self, place: int, images: Pixels) -> None:
+        """A keyed crop of the sample is in each of `images`."""
+        samples = self._samples
+        if min(samples.heights_px[place], samples.widths_px[place]) < 1:
+            raise ValueError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
+        boxes = [tuple(boxes[place]) for boxes in self._boxes]
+        # Of several crops the parts that lie under them would be decoded more than once.
+        offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
+        image = samples.images[place], self._transform.channels, samples.orientations[place], offsets
+        pixels, boxes[0] = decode_crop(*image, boxes[0], self._scratch)
+        for out, box, mirrored in zip(images, boxes, self._flips):
+            crop_into(out, pixels, box, mirrored[place], self._scratch)
+
+
+def _rand_augment(pixels: Pixels, recipe: str, seed_key: int) -> Pixels:
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
+    return np.asarray(rand_augment(image, recipe, seed_key)).reshape(pixels.shape)

@@ -1,0 +1,1 @@
+"""One image: encoded bytes to pixels and back."""

@@ -1,0 +1,1 @@
+"""PNG files for people."""

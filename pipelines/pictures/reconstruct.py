@@ -1,0 +1,143 @@
+"""Pictures of what a model makes of hidden patches, in the manner of the paper's Figures 2 and 3."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mae_core.augment import pixels_to_input
+from mae_core.config import MaskConfig, ModelConfig, Pixels, Size
+from mae_core.masking import sample_masks
+from mae_core.model import MAE, build_mae
+from mae_core.state import unpack
+from pipelines import registry
+from pipelines.config import ReconstructConfig, from_dict
+from pipelines.dataset.manifest import is_prepared, read_manifest
+from pipelines.images.decode import SUFFIXES, decode, evaluation_view
+from pipelines.pictures.figures import Block, reconstruction_rows
+from pipelines.storage import Storage, open_storage, storage_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A whole pretrained model and the pixels that it was trained on."""
+
+    mae: MAE
+    config: ModelConfig
+    pixels: Pixels
+
+
+def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
+    """The model in mae.safetensors, built as config.json says."""
+    values = json.loads(config_json)
+    config = from_dict(ModelConfig, values["model"])
+    mae = build_mae(config, seed=0)
+    mae.load_state_dict(unpack(tensors))
+    return Backbone(mae=mae.eval(), config=config, pixels=from_dict(Pixels, values["pixels"]))
+
+
+@torch.inference_mode()
+def reconstruct(
+    backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int
+) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]]:
+    """(masked, reconstruction, original) of each image [n h w c], uint8, with `ratio` of the patches hidden."""
+    config = dataclasses.replace(backbone.config, mask=MaskConfig(kind=backbone.config.mask.kind, ratio=ratio))
+    device = next(backbone.mae.parameters()).device
+    ids = torch.arange(len(images), device=device)
+    mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=ids)
+    inputs = pixels_to_input(torch.from_numpy(images).to(device), backbone.pixels)
+    masked, restored = backbone.mae.reconstruct(inputs, mask)
+    return list(zip(_to_uint8(masked, backbone.pixels), _to_uint8(restored, backbone.pixels), images, strict=True))
+
+
+def sample_images(uri: str, split: str, count: int, image_px: Size, channels: int) -> NDArray[np.uint8]:
+    """Images [n h w c] spread evenly over a prepared split or a folder of images, seen as in evaluation.
+
+    Raises ValueError where the split, or any image, is missing.
+    """
+    storage = open_storage(uri)
+    encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
+    views = []
+    for path, content, orientation in encoded:
+        try:
+            views.append(evaluation_view(decode(content, channels, orientation), image_px))
+        except ValueError as error:
+            raise ValueError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
+    return np.stack(views)
+
+
+def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int) -> Block:
+    """One block of a picture: rows at one mask ratio, titled with the counts of patches."""
+    total = backbone.config.num_patches
+    rows = reconstruct(backbone, images, ratio, seed)
+    visible = dataclasses.replace(
+        backbone.config, mask=MaskConfig(kind=backbone.config.mask.kind, ratio=ratio)
+    ).num_visible
+    return Block(title=f"{ratio:.0%} masked: {visible} of {total} patches visible", rows=rows)
+
+
+def run(config: ReconstructConfig) -> str:
+    """The picture is written, from the registry alone; returns its path or URI."""
+    if not config.uri:
+        raise ValueError("no images are named; try --uri with a prepared dataset or a folder of images")
+    place, name = storage_of(config.out)
+    tracking = registry.open_tracking("mae")
+    with TemporaryDirectory() as folder:
+        files = tracking.fetch(tracking.resolve(config.model), Path(folder))
+        if "mae.safetensors" not in files:
+            raise ValueError(f"{config.model} has no decoder (no mae.safetensors); try a backbone such as mae-<arch>")
+        backbone = load_backbone(files["config.json"].read_bytes(), files["mae.safetensors"].read_bytes())
+    images = sample_images(
+        config.uri, config.split, config.num_images, backbone.config.image_px, backbone.config.channels
+    )
+    blocks = [picture_block(backbone, images, ratio, config.seed) for ratio in config.ratios]
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / name
+        reconstruction_rows(blocks, picture)
+        place.write(name, picture.read_bytes())
+    return place.join(name)
+
+
+def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:
+    """[b c h w] normalised becomes [b h w c] uint8."""
+    mean = torch.tensor(pixels.mean, device=images.device)[:, None, None]
+    std = torch.tensor(pixels.std, device=images.device)[:, None, None]
+    scaled = (images.float() * std + mean).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:
+    """Sources, encoded images and their EXIF orientations, of rows spread evenly over the split."""
+    import pyarrow as pa
+
+    from pipelines.dataset.row_groups import RowGroups
+
+    manifest, row_groups = read_manifest(storage), RowGroups(storage.uri)
+    if split not in manifest.splits:
+        raise ValueError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
+    rows = manifest.splits[split].num_rows
+    wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
+    found: list[tuple[str, bytes, int | None]] = []
+    start = 0
+    for shard in manifest.splits[split].shards:
+        inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
+        start += shard.num_rows
+        for group in np.unique(inside // shard.rows_per_group):
+            rows_of = row_groups.read(shard.path, int(group), ["source", "image", "orientation"])
+            chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
+            taken = rows_of.take(pa.array(chosen)).to_pylist()
+            found += [(row["source"], row["image"], row["orientation"]) for row in taken]
+    return found
+
+
+def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes, int | None]]:
+    paths = [path for path, _ in storage.list() if path.lower().endswith(SUFFIXES)]
+    if not paths:
+        raise ValueError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
+    return [(paths[i], storage.read(paths[i]), None) for i in chosen]

@@ -1,0 +1,200 @@
+"""A job is one training run for a worker group: what it reads, and in which phases."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mae_core.config import Pixels, Size
+from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.feed.plan import EpochPlan, Index
+from pipelines.feed.segments import Segment, Transform
+from pipelines.runs.folder import RunFolder
+from pipelines.storage import open_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob:
+    """Pretraining, ready for a worker group."""
+
+    folder: str
+    """URI of the run's folder."""
+    config: PretrainConfig
+    pixels: Pixels
+    kind: Literal["pretrain"] = "pretrain"
+
+    @property
+    def input(self) -> tuple[Size, int]:
+        """Image side in px and channels."""
+        return self.config.model.image_px, self.config.model.channels
+
+    @property
+    def reading(self) -> PretrainConfig:
+        """The config whose epochs and batches count decoded images."""
+        return self.config.reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyJob:
+    """Fine-tuning or probing, ready for a worker group: all that the backbone's config would say is resolved."""
+
+    folder: str
+    """URI of the run's folder."""
+    config: ClassifyConfig
+    arch: str
+    image_px: Size
+    channels: int
+    pixels: Pixels
+    classes: tuple[str, ...]
+    backbone: str
+    """URI of a folder with encoder.safetensors; empty for a random encoder."""
+    kind: Literal["classify"] = "classify"
+
+    @property
+    def input(self) -> tuple[Size, int]:
+        """Image side in px and channels."""
+        return self.image_px, self.channels
+
+    @property
+    def reading(self) -> ClassifyConfig:
+        """The config whose epochs and batches count decoded images: any classifier's."""
+        return self.config
+
+    @property
+    def caches_features(self) -> bool:
+        """A probe whose images never vary computes each image's features once."""
+        return self.config.classifier.method == "probe" and not self.config.augment.is_random
+
+
+Job = PretrainJob | ClassifyJob
+
+
+def job_to_dict(job: Job) -> dict[str, Any]:
+    """Plain values, such that job_from_dict(job_to_dict(job)) == job."""
+    return to_dict(job)
+
+
+def with_workers(job: Job, num_workers: int) -> Job:
+    """The job as a group of so many workers does it."""
+    config = job.config
+    compute = dataclasses.replace(config.compute, num_workers=num_workers)
+    return dataclasses.replace(job, config=dataclasses.replace(config, compute=compute))
+
+
+def job_from_dict(values: dict[str, Any]) -> Job:
+    """The job that a train_loop_config describes."""
+    return from_dict(PretrainJob if values["kind"] == "pretrain" else ClassifyJob, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of a job: steps [first_step, last_step) of its plan, or one reading of a split in storage order."""
+
+    kind: Literal["train", "read"]
+    split: str
+    first_step: int
+    last_step: int
+
+
+def train_index(job: Job, manifest: Manifest) -> Index:
+    """The rows that the job trains on: its training split, or so many labelled images of each class."""
+    per_class = job.config.data.labels_per_class
+    index = Index.from_manifest(manifest, "train")
+    if per_class is None:
+        return index
+    return index.take_per_class(open_storage(job.config.data.uri), per_class, seed=job.config.seed)
+
+
+def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
+    """The order in which the job visits its training rows."""
+    data = job.reading.data
+    return EpochPlan(
+        index=train_index(job, manifest),
+        seed=job.config.seed,
+        batch=data.batch,
+        micro_batch=data.micro_batch,
+        num_workers=job.config.compute.num_workers,
+        window=data.window,
+        shuffle=True,
+    )
+
+
+def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
+    """The whole split in storage order, in micro-batches, padded to the number of workers."""
+    compute, data = job.config.compute, job.reading.data
+    return EpochPlan(
+        index=train_index(job, manifest) if split == "train" else Index.from_manifest(manifest, split),
+        seed=job.config.seed,
+        batch=data.micro_batch * compute.num_workers,
+        micro_batch=data.micro_batch,
+        num_workers=compute.num_workers,
+        window=data.window,
+        shuffle=False,
+    )
+
+
+def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[str]) -> list[Phase]:
+    """What remains of the job after `first_step` steps; a pure function, so that driver and workers agree."""
+    total = job.reading.epochs * steps_per_epoch
+    if isinstance(job, PretrainJob):
+        return (
+            [Phase(kind="train", split="train", first_step=first_step, last_step=total)] if first_step < total else []
+        )
+    final = Phase(kind="read", split=job.config.eval_split, first_step=total, last_step=total)
+    if job.caches_features:
+        return [Phase(kind="read", split="train", first_step=0, last_step=0), final]
+    found: list[Phase] = []
+    start = first_step
+    for stop in _evaluation_steps(job.config, steps_per_epoch, total):
+        if stop > first_step:
+            found.append(Phase(kind="train", split="train", first_step=start, last_step=stop))
+            start = stop
+        if first_step <= stop < total and "val" in splits:
+            found.append(Phase(kind="read", split="val", first_step=stop, last_step=stop))
+    return [*found, final]
+
+
+def segments(job: Job, first_step: int) -> list[Segment]:
+    """The job's remaining phases as segments of a feed."""
+    manifest = read_manifest(open_storage(job.config.data.uri))
+    plan = train_plan(job, manifest)
+    image_px, channels = job.input
+    transform = Transform(
+        train=True,
+        image_px=image_px,
+        channels=channels,
+        augment=job.config.augment,
+        seed=job.config.seed,
+        crops=job.config.crops_per_image if isinstance(job, PretrainJob) else 1,
+    )
+    still = dataclasses.replace(transform, train=False, crops=1)
+    found = []
+    for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(manifest.splits)):
+        train = phase.kind == "train"
+        found.append(
+            Segment(
+                dataset_uri=job.config.data.uri,
+                plan=plan if train else read_plan(job, manifest, phase.split),
+                transform=transform if train else still,
+                first_step=phase.first_step if train else 0,
+                last_step=phase.last_step if train else read_plan(job, manifest, phase.split).steps_per_epoch,
+            )
+        )
+    return found
+
+
+def remaining_segments(jobs: list[Job]) -> list[Segment]:
+    """Segments of all that is left of the jobs, by what their folders say now."""
+    return [segment for job in jobs for segment in _remaining(job)]
+
+
+def _remaining(job: Job) -> list[Segment]:
+    folder = RunFolder(job.folder)
+    return [] if folder.result() else segments(job, folder.checkpoints.latest_step())
+
+
+def _evaluation_steps(config: ClassifyConfig, steps_per_epoch: int, total: int) -> Iterator[int]:
+    every = config.eval_every_epochs * steps_per_epoch
+    yield from range(every, total, every)
+    yield total

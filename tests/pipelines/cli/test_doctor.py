@@ -1,0 +1,42 @@
+"""What would be used is said, and what does not answer is named with the remedy."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli.doctor import doctor
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_everything_is_local_and_answers_where_nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor()
+    assert found["ok"], found["text"]
+    assert str(tmp_path) in found["mlflow"]["says"]
+    assert "embedded" in found["ray"]["says"]
+
+
+def test_what_does_not_answer_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    found = doctor()
+    assert not found["ok"]
+    for part, remedy in (("ray", "unset RAY_ADDRESS"), ("storage", "correct the URL"), ("mlflow", "unset it")):
+        assert not found[part]["ok"]
+        assert str(closed_port) in found[part]["says"]
+        assert remedy in found[part]["says"]

@@ -1,0 +1,88 @@
+"""A manifest is the dataset's identity: what was changed, cut short or made by another version is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.dataset.manifest import MANIFEST, Manifest, Shard, Split, is_prepared, read_manifest, write_manifest
+from pipelines.storage import open_storage
+
+SHARD = Shard(path="train/part-00000.parquet", num_rows=7, num_bytes=9, first_id=0, sha256="ab", rows_per_group=3)
+MADE = Manifest(
+    channels=1,
+    image_px=(28, 28),
+    classes=["a", "b"],
+    splits={"train": Split(num_rows=7, num_bytes=9, shards=[SHARD])},
+    num_found=8,
+    num_ok=7,
+    num_quarantined=1,
+    num_duplicates=0,
+    quarantine_reasons={"empty file": 1},
+    mean=[0.1],
+    std=[0.2],
+    config={"seed": 0},
+    source_digest="cd",
+)
+
+
+def test_what_is_read_equals_what_was_written(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    assert not is_prepared(storage)
+    written = write_manifest(storage, MADE)
+    assert is_prepared(storage)
+    assert read_manifest(storage) == written
+    assert written.digest == MADE.computed_digest()
+    assert len(written.digest) == 64
+
+
+def test_the_digest_covers_every_other_field() -> None:
+    others = {
+        "channels": 3, "image_px": None, "classes": ["a"], "splits": {}, "num_found": 9, "num_ok": 8,
+        "num_quarantined": 2, "num_duplicates": 1, "quarantine_reasons": {}, "mean": [0.3], "std": [0.3],
+        "config": {}, "source_digest": "", "schema": 2,
+    }  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(Manifest)} - {"digest"}
+    digests = {dataclasses.replace(MADE, **{name: value}).computed_digest() for name, value in others.items()}
+    assert len(digests | {MADE.computed_digest()}) == len(others) + 1
+
+
+def test_a_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a prepared dataset .*; run `mae prepare SOURCE"):
+        read_manifest(open_storage(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: "", "damaged"),
+        (lambda text: "[]", "damaged"),
+        (lambda text: text.replace('"num_ok": 7', '"num_ok": "many"'), "damaged"),
+        (lambda text: text.replace('"num_ok": 7', '"num_ok": 6'), "was changed after it was written"),
+        (lambda text: text.replace('"schema": 1', '"schema": 99'), "has schema 99, this version reads 1"),
+    ],
+)
+def test_a_manifest_that_is_not_whole_is_refused(tmp_path: Path, change, words: str) -> None:
+    storage = open_storage(tmp_path)
+    write_manifest(storage, MADE)
+    storage.write(MANIFEST, change(storage.read(MANIFEST).decode()).encode())
+    with pytest.raises(ValueError, match=words):
+        read_manifest(storage)
+
+
+def test_a_manifest_is_json_that_a_person_can_read(tmp_path: Path) -> None:
+    write_manifest(open_storage(tmp_path), MADE)
+    text = (tmp_path / MANIFEST).read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text)["splits"]["train"]["shards"][0]["num_rows"] == 7
+
+
+def test_row_groups_are_counted_with_the_short_one() -> None:
+    assert SHARD.num_groups == 3
+
+
+def test_a_missing_split_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="no split 'val', only train"):
+        MADE.split("val")

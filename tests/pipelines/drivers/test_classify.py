@@ -1,0 +1,174 @@
+"""From shards to a registered backbone to a classifier, through the registry alone, and back along the lineage."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
+from mae_core.state import tensors_digest, unpack
+from pipelines.config import (
+    CheckpointConfig,
+    ClassifyConfig,
+    DataConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    RegisterConfig,
+    TrackingConfig,
+)
+from pipelines.runs.folder import RunFolder
+from pipelines.storage import open_storage, storage_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ARCH = "vit_pico_patch7"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A finished pretraining run whose folder is gone, and what was seen of it before."""
+
+    folder: Path
+    dataset: str
+    outcome: dict[str, Any]
+    by_hand: dict[str, Any]
+    """What `mae register RUN@STEP` said, for the checkpoint before the last."""
+    digests: dict[int, str]
+    """Of the weights, by step."""
+
+
+@pytest.fixture(scope="module")
+def pretrained(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
+    from pipelines.drivers.pretrain import pretrain, register
+    from pipelines.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("handoff")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.chdir(folder)
+        dataset = str(folder / "data")
+        prepare(str(few), dataset, PrepareConfig(rows_per_shard=64, rows_per_group=16))
+        config = PretrainConfig(
+            name="mae",
+            output=str(folder / "runs"),
+            epochs=2,
+            data=DataConfig(uri=dataset, batch=64, micro_batch=32),
+            model=ModelConfig(
+                arch=ARCH, image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
+            ),
+            optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
+            checkpoint=CheckpointConfig(keep=5),
+        )
+        outcome = pretrain(config, "mae")
+        run = RunFolder(str(folder / "runs" / "mae"))
+        digests = {
+            step: tensors_digest(unpack(run.checkpoints.load(step).files["model.safetensors"]))
+            for step in run.checkpoints.steps()
+        }
+        by_hand = register(f"{folder / 'runs' / 'mae'}@{min(digests)}", RegisterConfig(name="by-hand"))
+        run.storage.delete_tree()
+        yield Pretrained(folder, dataset, outcome, by_hand, digests)
+
+
+def classify(pretrained: Pretrained, method: Any, **changes: Any) -> ClassifyConfig:
+    config = ClassifyConfig(
+        output=str(pretrained.folder / "runs"),
+        backbone=f"models:/mae-{ARCH}@candidate",
+        epochs=2,
+        data=DataConfig(uri=pretrained.dataset, batch=64, micro_batch=32),
+        classifier=ClassifierConfig(method=method, pool="avg"),
+        optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
+        augment=AugmentConfig(crop="none", flip=False),
+        tracking=TrackingConfig(),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def fetched(uri: str, folder: Path) -> dict[str, Path]:
+    from pipelines.registry import open_tracking
+
+    tracking = open_tracking("mae")
+    return tracking.fetch(tracking.resolve(uri), folder)
+
+
+def test_a_finetune_needs_nothing_of_the_pretraining_run_but_the_registry(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    from pipelines.drivers.finetune import finetune
+    from pipelines.registry import open_tracking
+
+    assert not open_storage(str(pretrained.folder / "runs" / "mae")).list()
+    outcome = finetune(classify(pretrained, "finetune", name="tuned"), "finetune")
+    assert outcome["kind"] == "finetune"
+    assert outcome["split"] == "val"
+    assert 0 <= outcome["top1"] <= 100
+    assert outcome["backbone"] == f"models:/mae-{ARCH}/1"
+    assert outcome["model"] == f"models:/mae-{ARCH}-classifier/1"
+    assert set(fetched(outcome["model"], tmp_path)) >= {"classifier.safetensors", "config.json"}
+
+    steps = open_tracking("mae").lineage(outcome["model"])
+    assert [(step.kind, step.id) for step in steps[:5]] == [
+        ("model version", outcome["model"]),
+        ("run", outcome["run_id"]),
+        ("model version", outcome["backbone"]),
+        ("run", pretrained.outcome["run_id"]),
+        ("dataset", open_tracking("mae").client.get_run(outcome["run_id"]).data.tags["mae.dataset_digest"]),
+    ]
+    assert steps[5].kind == "commit"
+
+
+def test_the_registered_files_are_the_last_weights(pretrained: Pretrained, tmp_path: Path) -> None:
+    files = fetched(pretrained.outcome["model"], tmp_path)
+    assert set(files) >= {"encoder.safetensors", "mae.safetensors", "config.json", "manifest.json"}
+    last = max(pretrained.digests)
+    assert tensors_digest(unpack(files["mae.safetensors"].read_bytes())) == pretrained.digests[last]
+
+
+def test_a_checkpoint_registered_by_hand_loads_and_is_the_one_asked_for(pretrained: Pretrained, tmp_path: Path) -> None:
+    from pipelines.pictures.reconstruct import load_backbone
+
+    first = min(pretrained.digests)
+    assert pretrained.by_hand["step"] == first
+    assert pretrained.by_hand["model"] == "models:/by-hand/1"
+    assert pretrained.by_hand["run_id"] == pretrained.outcome["run_id"]
+    files = fetched("models:/by-hand@candidate", tmp_path)
+    backbone = load_backbone(files["config.json"].read_bytes(), files["mae.safetensors"].read_bytes())
+    assert tensors_digest(backbone.mae.state_dict()) == pretrained.digests[first]
+
+
+@pytest.mark.s3
+def test_reconstructions_are_drawn_from_the_registry_alone(pretrained: Pretrained, s3: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from pipelines.pictures import reconstruct
+
+    config = ReconstructConfig(
+        model=f"models:/mae-{ARCH}@candidate", uri=pretrained.dataset, num_images=3, out=str(tmp_path / "a" / "b.png")
+    )
+    path = Path(reconstruct.run(config))
+    assert path == tmp_path / "a" / "b.png"
+    assert Image.open(io.BytesIO(path.read_bytes())).size[0] > 100
+    there = reconstruct.run(replace(config, out=f"{s3}/{tmp_path.name}/b.png"))
+    place, name = storage_of(there)
+    assert place.read(name) == path.read_bytes()
+
+
+def test_a_probe_registers_nothing_and_a_repetition_prints_the_same(pretrained: Pretrained) -> None:
+    from pipelines.drivers.probe import probe
+
+    config = classify(
+        pretrained,
+        "probe",
+        name="probed",
+        optim=OptimConfig(name="lars", base_lr=0.1, warmup_epochs=0.0, weight_decay=0.0),
+    )
+    outcome = probe(config, "probe")
+    assert outcome["kind"] == "probe"
+    assert "model" not in outcome
+    assert probe(config, "probe") == outcome

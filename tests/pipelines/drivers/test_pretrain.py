@@ -1,0 +1,159 @@
+"""Where a driver of pretraining may die, the same command goes on; and what --fresh means."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from mae_core.config import ModelConfig, OptimConfig
+from mae_core.state import tensors_digest, unpack
+from pipelines.config import CheckpointConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
+from pipelines.runs.folder import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+MAE = str(Path(sys.executable).with_name("mae"))
+MODEL = "mae-vit_pico_patch7"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dataset, an MLflow and a folder of runs, with one run in it that nobody disturbed."""
+
+    folder: Path
+    dataset: str
+    undisturbed: dict[str, Any]
+
+    def config(self, name: str) -> PretrainConfig:
+        return config_of(self.folder, self.dataset, name)
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(str(self.folder / "runs" / name))
+
+    def weights(self, name: str) -> str:
+        return tensors_digest(unpack(self.run(name).storage.read("export/mae.safetensors")))
+
+    def client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+
+    def versions(self, run_id: str) -> list[str]:
+        """The registered versions that a run of MLflow made."""
+        return [str(v.version) for v in self.client().search_model_versions(f"name = '{MODEL}'") if v.run_id == run_id]
+
+
+def config_of(folder: Path, dataset: str, name: str) -> PretrainConfig:
+    return PretrainConfig(
+        name=name,
+        output=str(folder / "runs"),
+        epochs=2,
+        data=DataConfig(uri=dataset, batch=64, micro_batch=32),
+        model=ModelConfig(
+            arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
+        ),
+        optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
+        checkpoint=CheckpointConfig(keep=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def place(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    from pipelines.drivers.pretrain import pretrain
+    from pipelines.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("pretrain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.chdir(folder)
+        dataset = str(folder / "data")
+        prepare(str(few), dataset, PrepareConfig(rows_per_shard=64, rows_per_group=16))
+        yield Place(folder, dataset, pretrain(config_of(folder, dataset, "calm"), "calm"))
+
+
+def test_killed_after_the_last_checkpoint_only_the_export_is_left_to_do(place: Place) -> None:
+    from pipelines.drivers.pretrain import pretrain
+
+    run, before = place.run("calm"), place.weights("calm")
+    for path, _ in run.storage.list():
+        if path.startswith("export/") or path in ("result.json", "outcome.json"):
+            run.storage.delete(path)
+    again = pretrain(place.config("calm"), "calm")
+    assert place.weights("calm") == before
+    differing = {key for key in again if again[key] != place.undisturbed[key]}
+    assert differing <= {"duration_s", "goodput"}
+    assert place.versions(again["run_id"]) == ["1"]
+
+
+def test_killed_after_publishing_nothing_is_published_twice(place: Place) -> None:
+    from pipelines.drivers.pretrain import pretrain
+
+    run = place.run("calm")
+    outcome = run.outcome()
+    run.storage.delete("outcome.json")
+    assert pretrain(place.config("calm"), "calm") == outcome
+    assert place.versions(place.undisturbed["run_id"]) == ["1"]
+
+
+def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(place: Place) -> None:
+    preset = place.folder / "killed.yaml"
+    preset.write_text(yaml.safe_dump({"kind": "pretrain"} | to_dict(place.config("killed"))))
+    command = [MAE, "pretrain", "--preset", str(preset), "--json"]
+    kill_once_trained(command, place)
+    assert place.run("killed").outcome() is None, "the kill came too late to mean anything"
+
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert place.weights("killed") == place.weights("calm")
+    assert len(place.versions(outcome["run_id"])) == 1
+    assert place.client().get_run(outcome["run_id"]).info.status == "FINISHED"
+    named = [run for run in all_runs(place) if run.info.run_name == "killed"]
+    assert [run.info.run_id for run in named] == [outcome["run_id"]]
+
+
+def test_fresh_starts_anew_in_a_run_of_its_own(place: Place) -> None:
+    from pipelines.drivers.pretrain import pretrain
+
+    again = pretrain(place.config("calm"), "calm", fresh=True)
+    assert again["run_id"] != place.undisturbed["run_id"]
+    assert again["model"] != place.undisturbed["model"]
+    assert again["loss"] == place.undisturbed["loss"]
+
+
+def kill_once_trained(command: list[str], place: Place) -> None:
+    """The driver and all that it started are gone the moment that the workers have written their result."""
+    result = place.folder / "runs" / "killed" / "result.json"
+    with (place.folder / "killed.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=place.folder, stdout=log, stderr=log, start_new_session=True)
+    driver = psutil.Process(process.pid)
+    family = [driver]
+    try:
+        while not result.exists():
+            assert process.poll() is None, (place.folder / "killed.log").read_text()
+            time.sleep(0.01)
+        family += driver.children(recursive=True)
+    finally:
+        for member in (*driver.children(recursive=True), *family):
+            try:
+                os.kill(member.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
+    psutil.wait_procs(family, timeout=20)
+
+
+def all_runs(place: Place) -> list[Any]:
+    client = place.client()
+    return client.search_runs([e.experiment_id for e in client.search_experiments()])

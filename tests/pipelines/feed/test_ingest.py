@@ -1,0 +1,213 @@
+"""Through Ray Data every rank gets its micro-batches, whole and in order, from a folder as from S3."""
+
+import json
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mae_core.config import AugmentConfig
+from pipelines.config import PrepareConfig
+from pipelines.dataset.manifest import Manifest
+from pipelines.feed.chapters import Chapters, dataset_name
+from pipelines.feed.ingest import data_config, feed, micro_batches, most_per_row
+from pipelines.feed.plan import EpochPlan, Index
+from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.windows import MicroBatch, window_micro_batches
+from pipelines.prepare import prepare
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray4"),
+    # Ray Data 2.60 sets deprecated fields of its own context.
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(few: Path, ray4: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
+    folder = tmp_path_factory.mktemp("dataset")
+    return str(folder), prepare(str(few), str(folder), PrepareConfig(rows_per_shard=64, rows_per_group=16))
+
+
+def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, steps: tuple[int, int]) -> Segment:
+    plan = EpochPlan(
+        index=Index.from_manifest(manifest, "train" if train else "test"),
+        seed=3,
+        batch=24 if train else 8 * num_workers,
+        micro_batch=8,
+        num_workers=num_workers,
+        window=72,
+        shuffle=train,
+    )
+    transform = Transform(train=train, image_px=(28, 28), channels=1, augment=AugmentConfig(), seed=4)
+    first_step, last_step = steps
+    return Segment(
+        dataset_uri=uri,
+        plan=plan,
+        transform=transform,
+        first_step=first_step,
+        last_step=last_step or plan.steps_per_epoch,
+    )
+
+
+def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[Segment]:
+    """Training from the middle of an epoch through two more, an evaluation between, and a short rest of two crops."""
+    rest = segment_of(uri, manifest, num_workers, train=True, steps=(25, 27))
+    return [
+        segment_of(uri, manifest, num_workers, train=True, steps=(4, 25)),
+        segment_of(uri, manifest, num_workers, train=False, steps=(0, 0)),
+        replace(rest, transform=replace(rest.transform, crops=2)),
+    ]
+
+
+def consume(segments: list[Segment], num_workers: int, max_tasks: int | None = None) -> list[list[MicroBatch]]:
+    """What each of the ranks gets."""
+    found: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
+    source, lock = feed(segments, num_workers, max_tasks), threading.Lock()
+
+    @cache
+    def split(turn: int) -> Any:
+        return source.datasets[turn].streaming_split(num_workers, equal=True)
+
+    def read(rank: int) -> None:
+        def shard(turn: int) -> Any:
+            with lock:
+                return split(turn)[rank]
+
+        found[rank].extend(micro_batches(shard, source.key))
+
+    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(num_workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def expected_of(segments: list[Segment], rank: int) -> list[MicroBatch]:
+    """The same without Ray."""
+    return [
+        batch
+        for segment in segments
+        for window in range(segment.first_window, segment.first_window + segment.num_windows)
+        for batch in window_micro_batches(segment, window)
+        if batch.index % segment.plan.num_workers == rank
+    ]
+
+
+def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
+    assert [(b.step, b.index) for b in found] == [(b.step, b.index) for b in expected]
+    for batch, other in zip(found, expected, strict=True):
+        for name in ("images", "ids", "labels", "weights"):
+            assert torch.equal(getattr(batch, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_each_rank_gets_its_micro_batches_in_order(dataset: tuple[str, Manifest], num_workers: int) -> None:
+    segments = segments_of(*dataset, num_workers)
+    found = consume(segments, num_workers)
+    for rank in range(num_workers):
+        assert_same(found[rank], expected_of(segments, rank))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_chapters_follow_one_another(
+    dataset: tuple[str, Manifest], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.feed.chapters._LEAST_TASKS", 1)
+    monkeypatch.setattr("pipelines.feed.chapters._TIMES", 2)
+    segments = segments_of(*dataset, num_workers)
+    chapters = Chapters.of("", sum(segment.num_windows for segment in segments), 1)
+    assert len(chapters.tasks(2)), "each dataset should have its turn, and one of them another"
+    found = consume(segments, num_workers, max_tasks=1)
+    for rank in range(num_workers):
+        assert_same(found[rank], expected_of(segments, rank))
+
+
+@pytest.mark.s3
+def test_from_s3_equals_local(dataset: tuple[str, Manifest], few: Path, s3: str, tmp_path: Path) -> None:
+    uri = f"{s3}/{tmp_path.name}"
+    manifest = prepare(str(few), uri, PrepareConfig(rows_per_shard=64, rows_per_group=16))
+    assert manifest == dataset[1]
+    segments = segments_of(uri, manifest, 2)
+    found = consume(segments, 2)
+    local = segments_of(*dataset, 2)
+    for rank in range(2):
+        assert_same(found[rank], expected_of(local, rank))
+
+
+def test_large_micro_batches_come_one_a_row(dataset: tuple[str, Manifest]) -> None:
+    segment = segment_of(*dataset, 1, train=True, steps=(0, 3))
+    large = Transform(train=True, image_px=(512, 512), channels=3, augment=AugmentConfig(), seed=4)
+    segment = Segment(dataset_uri=segment.dataset_uri, plan=segment.plan, transform=large, first_step=0, last_step=3)
+    found = consume([segment], 1)
+    assert [(b.step, b.index) for b in found[0]] == [(step, i) for step in range(3) for i in range(3)]
+    assert found[0][0].images.shape == (8, 512, 512, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "store_bytes", "most"),
+    [(1, 2**40, 6), (7, 2**40, 6), (64, 2**40, 16), (1, 2**30, 3), (64, 2**30, 3), (1, 2**27, 1)],
+)
+def test_rows_are_larger_for_many_ranks_and_smaller_for_small_stores(
+    num_workers: int, store_bytes: int, most: int
+) -> None:
+    assert most_per_row(64 * 224 * 224 * 3, num_workers, store_bytes) == most
+
+
+def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:
+    segments = segments_of("/no/such/dataset", dataset[1], 1)
+    with pytest.raises(Exception, match=r"/no/such/dataset/train/part-0000\d.parquet does not exist"):
+        list(feed(segments, 1).micro_batches())
+
+
+def test_nothing_to_feed_and_a_plan_for_others_are_refused(dataset: tuple[str, Manifest]) -> None:
+    with pytest.raises(ValueError, match="a plan for 2 workers cannot feed 3"):
+        feed(segments_of(*dataset, 2), 3)
+    for segments in ([], [segment_of(*dataset, 1, train=True, steps=(5, 5))]):
+        with pytest.raises(ValueError, match="nothing to feed"):
+            feed(segments, 1)
+
+
+@pytest.mark.slow
+def test_ray_train_deals_the_same(dataset: tuple[str, Manifest], tmp_path: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    segments = segments_of(*dataset, 2)
+    source = feed(segments, 2)
+
+    def work() -> None:
+        import json
+
+        import ray.train
+
+        from pipelines.feed.ingest import micro_batches
+
+        rank = ray.train.get_context().get_world_rank()
+        shard = ray.train.get_dataset_shard
+        seen = [(b.step, b.index) for b in micro_batches(lambda turn: shard(dataset_name(turn)), source.key)]
+        (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
+
+    TorchTrainer(
+        work,
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(storage_path=str(tmp_path / "train")),
+        datasets={dataset_name(turn): dataset for turn, dataset in enumerate(source.datasets)},
+        dataset_config=data_config(),
+    ).fit()
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert [tuple(pair) for pair in seen] == [(b.step, b.index) for b in expected_of(segments, rank)]
+
+
+def test_a_blank_micro_batch_counts_for_nothing() -> None:
+    blank = MicroBatch.blank(5, (4, 6), 3).to("cpu")
+    assert blank.images.shape == (5, 4, 6, 3)
+    assert blank.ids.tolist() == [-1] * 5
+    assert not blank.weights.any()

@@ -1,0 +1,80 @@
+"""`mae inspect` counts what is there and draws it, whole or broken, before and after preparation."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines import prepare as module
+from pipelines.config import InspectConfig, PrepareConfig
+from pipelines.prepare.inspect import inspect_uri
+from pipelines.storage import storage_of
+
+
+@pytest.fixture
+def zoo_folder(zoo: list, tmp_path: Path) -> Path:
+    for animal in zoo:
+        (tmp_path / "zoo").mkdir(exist_ok=True)
+        (tmp_path / "zoo" / animal.name).write_bytes(animal.content)
+    return tmp_path / "zoo"
+
+
+def looked_at(uri: Path, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], Image.Image]:
+    found = inspect_uri(str(uri), InspectConfig(out=str(tmp_path / "sheets/sheet.png"), **options))
+    return found, Image.open(io.BytesIO(Path(found["contact_sheet"]).read_bytes()))
+
+
+def test_a_source_of_every_kind_of_image_is_counted_and_drawn(zoo: list, zoo_folder: Path, tmp_path: Path) -> None:
+    found, sheet = looked_at(zoo_folder, tmp_path, num_images=1000)
+    num_bad = sum(bool(animal.reason) for animal in zoo)
+    assert found["num_found"] == len(zoo)
+    assert found["num_bytes"] == sum(len(animal.content) for animal in zoo)
+    assert found["num_bad_of_sample"] == f"{num_bad} of {len(zoo)}"
+    assert found["splits"] == {"train": len(zoo)}
+    rows = -(-(len(zoo) - num_bad) // 8) + -(-num_bad // 8)
+    assert sheet.height == rows * (128 + 2 * 14 + 8) + 2 * 26 + 8
+    colours = sheet.convert("RGB").getcolors(2**24)
+    assert colours is not None
+    assert len(colours) > 5000
+
+
+@pytest.mark.s3
+def test_a_sheet_goes_to_a_bucket_as_to_a_folder(zoo_folder: Path, s3: str, tmp_path: Path) -> None:
+    here, _ = looked_at(zoo_folder, tmp_path)
+    there = inspect_uri(str(zoo_folder), InspectConfig(out=f"{s3}/{tmp_path.name}/sheet.png"))
+    assert there["contact_sheet"] == f"{s3}/{tmp_path.name}/sheet.png"
+    place, name = storage_of(there["contact_sheet"])
+    assert place.read(name) == Path(here["contact_sheet"]).read_bytes()
+
+
+def test_a_prepared_dataset_shows_its_counts_and_its_quarantine(
+    zoo: list, zoo_folder: Path, tmp_path: Path, without_ray: None
+) -> None:
+    manifest = module.prepare(str(zoo_folder), str(tmp_path / "out"), PrepareConfig(max_bad=1))
+    found, sheet = looked_at(tmp_path / "out", tmp_path, num_images=4)
+    assert found["digest"] == manifest.digest
+    assert found["num_found"] == found["num_ok"] + found["num_quarantined"] + found["num_duplicates"] == len(zoo)
+    assert found["reasons"] == manifest.quarantine_reasons
+    assert sheet.height == 2 * (128 + 2 * 14 + 8) + 2 * 26 + 8
+
+
+def test_a_sample_is_the_same_for_the_same_seed_and_spread_over_the_source(tmp_path: Path) -> None:
+    from pipelines.prepare.inspect import _Sample
+    from pipelines.sources import Entry
+
+    def drawn(seed: int) -> list[int]:
+        sample = _Sample(50, seed)
+        for i in range(1000):
+            sample.offer(Entry(str(i), str(i)))
+        return [int(entry.name) for entry in sample.entries]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len(set(drawn(0))) == 50
+    assert 350 < sum(drawn(0)) / 50 < 650
+
+
+def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist; give a folder of images"):
+        inspect_uri(str(tmp_path / "absent"), InspectConfig())

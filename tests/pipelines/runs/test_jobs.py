@@ -1,0 +1,143 @@
+"""What a job reads in which order, and the folder that remembers it."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, Pixels
+from mae_core.schedule import peak_lr
+from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
+from pipelines.dataset.manifest import Manifest, Shard, Split
+from pipelines.runs.jobs import ClassifyJob, PretrainJob, job_from_dict, job_to_dict, phases, read_plan, train_plan
+from pipelines.worker.loop import schedule
+
+PIXELS = Pixels(mean=(0.3,), std=(0.4,))
+BOTH = frozenset({"train", "val"})
+
+
+def pretrain_job(**changes: Any) -> PretrainJob:
+    config = PretrainConfig(epochs=4, optim=OptimConfig(warmup_epochs=0.0), model=ModelConfig(channels=1))
+    return PretrainJob(folder="/runs/a", config=dataclasses.replace(config, **changes), pixels=PIXELS)
+
+
+def classify_job(method: Any = "finetune", **changes: Any) -> ClassifyJob:
+    config = ClassifyConfig(
+        epochs=5,
+        eval_every_epochs=2,
+        backbone="random:vit_pico_patch7",
+        classifier=ClassifierConfig(method=method),
+        optim=OptimConfig(warmup_epochs=0.0),
+    )
+    return ClassifyJob(
+        folder="/runs/b",
+        config=dataclasses.replace(config, **changes),
+        arch="vit_pico_patch7",
+        image_px=(28, 28),
+        channels=1,
+        pixels=PIXELS,
+        classes=("cat", "dog"),
+        backbone="",
+    )
+
+
+def spans(job: Any, first_step: int, splits: frozenset[str] = BOTH) -> list[tuple[str, str, int, int]]:
+    return [(p.kind, p.split, p.first_step, p.last_step) for p in phases(job, 10, first_step, splits)]
+
+
+@pytest.mark.parametrize("job", [pretrain_job(), classify_job(), classify_job("probe")])
+def test_a_job_survives_the_way_to_its_workers(job: Any) -> None:
+    assert job_from_dict(job_to_dict(job)) == job
+
+
+def test_pretraining_is_one_stretch() -> None:
+    assert spans(pretrain_job(), 0) == [("train", "train", 0, 40)]
+    assert spans(pretrain_job(), 13) == [("train", "train", 13, 40)]
+    assert spans(pretrain_job(), 40) == []
+
+
+def test_a_classifier_is_evaluated_now_and_then_and_at_the_end() -> None:
+    assert spans(classify_job(), 0) == [
+        ("train", "train", 0, 20),
+        ("read", "val", 20, 20),
+        ("train", "train", 20, 40),
+        ("read", "val", 40, 40),
+        ("train", "train", 40, 50),
+        ("read", "val", 50, 50),
+    ]
+    assert spans(classify_job(eval_split="test"), 30, frozenset({"train", "test"})) == [
+        ("train", "train", 30, 40),
+        ("train", "train", 40, 50),
+        ("read", "test", 50, 50),
+    ]
+
+
+@pytest.mark.parametrize("first_step", range(51))
+def test_what_remains_of_a_classifier_is_the_end_of_the_whole(first_step: int) -> None:
+    whole, rest = spans(classify_job(), 0), spans(classify_job(), first_step)
+    steps = [step for kind, _, first, last in rest if kind == "train" for step in range(first, last)]
+    assert steps == list(range(first_step, 50))
+    reads = [span for span in whole if span[0] == "read" and span[2] >= first_step]
+    assert [span for span in rest if span[0] == "read"] == reads
+
+
+def test_a_probe_of_images_that_never_vary_reads_them_once() -> None:
+    still = AugmentConfig(crop="none", flip=False)
+    job = classify_job("probe", augment=still)
+    assert job.caches_features
+    assert spans(job, 0) == spans(job, 7) == [("read", "train", 0, 0), ("read", "val", 50, 50)]
+    assert not classify_job("probe", augment=AugmentConfig()).caches_features
+    assert not classify_job("finetune", augment=still).caches_features
+
+
+def manifest() -> Manifest:
+    def split(rows: int, first: int) -> Split:
+        shard = Shard(path=f"{first}.parquet", num_rows=rows, num_bytes=1, first_id=first, sha256="", rows_per_group=4)
+        return Split(num_rows=rows, num_bytes=1, shards=[shard])
+
+    return Manifest(
+        channels=1,
+        image_px=(28, 28),
+        classes=["cat", "dog"],
+        splits={"train": split(50, 0), "val": split(7, 50)},
+        num_found=57,
+        num_ok=57,
+        num_quarantined=0,
+        num_duplicates=0,
+        quarantine_reasons={},
+        mean=[0.3],
+        std=[0.4],
+        config={},
+        source_digest="",
+    )
+
+
+def test_plans_are_made_of_the_config_alone() -> None:
+    job = pretrain_job(
+        data=DataConfig(batch=16, micro_batch=4, window=32), compute=ComputeConfig(num_workers=3), seed=5
+    )
+    plan = train_plan(job, manifest())
+    assert (plan.steps_per_epoch, plan.micro_batches_per_step, plan.seed, plan.shuffle) == (4, 6, 5, True)
+    reading = read_plan(job, manifest(), "val")
+    assert (reading.num_samples, reading.shuffle, reading.batch) == (7, False, 12)
+    assert reading.step_ids(0).tolist() == [*range(50, 57), *[-1] * 5]
+
+
+@pytest.mark.parametrize("name", ["masks_per_image", "crops_per_image"])
+def test_several_views_an_image_leave_steps_and_learning_rates_and_read_fewer_images(name: str) -> None:
+    data = DataConfig(batch=20, micro_batch=10, window=40)
+    one = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0))
+    two = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0), **{name: 2})
+    plans = [train_plan(job, manifest()) for job in (one, two)]
+    assert [plan.batch for plan in plans] == [20, 10]
+    assert [plan.micro_batches_per_step for plan in plans] == [2, 2]
+    spans = [phases(job, plan.steps_per_epoch, 0, BOTH)[0].last_step for job, plan in zip((one, two), plans)]
+    assert spans == [18, 15]  # 6 x 50 masked images, in steps of 20: the tail of 10 is short thrice, or not at all
+    rates = [
+        schedule(job.reading.optim, peak_lr(job.reading.optim.base_lr, plan.batch), plan.steps_per_epoch, epochs)
+        for job, plan, epochs in zip((one, two), plans, (6, 3))
+    ]
+    assert rates[0].peak_lr == rates[1].peak_lr
+    assert [rate.warmup_steps for rate in rates] == [6, 5]
+    assert two.reading.reading == two.reading
+    assert one.reading == one.config
