@@ -24,14 +24,15 @@ bench: setup
 
 # Every test that can run on this machine; those that cannot say what is missing.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=30
 
 # The kills and restarts that take many minutes.
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
-# Lint, types, import contracts and the tests that take seconds.
+# Files, lint, types, import contracts and the tests that take seconds.
 check: setup
+	$(BIN)/python infra/check_files.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright

@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: Path) -> list[Any]:
     """The YAML documents of a file. Raises ValueError for a key given twice."""
-    documents = yaml.load_all(path.read_text(), _Loader)  # noqa: S506 - derived from SafeLoader
+    documents = yaml.load_all(path.read_text(), _Loader)
     # Through JSON, so that anchors become copies: a patch of one container must not change its siblings.
     return [json.loads(json.dumps(document)) for document in documents if document is not None]
 

@@ -1,7 +1,7 @@
 """Prints what the epoch plan costs at a billion images, and how well its windows mix: docs/data-sources.md.
 
-python infra/measure_plan.py [images]                  the plan alone, and mixing
-python infra/measure_plan.py feed [images [epochs]]    a run's first micro-batches through Ray, of a dataset of so many
+python -m pipelines.bench.plan [images]                  the plan alone, and mixing
+python -m pipelines.bench.plan feed [images [epochs]]    the first micro-batches of a run, through Ray
 """
 
 import io

@@ -1,10 +1,10 @@
 """Prints what many small objects and large shards cost in memory: docs/data-sources.md.
 
     export AWS_ENDPOINT_URL=http://127.0.0.1:9000 AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=...
-    python infra/measure_sources.py write-objects s3://bucket/objects 60000
-    python infra/measure_sources.py prepare s3://bucket/objects s3://bucket/prepared
-    python infra/measure_sources.py write-shards s3://bucket/large 10        # GB
-    python infra/measure_sources.py read-shards s3://bucket/large 8192       # rows a window
+    python -m pipelines.bench.sources write-objects s3://bucket/objects 60000
+    python -m pipelines.bench.sources prepare s3://bucket/objects s3://bucket/prepared
+    python -m pipelines.bench.sources write-shards s3://bucket/large 10        # GB
+    python -m pipelines.bench.sources read-shards s3://bucket/large 8192       # rows a window
 
 Each is a command of its own, so that a peak is that of one thing; what was written before is not written again.
 """
