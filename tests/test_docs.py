@@ -1,0 +1,159 @@
+"""Documentation is tested: every relative link leads somewhere, every command in it can be run."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import COMMANDS, parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "infra" / "README.md"]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+
+
+def blocks(text: str) -> list[str]:
+    """Content of the fenced blocks, continued lines joined."""
+    found = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [block.replace("\\\n", " ") for block in found]
+
+
+def prose(text: str) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```[^\n]*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of fenced blocks that call `mae`; prompts, comments and environment left out."""
+    found = []
+    for block in blocks(text):
+        for line in block.splitlines():
+            call = re.match(r"\s*(?:\$ )?(?:[A-Z][A-Z0-9_]*=\S+ +)*((?:\S*/)?mae +\S.*)", line)
+            if call:
+                found.append(call[1])
+    return found
+
+
+def named_commands(text: str) -> list[str]:
+    """Commands that the prose names, such as `mae bench step --rounds 5`: words before the first option or argument."""
+    found = []
+    for call in re.findall(r"`mae ([a-z]+(?: [a-z]+)?)[^`]*`", prose(text)):
+        first, *rest = call.split()
+        found.append(call if rest and call in COMMANDS else first)
+    return found
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and images that are not addresses."""
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ +(.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def each(find: Callable[[str], Iterable[str]]) -> list[Any]:
+    """Parameters: every page with each different thing found on it."""
+    return [
+        pytest.param(page, item, id=f"{name_of(page)}: {item}")
+        for page in PAGES
+        for item in dict.fromkeys(find(page.read_text()))
+    ]
+
+
+def modules(text: str) -> list[str]:
+    """Modules that are run by `python -m`, and scripts that are run by their path."""
+    return re.findall(r"\bpython (?:-m )?((?:mae_core|pipelines|tune|infra)[\w./]*\w)", text)
+
+
+def make_targets(text: str) -> list[str]:
+    spans = re.findall(r"`make ([a-z][\w-]*)", prose(text))
+    return spans + re.findall(r"^make ([a-z][\w-]*)", "\n".join(blocks(text)), re.MULTILINE)
+
+
+def test_commands_are_found_behind_prompts_environment_and_continuations() -> None:
+    text = (
+        "```sh\n$ mae demo\n"
+        + "RAY_ADDRESS=x mae pretrain \\\n  --preset vit_base  # why\n.venv/bin/mae doctor\nmaelstrom\n```"
+    )
+    assert [shlex.split(c, comments=True) for c in commands(text)] == [
+        ["mae", "demo"],
+        ["mae", "pretrain", "--preset", "vit_base"],
+        [".venv/bin/mae", "doctor"],
+    ]
+
+
+def test_links_and_anchors_are_found_outside_blocks_only() -> None:
+    text = "# Two words: `a_b`\n[x](y.md#z) ![p](p.png) [w](https://a.b)\n```\n[no](no.md)\n# no\n```\n"
+    assert links(text) == ["y.md#z", "p.png"]
+    assert anchors(text) == {"two-words-a_b"}
+
+
+@pytest.mark.parametrize(("page", "line"), each(commands))
+def test_a_command_in_a_block_parses(page: Path, line: str) -> None:
+    words = shlex.split(line.split("|")[0].split(">")[0], comments=True)[1:]
+    if words[-1] in ("--help", "-h", "--version"):
+        with pytest.raises(SystemExit):
+            parse(words)
+        return
+    assert parse(words).command in COMMANDS
+
+
+@pytest.mark.parametrize(("page", "command"), each(named_commands))
+def test_a_command_in_the_prose_exists(page: Path, command: str) -> None:
+    groups = {name.split()[0] for name in COMMANDS}
+    assert command in COMMANDS or command in groups, f"{name_of(page)} names `mae {command}`"
+
+
+@pytest.mark.parametrize(("page", "target"), each(make_targets))
+def test_a_make_target_exists(page: Path, target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "module"), each(modules))
+def test_a_module_or_script_exists(page: Path, module: str) -> None:
+    path = ROOT / (module if module.endswith(".py") else module.replace(".", "/"))
+    assert path.is_file() or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize(("page", "target"), each(links))
+def test_a_relative_link_leads_somewhere(page: Path, target: str) -> None:
+    file, _, anchor = target.partition("#")
+    path = page.parent / file if file else page
+    assert path.exists(), f"{name_of(page)} links to {file}, which does not exist"
+    if anchor:
+        assert anchor in anchors(path.read_text()), f"{name_of(path)} has no heading #{anchor}"
+
+
+def test_the_readme_shows_commands() -> None:
+    assert commands((ROOT / "README.md").read_text()), "README.md has no fenced block with a `mae` command"
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=[page.name for page in DECISIONS])
+def test_a_decision_has_status_date_and_sections(page: Path) -> None:
+    text = page.read_text()
+    assert re.search(r"^- Status: (accepted|superseded by \[\d{4}\]\(.+\))$", text, re.MULTILINE)
+    assert re.search(r"^- Date: \d{4}-\d\d-\d\d$", text, re.MULTILINE)
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Context", "Decision", "Consequences"]
+
+
+def test_the_index_lists_every_decision_under_its_title() -> None:
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text()
+    listed = re.findall(r"^\| \[(\d{4})\]\((.+?)\) \| (.+?) \|", index, re.MULTILINE)
+    titles = [page.read_text().splitlines()[0].removeprefix("# ") for page in DECISIONS]
+    assert [name for _, name, _ in listed] == [page.name for page in DECISIONS]
+    assert [f"{number}: {title}" for number, _, title in listed] == titles
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    assert [int(page.name[:4]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
