@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,19 @@ def test_the_index_lists_every_decision_under_its_title() -> None:
 
 def test_decisions_are_numbered_without_gaps() -> None:
     assert [int(page.name[:4]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+
+
+def test_the_layers_of_the_architecture_page_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    enforced = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| \d+ \| ([^|]+) \|", section, re.MULTILINE)
+    assert [re.findall(r"[\w/]+", packages) for packages in shown] == [
+        re.findall(r"[\w/]+", layer.replace(".", "/")) for layer in enforced
+    ]
+
+
+def test_every_package_has_a_line_in_the_readmes_layout() -> None:
+    readme = (ROOT / "README.md").read_text()
+    packages = [path.parent for path in ROOT.glob("pipelines/*/__init__.py")]
+    assert [name_of(package) for package in packages if f"{name_of(package)}/ " not in readme] == []
