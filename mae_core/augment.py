@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mae_core.config import AugmentConfig, Pixels
+from mae_core.config import AugmentConfig, Normalization
 from mae_core.random_tensors import hash64, uniform
 from mae_core.randomness import Purpose, hash64_numpy, seed_of, uniform_numpy
 
@@ -98,7 +98,7 @@ def _rand_augment_transform(recipe: str, side_px: int) -> Any:
 
 
 def pixels_to_input(
-    images: UInt8[Tensor, "batch height width channels"], pixels: Pixels
+    images: UInt8[Tensor, "batch height width channels"], pixels: Normalization
 ) -> Float[Tensor, "batch channels height width"]:
     """(x / 255 - mean) / std in float32, channels first, in channels-last memory as the pixels came."""
     scale, shift = _scale_and_shift(pixels, images.device)
@@ -106,7 +106,7 @@ def pixels_to_input(
 
 
 @lru_cache(maxsize=64)
-def _scale_and_shift(pixels: Pixels, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(pixels: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(pixels.mean, dtype=torch.float64)[:, None, None]
     std = torch.tensor(pixels.std, dtype=torch.float64)[:, None, None]
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)

@@ -277,7 +277,7 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pixels:
+class Normalization:
     """How stored uint8 pixels become what the model sees: (x / 255 - mean) / std, a value a channel."""
 
     mean: tuple[float, ...]

@@ -14,7 +14,7 @@ from mae_core.patches import gather, patchify, unpatchify
 from mae_core.randomness import Purpose, seed_of
 
 
-class MAE(nn.Module):
+class MaskedAutoencoder(nn.Module):
     """An encoder that sees some patches and a decoder that predicts the others."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -61,11 +61,11 @@ class MAE(nn.Module):
         return masked, unpatchify(patches.scatter(1, slots, predicted), *layout)
 
 
-def build_mae(config: ModelConfig, seed: int) -> MAE:
+def build_mae(config: ModelConfig, seed: int) -> MaskedAutoencoder:
     """A new MAE, the same for the same seed; torch's global generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, Purpose.INIT))
-        return MAE(config)
+        return MaskedAutoencoder(config)
 
 
 def _nearby_statistics(visible: Tensor, mask: Mask, grid: Size) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from mae_core.loss import normalize
 from mae_core.masking import Mask
-from mae_core.model import MAE
+from mae_core.model import MaskedAutoencoder
 from mae_core.patches import gather, patchify
 
 
-def plain_loss(mae: MAE, images: Float[Tensor, "batch channels height width"], mask: Mask) -> Float[Tensor, "batch"]:
+def plain_loss(
+    mae: MaskedAutoencoder, images: Float[Tensor, "batch channels height width"], mask: Mask
+) -> Float[Tensor, "batch"]:
     """`mae(images, mask)` with the same modules: embed all patches, drop, encode, unshuffle, decode and predict all."""
     target = patchify(images, mae.config.patch_px)
     if mae.config.target == "norm_pixels":
@@ -25,7 +27,7 @@ def plain_loss(mae: MAE, images: Float[Tensor, "batch channels height width"], m
 
 
 def plain_predict(
-    mae: MAE, images: Float[Tensor, "batch channels height width"], mask: Mask
+    mae: MaskedAutoencoder, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch num dim"]:
     """Every patch's predicted values, visible ones too, in the order of the image."""
     vit, decoder = mae.encoder, mae.decoder
@@ -52,7 +54,7 @@ def plain_predict(
     return decoder.pred(decoder.norm(tokens))[:, 1:]
 
 
-def _cross_predict(mae: MAE, latent: Tensor, mask: Mask) -> Tensor:
+def _cross_predict(mae: MaskedAutoencoder, latent: Tensor, mask: Mask) -> Tensor:
     """A mask token for every patch, even visible ones, asks the whole image, of which only visible tokens answer."""
     decoder = mae.decoder
     assert decoder.mask_token is not None

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mae_core.augment import pixels_to_input
 from mae_core.bench.config import Precision, StepConfig
-from mae_core.config import ModelConfig, OptimConfig, Pixels, parse_arch
+from mae_core.config import ModelConfig, Normalization, OptimConfig, parse_arch
 from mae_core.masking import training_masks
 from mae_core.model import build_mae
 from mae_core.optim import param_groups
@@ -26,7 +26,7 @@ from mae_core.plain import plain_loss
 from mae_core.step import pretrain_loss
 
 _LR = 1e-4
-_PIXELS = Pixels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_PIXELS = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

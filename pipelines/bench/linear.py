@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mae_core.augment import pixels_to_input, soft_targets
 from mae_core.classifier import ProbeHead, features
-from mae_core.config import Pixels
-from mae_core.model import MAE
+from mae_core.config import Normalization
+from mae_core.model import MaskedAutoencoder
 from mae_core.optim import build_optimizer
 from mae_core.randomness import Purpose, seed_of
 from mae_core.schedule import Schedule, apply_lr, peak_lr
@@ -31,7 +31,7 @@ class Table:
     labels: Tensor
 
 
-def probe_accuracy(mae: MAE, pixels: Pixels, config: RecipesConfig, uri: str, seed: int) -> float:
+def probe_accuracy(mae: MaskedAutoencoder, pixels: Normalization, config: RecipesConfig, uri: str, seed: int) -> float:
     """Top-1 in percent, of a linear layer on the frozen encoder. Raises ValueError for a probe of varying images."""
     recipe = load_preset(ClassifyConfig, config.probe)
     if recipe.augment.is_random or recipe.classifier.method != "probe":
@@ -49,7 +49,7 @@ def probe_accuracy(mae: MAE, pixels: Pixels, config: RecipesConfig, uri: str, se
 
 
 @torch.no_grad()
-def _encode(mae: MAE, pixels: Pixels, recipe: ClassifyConfig, uri: str, index: Index) -> Table:
+def _encode(mae: MaskedAutoencoder, pixels: Normalization, recipe: ClassifyConfig, uri: str, index: Index) -> Table:
     micro_batch = recipe.data.micro_batch
     plan = EpochPlan(
         index=index,

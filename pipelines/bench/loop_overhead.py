@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
-from mae_core.config import ModelConfig, OptimConfig, Pixels
+from mae_core.config import ModelConfig, Normalization, OptimConfig
 from mae_core.masking import sample_masks
 from mae_core.model import build_mae
 from mae_core.schedule import apply_lr
@@ -31,7 +31,7 @@ from pipelines.worker.recorder import Recorder
 
 MODEL = ModelConfig(arch="vit_tiny_patch8", image_px=(64, 64), decoder_depth=2, decoder_width=128, decoder_heads=4)
 BATCH, STEPS_PER_ROUND, ROUNDS = 32, 5, 10
-PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+PIXELS = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from mae_core.augment import pixels_to_input
 from mae_core.masking import training_masks
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer
 from mae_core.schedule import Schedule, peak_lr
 from mae_core.step import pretrain_loss
@@ -78,7 +78,7 @@ def one_run(config: RecipesConfig, uri: str, recipe: str, share: float, seed: in
 
 def pretrain_for(
     job: PretrainJob, manifest: Manifest, budget_s: float, clock: Callable[[], float]
-) -> tuple[MAE, dict[str, Any]]:
+) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     """A model pretrained until the budget is spent, and what was done with it.
 
     The learning rate follows the share of the budget that is spent, so that every run ends at its schedule's end.
@@ -124,7 +124,7 @@ def _steps(segment: Segment) -> Iterator[tuple[int, list[MicroBatch]]]:
     return ((step, list(some)) for step, some in groupby(batches, key=lambda batch: batch.step))
 
 
-def _backward(job: PretrainJob, mae: MAE, batch: MicroBatch, epoch: int, planned: int) -> float:
+def _backward(job: PretrainJob, mae: MaskedAutoencoder, batch: MicroBatch, epoch: int, planned: int) -> float:
     """The micro-batch's gradients are added; returns its share of the step's mean loss."""
     config = job.config
     mask = training_masks(

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mae_core.config import ModelConfig, Pixels, Size, parse_arch, patch_grid
+from mae_core.config import ModelConfig, Normalization, Size, parse_arch, patch_grid
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict
 from pipelines.dataset.manifest import Manifest
@@ -27,7 +27,7 @@ class Start:
     arch: str
     image_px: Size
     channels: int
-    pixels: Pixels
+    pixels: Normalization
     ref: registry.ModelRef | None
     encoder: bytes
     """encoder.safetensors; empty for a random encoder."""
@@ -97,7 +97,7 @@ def start_of(
         arch=model.arch,
         image_px=image_px,
         channels=model.channels,
-        pixels=from_dict(Pixels, values["pixels"]),
+        pixels=from_dict(Normalization, values["pixels"]),
         ref=ref,
         encoder=encoder,
     )

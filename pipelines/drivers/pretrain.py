@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mae_core.config import Pixels
+from mae_core.config import Normalization
 from pipelines import registry
 from pipelines.config import PretrainConfig, RegisterConfig, from_dict, run_name, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
@@ -52,10 +52,10 @@ def open_dataset(uri: str) -> tuple[str, Manifest]:
     return storage.uri, manifest
 
 
-def pixels_of(manifest: Manifest, channels: int) -> Pixels:
+def pixels_of(manifest: Manifest, channels: int) -> Normalization:
     """The dataset's mean and std, repeated where gray images are read in three channels."""
     repeat = channels if manifest.channels == 1 else 1
-    return Pixels(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat)
+    return Normalization(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat)
 
 
 def pretrain_task(config: PretrainConfig, name: str, manifest: Manifest) -> Task:
@@ -104,7 +104,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
     files: dict[str, bytes | Path] = dict(
         backbone_files(
-            run_config.model, from_dict(Pixels, values["job"]["pixels"]), checkpoint.files["model.safetensors"]
+            run_config.model, from_dict(Normalization, values["job"]["pixels"]), checkpoint.files["model.safetensors"]
         )
     )
     manifest = read_manifest(open_storage(folder.storage.join("dataset")))

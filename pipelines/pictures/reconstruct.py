@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from mae_core.augment import pixels_to_input
-from mae_core.config import MaskConfig, ModelConfig, Pixels, Size
+from mae_core.config import MaskConfig, ModelConfig, Normalization, Size
 from mae_core.masking import sample_masks
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.state import unpack
 from pipelines import registry
 from pipelines.config import ReconstructConfig, from_dict
@@ -27,9 +27,9 @@ from pipelines.storage import Storage, open_storage, storage_of
 class Backbone:
     """A whole pretrained model and the pixels that it was trained on."""
 
-    mae: MAE
+    mae: MaskedAutoencoder
     config: ModelConfig
-    pixels: Pixels
+    pixels: Normalization
 
 
 def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
@@ -38,7 +38,7 @@ def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
     config = from_dict(ModelConfig, values["model"])
     mae = build_mae(config, seed=0)
     mae.load_state_dict(unpack(tensors))
-    return Backbone(mae=mae.eval(), config=config, pixels=from_dict(Pixels, values["pixels"]))
+    return Backbone(mae=mae.eval(), config=config, pixels=from_dict(Normalization, values["pixels"]))
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def run(config: ReconstructConfig) -> str:
     return place.join(name)
 
 
-def _to_uint8(images: torch.Tensor, pixels: Pixels) -> NDArray[np.uint8]:
+def _to_uint8(images: torch.Tensor, pixels: Normalization) -> NDArray[np.uint8]:
     """[b c h w] normalised becomes [b h w c] uint8."""
     mean = torch.tensor(pixels.mean, device=images.device)[:, None, None]
     std = torch.tensor(pixels.std, device=images.device)[:, None, None]

@@ -23,7 +23,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """The network is in memory, read from safetensors and JSON."""
-        from mae_core.config import Pixels
+        from mae_core.config import Normalization
 
         files = {name: Path(path) for name, path in context.artifacts.items()}
         config = json.loads(files["config.json"].read_text())
@@ -31,7 +31,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
         shape = config if self.classes else config["model"]
         self.image_px: tuple[int, int] = tuple(shape["image_px"])
         self.channels: int = shape["channels"]
-        self.pixels = Pixels(mean=tuple(config["pixels"]["mean"]), std=tuple(config["pixels"]["std"]))
+        self.pixels = Normalization(mean=tuple(config["pixels"]["mean"]), std=tuple(config["pixels"]["std"]))
         self.network = _classifier(config, files) if self.classes else _encoder(config, files)
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mae_core.config import Pixels, Size
+from mae_core.config import Normalization, Size
 from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.plan import EpochPlan, Index
@@ -21,7 +21,7 @@ class PretrainJob:
     folder: str
     """URI of the run's folder."""
     config: PretrainConfig
-    pixels: Pixels
+    pixels: Normalization
     kind: Literal["pretrain"] = "pretrain"
 
     @property
@@ -45,7 +45,7 @@ class ClassifyJob:
     arch: str
     image_px: Size
     channels: int
-    pixels: Pixels
+    pixels: Normalization
     classes: tuple[str, ...]
     backbone: str
     """URI of a folder with encoder.safetensors; empty for a random encoder."""

@@ -2,14 +2,14 @@
 
 import json
 
-from mae_core.config import ModelConfig, Pixels
+from mae_core.config import ModelConfig, Normalization
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
 from mae_core.state import pack, unpack
 from pipelines.config import to_dict
 
 
-def backbone_files(model: ModelConfig, pixels: Pixels, mae_tensors: bytes) -> dict[str, bytes]:
+def backbone_files(model: ModelConfig, pixels: Normalization, mae_tensors: bytes) -> dict[str, bytes]:
     """The encoder under timm's names, the whole model with its decoder, and their config, by file name."""
     mae = build_mae(model, seed=0)
     mae.load_state_dict(unpack(mae_tensors))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.masking import training_masks
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.state import model_tensors, pack
 from mae_core.step import pretrain_loss
 from pipelines.dataset.manifest import read_manifest
@@ -68,7 +68,7 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     return loss_of
 
 
-def _save_picture(job: PretrainJob, mae: MAE, folder: RunFolder, step: int) -> None:
+def _save_picture(job: PretrainJob, mae: MaskedAutoencoder, folder: RunFolder, step: int) -> None:
     """Reconstructions of the same few held-out images, as the model is after `step` steps."""
     manifest = read_manifest(open_storage(job.config.data.uri))
     split = "val" if "val" in manifest.splits else "train"

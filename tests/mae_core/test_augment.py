@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from mae_core.augment import crop_boxes, erase, flips, mixup, pixels_to_input, rand_augment, soft_targets
-from mae_core.config import AugmentConfig, Pixels
+from mae_core.config import AugmentConfig, Normalization
 
 CONFIG = AugmentConfig()
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -88,7 +88,7 @@ def test_rand_augment_depends_on_its_key_and_leaves_global_generators_alone(mode
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_become_normalised_input(channels):
     images = torch.randint(0, 256, (2, 5, 6, channels), dtype=torch.uint8)
-    pixels = Pixels(mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels])
+    pixels = Normalization(mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels])
     mean, std = torch.tensor(pixels.mean), torch.tensor(pixels.std)
     expected = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     found = pixels_to_input(images, pixels)

@@ -7,14 +7,14 @@ import torch
 
 from mae_core.config import MaskConfig, ModelConfig
 from mae_core.masking import Mask, sample_masks
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather, patchify
 from mae_core.state import tensors_digest
 
 CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=2, decoder_width=32, decoder_heads=4)
 
 
-def case(config: ModelConfig = CONFIG, num: int = 3) -> tuple[MAE, torch.Tensor, Mask]:
+def case(config: ModelConfig = CONFIG, num: int = 3) -> tuple[MaskedAutoencoder, torch.Tensor, Mask]:
     images = torch.randn(num, config.channels, *config.image_px, generator=torch.Generator().manual_seed(0))
     mask = sample_masks(config.mask, config.grid, seed=0, epoch=0, sample_ids=torch.arange(num))
     return build_mae(config, 0), images, mask

@@ -8,11 +8,11 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_core.config import MaskConfig, ModelConfig
 from mae_core.masking import mask_from_noise
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather
 
 
-def oracle_of(mae: MAE) -> ViTMAEForPreTraining:
+def oracle_of(mae: MaskedAutoencoder) -> ViTMAEForPreTraining:
     """Transformers' model with the weights of ours; position tables and mask token too, which release 5.23 zeroes."""
     config, width, decoder_width = mae.config, mae.encoder.embed_dim, mae.config.decoder_width
     theirs = ViTMAEForPreTraining(
@@ -52,7 +52,7 @@ NAMES = [
 ]
 
 
-def translated(mae: MAE) -> dict[str, torch.Tensor]:
+def translated(mae: MaskedAutoencoder) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in mae.state_dict().items():
         for ours, theirs in NAMES:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mae_core.config import MaskConfig, ModelConfig
 from mae_core.masking import sample_masks, training_masks
-from mae_core.model import MAE, build_mae
+from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather
 from mae_core.plain import plain_loss, plain_predict
 
@@ -34,7 +34,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-def loud(mae: MAE) -> MAE:
+def loud(mae: MaskedAutoencoder) -> MaskedAutoencoder:
     """The model with every bias, norm and token away from its first value, so that none can hide an error."""
     generator = torch.Generator().manual_seed(1)
     for parameter in mae.parameters():
@@ -43,7 +43,7 @@ def loud(mae: MAE) -> MAE:
     return mae
 
 
-def losses_and_gradients(mae: MAE, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def losses_and_gradients(mae: MaskedAutoencoder, loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     mae.zero_grad()
     (loss * torch.linspace(0.5, 2, len(loss))).sum().backward()
     return loss.detach(), {n: p.grad for n, p in mae.named_parameters() if p.requires_grad and p.grad is not None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import ModelConfig, Pixels
+from mae_core.config import ModelConfig, Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.drivers.launch import RunFailed, launch
 from pipelines.runs.jobs import PretrainJob
@@ -43,7 +43,7 @@ def job_in(folder: Path) -> PretrainJob:
         compute=ComputeConfig(stall_s=30, max_failures=2),
         checkpoint=CheckpointConfig(patience_s=100),
     )
-    return PretrainJob(folder=str(folder), config=config, pixels=Pixels(mean=(0.5,), std=(0.5,)))
+    return PretrainJob(folder=str(folder), config=config, pixels=Normalization(mean=(0.5,), std=(0.5,)))
 
 
 def test_ranks_wait_in_a_collective_for_one_that_waits_for_its_checkpoint(

@@ -451,7 +451,7 @@ class TestPackagedModel:
         from safetensors.torch import load
 
         from mae_core.augment import pixels_to_input
-        from mae_core.config import Pixels, parse_arch
+        from mae_core.config import Normalization, parse_arch
         from mae_core.encoder import build_encoder, encode
         from pipelines.images.decode import decode, evaluation_view
 
@@ -462,7 +462,9 @@ class TestPackagedModel:
         vit.load_state_dict(load(backbone_files["encoder.safetensors"]))
         views = np.stack([evaluation_view(decode(image, 1), (28, 28)) for image in images])
         with torch.inference_mode():
-            tokens = encode(vit, pixels_to_input(torch.from_numpy(views), Pixels(mean=(0.3,), std=(0.35,))), None)
+            tokens = encode(
+                vit, pixels_to_input(torch.from_numpy(views), Normalization(mean=(0.3,), std=(0.35,))), None
+            )
         embedded = np.array([[found[str(c)][str(r)] for c in range(64)] for r in range(2)])
         np.testing.assert_allclose(embedded, tokens[:, 1:].mean(1).numpy(), atol=1e-5)
 

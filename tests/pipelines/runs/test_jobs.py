@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, Pixels
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, Normalization, OptimConfig
 from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.runs.jobs import ClassifyJob, PretrainJob, job_from_dict, job_to_dict, phases, read_plan, train_plan
 from pipelines.worker.loop import schedule
 
-PIXELS = Pixels(mean=(0.3,), std=(0.4,))
+PIXELS = Normalization(mean=(0.3,), std=(0.4,))
 BOTH = frozenset({"train", "val"})
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import ProbeHead
-from mae_core.config import ModelConfig, OptimConfig, Pixels
+from mae_core.config import ModelConfig, Normalization, OptimConfig
 from mae_core.masking import sample_masks
 from mae_core.model import build_mae
 from mae_core.optim import build_optimizer
@@ -37,7 +37,7 @@ MODEL = ModelConfig(
     arch="vit_pico_patch4", image_px=(8, 8), channels=1, decoder_depth=1, decoder_width=16, decoder_heads=2
 )
 OPTIM = OptimConfig(base_lr=1e-2, warmup_epochs=0.0)
-PIXELS = Pixels(mean=(0.5,), std=(0.25,))
+PIXELS = Normalization(mean=(0.5,), std=(0.25,))
 NUM_SAMPLES, BATCH, EPOCHS = 26, 16, 3
 
 
