@@ -39,7 +39,7 @@ def freeze(vit: VisionTransformer, train_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def load_encoder(vit: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
+def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
     """The encoder has these weights (timm's names); head, and norm behind a mean, are left as they were.
 
     For another image size the model keeps its own position table, which is fixed and needs no weights. Raises

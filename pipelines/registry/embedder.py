@@ -23,16 +23,18 @@ class Embedder(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """The network is in memory, read from safetensors and JSON."""
-        from mae_core.config import Normalization
+        from safetensors.torch import load_file
+
+        from mae_core.pretrained import classifier_of, encoder_of
 
         files = {name: Path(path) for name, path in context.artifacts.items()}
         config = json.loads(files["config.json"].read_text())
         self.classes: list[str] | None = config.get("classes")
-        shape = config if self.classes else config["model"]
-        self.image_px: tuple[int, int] = tuple(shape["image_px"])
-        self.channels: int = shape["channels"]
-        self.pixels = Normalization(mean=tuple(config["pixels"]["mean"]), std=tuple(config["pixels"]["std"]))
-        self.network = _classifier(config, files) if self.classes else _encoder(config, files)
+        self.network: Any = (
+            classifier_of(config, load_file(files["classifier.safetensors"]))
+            if self.classes
+            else encoder_of(config, load_file(files["encoder.safetensors"]))
+        )
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -58,44 +60,13 @@ class Embedder(mlflow.pyfunc.PythonModel):
         import torch
         from mae_decode import decode, evaluation_view  # pyright: ignore[reportMissingImports]
 
-        from mae_core.augment import pixels_to_input
-
         views = []
         for i, content in enumerate(encoded[start : start + _BATCH], start):
             try:
-                views.append(evaluation_view(decode(content, self.channels), self.image_px))
+                views.append(evaluation_view(decode(content, self.network.channels), self.network.image_px))
             except ValueError as error:
                 raise ValueError(f"image {i} cannot be read ({error}); send a whole JPEG, PNG or WebP file") from None
-        return pixels_to_input(torch.from_numpy(np.stack(views)), self.pixels)
-
-
-def _encoder(config: dict[str, Any], files: dict[str, Path]) -> Any:
-    """Images [b c h w] -> mean of the patch tokens [b d]."""
-    from safetensors.torch import load_file
-
-    from mae_core.config import parse_arch
-    from mae_core.encoder import build_encoder, encode
-
-    model = config["model"]
-    vit = build_encoder(parse_arch(model["arch"]), tuple(model["image_px"]), model["channels"])
-    vit.load_state_dict(load_file(files["encoder.safetensors"]))
-    vit.eval()
-    return lambda images: encode(vit, images, None)[:, 1:].mean(1)
-
-
-def _classifier(config: dict[str, Any], files: dict[str, Path]) -> Any:
-    """Images [b c h w] -> probability of each class [b k]."""
-    from safetensors.torch import load_file
-
-    from mae_core.classifier import build_classifier
-    from mae_core.config import ClassifierConfig, parse_arch
-
-    settings = ClassifierConfig(**config["classifier"])
-    shape = (parse_arch(config["arch"]), tuple(config["image_px"]), config["channels"], len(config["classes"]))
-    network = build_classifier(*shape, settings)
-    network.load_state_dict(load_file(files["classifier.safetensors"]))
-    network.eval()
-    return lambda images: network(images).softmax(1)
+        return torch.from_numpy(np.stack(views))
 
 
 mlflow.models.set_model(Embedder())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.augment import erase, mixup, pixels_to_input
-from mae_core.classifier import build_classifier, load_encoder
+from mae_core.classifier import build_classifier, load_encoder_weights
 from mae_core.config import parse_arch
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import model_tensors, pack, unpack
@@ -53,7 +53,7 @@ def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
     torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
     model = build_classifier(parse_arch(job.arch), job.image_px, job.channels, len(job.classes), config.classifier)
     if job.backbone:
-        load_encoder(model, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+        load_encoder_weights(model, unpack(open_storage(job.backbone).read("encoder.safetensors")))
     return TrainState.of(config, model, rank.parallel(model), steps_per_epoch, config.classifier.ema_decay)
 
 

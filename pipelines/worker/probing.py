@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input, soft_targets
-from mae_core.classifier import ProbeHead, features, load_encoder
+from mae_core.classifier import ProbeHead, features, load_encoder_weights
 from mae_core.config import parse_arch
 from mae_core.encoder import build_encoder
 from mae_core.randomness import Purpose, seed_of
@@ -76,7 +76,7 @@ def _frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tens
     torch.manual_seed(seed_of(job.config.seed, Purpose.INIT, 0))
     vit = build_encoder(parse_arch(job.arch), job.image_px, job.channels)
     if job.backbone:
-        load_encoder(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+        load_encoder_weights(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")))
     vit.requires_grad_(False).eval().to(rank.device)
 
     @torch.no_grad()

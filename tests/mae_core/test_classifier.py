@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.classifier import ProbeHead, build_classifier, features, load_encoder
+from mae_core.classifier import ProbeHead, build_classifier, features, load_encoder_weights
 from mae_core.config import ClassifierConfig, parse_arch
 from mae_core.encoder import build_encoder, export_tensors
 
@@ -15,7 +15,7 @@ ARCH = parse_arch("vit_pico_patch4")
 def test_a_loaded_classifier_sees_what_the_encoder_sees(pool):
     encoder = build_encoder(ARCH, (16, 24), 3)
     model = build_classifier(ARCH, (16, 24), 3, 7, ClassifierConfig(pool=pool)).eval()
-    load_encoder(model, export_tensors(encoder))
+    load_encoder_weights(model, export_tensors(encoder))
     images = torch.randn(2, 3, 16, 24)
     pooled = features(model, images, pool)
     torch.testing.assert_close(model(images), model.head(pooled), rtol=1e-4, atol=1e-6)
@@ -62,7 +62,7 @@ def test_more_blocks_than_there_are_is_refused():
 def test_another_image_size_keeps_its_own_positions():
     model = build_encoder(ARCH, (32, 16), 3)
     positions = model.pos_embed.clone()
-    load_encoder(model, export_tensors(build_encoder(ARCH, (16, 16), 3)))
+    load_encoder_weights(model, export_tensors(build_encoder(ARCH, (16, 16), 3)))
     assert torch.equal(model.pos_embed, positions)
 
 
@@ -77,14 +77,14 @@ def test_another_image_size_keeps_its_own_positions():
 def test_another_encoders_weights_are_refused(arch, channels, message):
     tensors = export_tensors(build_encoder(parse_arch(arch), (16, 16), channels))
     with pytest.raises(ValueError, match=message):
-        load_encoder(build_encoder(ARCH, (16, 16), 3), tensors)
+        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors)
 
 
 def test_incomplete_weights_are_refused():
     tensors = export_tensors(build_encoder(ARCH, (16, 16), 3))
     del tensors["blocks.0.norm1.weight"]
     with pytest.raises(ValueError, match=r"the weights lack 'blocks.0.norm1.weight' \(1 names differ\)"):
-        load_encoder(build_encoder(ARCH, (16, 16), 3), tensors)
+        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors)
 
 
 def test_without_placeholders_the_probe_is_torchs_batch_norm_and_a_linear_layer():

@@ -1,0 +1,147 @@
+"""Load what a run exports or the registry holds, and use it: embed images, classify them, draw reconstructions.
+
+An export is a folder with `config.json` and safetensors files; nothing in it is ever unpickled. Images go in as uint8
+arrays, channels last, already resized to the model's input.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mae_core.augment import pixels_to_input
+from mae_core.classifier import build_classifier, features
+from mae_core.config import ClassifierConfig, MaskConfig, ModelConfig, Normalization, Size, parse_arch
+from mae_core.encoder import build_encoder, encode
+from mae_core.model import MaskedAutoencoder, build_mae
+
+
+class Encoder(nn.Module):
+    """A pretrained encoder with the normalization of its training images."""
+
+    def __init__(self, vit: VisionTransformer, config: ModelConfig, normalization: Normalization) -> None:
+        super().__init__()
+        self.vit, self.config, self.normalization = vit, config, normalization
+
+    @property
+    def image_px(self) -> Size:
+        """Height and width of the input."""
+        return self.config.image_px
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        return self.config.channels
+
+    def forward(
+        self, images: UInt8[Tensor, "batch height width channels"], pool: Literal["avg", "token"] = "avg"
+    ) -> Float[Tensor, "batch features"]:
+        """Embed images: the mean of the patch tokens, or the class token."""
+        return features(self.vit, pixels_to_input(images, self.normalization), pool)
+
+    def tokens(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch tokens features"]:
+        """Encode every patch: the class token first, then the patch tokens row by row."""
+        return encode(self.vit, pixels_to_input(images, self.normalization), None)
+
+
+class Classifier(nn.Module):
+    """A fine-tuned classifier with its class names and the normalization of its training images."""
+
+    def __init__(
+        self, vit: VisionTransformer, classes: tuple[str, ...], image_px: Size, normalization: Normalization
+    ) -> None:
+        super().__init__()
+        self.vit, self.classes, self.image_px, self.normalization = vit, classes, image_px, normalization
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        return self.vit.patch_embed.proj.in_channels
+
+    def forward(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
+        """Return the probability of each class, in the order of `classes`."""
+        return self.vit(pixels_to_input(images, self.normalization)).softmax(1)
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """Load the encoder of an exported backbone, ready for inference on the CPU.
+
+    The folder holds `config.json` and `encoder.safetensors`. Raises ValueError if it holds something else.
+    """
+    config = _config(folder, "backbone")
+    return encoder_of(config, load_file(_file(folder, "encoder.safetensors")))
+
+
+def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
+    """Load an exported backbone with its decoder, ready for `MaskedAutoencoder.reconstruct` on the CPU.
+
+    The folder holds `config.json` and `mae.safetensors`. Raises ValueError if it holds something else.
+    """
+    config = _config(folder, "backbone")
+    mae = build_mae(_model_config(config["model"]), seed=0)
+    mae.load_state_dict(load_file(_file(folder, "mae.safetensors")))
+    return mae.eval(), _normalization(config)
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """Load an exported classifier, ready for inference on the CPU.
+
+    The folder holds `config.json` and `classifier.safetensors`. Raises ValueError if it holds something else.
+    """
+    config = _config(folder, "classifier")
+    return classifier_of(config, load_file(_file(folder, "classifier.safetensors")))
+
+
+def encoder_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder:
+    """Build an encoder from the values of its config.json and its weights under timm's names."""
+    model = _model_config(config["model"])
+    vit = build_encoder(parse_arch(model.arch), model.image_px, model.channels)
+    vit.load_state_dict(dict(tensors))
+    return Encoder(vit, model, _normalization(config)).eval()
+
+
+def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
+    """Build a classifier from the values of its config.json and its weights under timm's names."""
+    classes, image_px = tuple(config["classes"]), _size(config["image_px"])
+    vit = build_classifier(
+        parse_arch(config["arch"]),
+        image_px,
+        config["channels"],
+        len(classes),
+        ClassifierConfig(**config["classifier"]),
+    )
+    vit.load_state_dict(dict(tensors))
+    return Classifier(vit, classes, image_px, _normalization(config)).eval()
+
+
+def _config(folder: str | Path, kind: str) -> dict[str, Any]:
+    config = json.loads(_file(folder, "config.json").read_bytes())
+    found = config.get("kind") if isinstance(config, dict) else None
+    if found != kind:
+        raise ValueError(f"{folder} holds a model of kind {found!r}, not a {kind}; give the folder of a {kind}")
+    return config
+
+
+def _file(folder: str | Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {name}; give the export/ folder of a finished run, or download a version")
+    return path
+
+
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(**{**values, "image_px": _size(values["image_px"]), "mask": MaskConfig(**values["mask"])})
+
+
+def _normalization(config: Mapping[str, Any]) -> Normalization:
+    return Normalization(mean=tuple(config["pixels"]["mean"]), std=tuple(config["pixels"]["std"]))
+
+
+def _size(values: Any) -> Size:
+    height, width = values
+    return height, width
