@@ -1,6 +1,5 @@
 """Training state as named tensors, and named tensors as bytes: safetensors, never pickle, no file system."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 
@@ -88,13 +87,3 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapp
             )
         state.setdefault(index[name], {})[kind] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names, types, shapes and values, in hex."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

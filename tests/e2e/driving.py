@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import yaml
 
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import read_points
+from tests.digest import tensors_digest
 
 REPOSITORY = Path(__file__).parents[2]
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
+from tests.digest import tensors_digest
 from tests.e2e.driving import STEPS_PER_EPOCH, Place, ranks, started, wait_for_step
 
 pytestmark = [

@@ -9,7 +9,7 @@ from mae_core.config import MaskConfig, ModelConfig
 from mae_core.masking import Mask, sample_masks
 from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather, patchify
-from mae_core.state import tensors_digest
+from tests.digest import tensors_digest
 
 CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=2, decoder_width=32, decoder_heads=4)
 

@@ -6,15 +6,8 @@ from torch import nn
 
 from mae_core.config import OptimConfig
 from mae_core.optim import build_optimizer
-from mae_core.state import (
-    load_optimizer_tensors,
-    model_tensors,
-    optimizer_tensors,
-    pack,
-    parts,
-    tensors_digest,
-    unpack,
-)
+from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, parts, unpack
+from tests.digest import tensors_digest
 
 
 def network() -> nn.Sequential:

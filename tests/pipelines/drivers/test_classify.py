@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.config import (
     CheckpointConfig,
     ClassifyConfig,
@@ -23,6 +23,7 @@ from pipelines.config import (
 )
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage, storage_of
+from tests.digest import tensors_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

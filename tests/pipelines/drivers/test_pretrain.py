@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from mae_core.config import ModelConfig, OptimConfig
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
 from pipelines.runs.folder import RunFolder
+from tests.digest import tensors_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 

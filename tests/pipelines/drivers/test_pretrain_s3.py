@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mae_core.config import ModelConfig, OptimConfig
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.config import (
     CheckpointConfig,
     ComputeConfig,
@@ -17,6 +17,7 @@ from pipelines.config import (
 )
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage
+from tests.digest import tensors_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 

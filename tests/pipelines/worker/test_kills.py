@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.folder import RunFolder
@@ -25,6 +25,7 @@ from pipelines.worker.loop import train
 from pipelines.worker.meter import Due
 from pipelines.worker.rank import Feed
 from pipelines.worker.recorder import Recorder
+from tests.digest import tensors_digest
 from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
 
 STEPS = 60

@@ -21,7 +21,7 @@ from mae_core.config import ModelConfig, Normalization, OptimConfig
 from mae_core.masking import sample_masks
 from mae_core.model import build_mae
 from mae_core.optim import build_optimizer
-from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, tensors_digest, unpack
+from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
 from mae_core.step import pretrain_loss
 from pipelines.config import ComputeConfig
 from pipelines.feed.plan import EpochPlan, Index
@@ -32,6 +32,7 @@ from pipelines.worker import probing
 from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
 from pipelines.worker.saving import CheckpointWriter
+from tests.digest import tensors_digest
 
 MODEL = ModelConfig(
     arch="vit_pico_patch4", image_px=(8, 8), channels=1, decoder_depth=1, decoder_width=16, decoder_heads=2

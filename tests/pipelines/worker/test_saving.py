@@ -10,10 +10,11 @@ from typing import IO
 import pytest
 import torch
 
-from mae_core.state import tensors_digest, unpack
+from mae_core.state import unpack
 from pipelines.runs.checkpoints import CheckpointStore, Retention
 from pipelines.storage import Storage, open_storage
 from pipelines.worker.saving import CheckpointWriter, Tensors
+from tests.digest import tensors_digest
 
 KEEP = Retention(newest=3)
 
