@@ -115,8 +115,11 @@ def test_no_secret_is_baked_in(dockerfile: Path) -> None:
             assert not re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL", rest.upper()), rest
 
 
-def test_requirements_are_those_of_pyproject(repository: Path) -> None:
+def test_the_image_installs_the_pipeline_and_postgres_extras(dockerfile: Path, repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    command = [sys.executable, "infra/docker/requirements.py", "pyproject.toml", "postgres"]
+    commands = re.findall(r"requirements\.py pyproject\.toml ([a-z ]+) >", dockerfile.read_text())
+    assert commands == ["pipeline postgres", "pipeline postgres"]
+    command = [sys.executable, "infra/docker/requirements.py", "pyproject.toml", *commands[0].split()]
     found = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=30)
-    assert found.stdout.splitlines() == project["dependencies"] + project["optional-dependencies"]["postgres"]
+    extras = project["optional-dependencies"]
+    assert found.stdout.splitlines() == project["dependencies"] + extras["pipeline"] + extras["postgres"]

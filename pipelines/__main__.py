@@ -1,0 +1,42 @@
+"""Entry point of `mae` and of `python -m pipelines`. Imports the standard library alone until the extra is found."""
+
+import sys
+from importlib.util import find_spec
+
+PIPELINE_MODULES = (
+    "boto3",
+    "matplotlib",
+    "mlflow",
+    "numba",
+    "PIL",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "yaml",
+    "ray",
+    "rich",
+    "scipy",
+    "simplejpeg",
+    "torchvision",
+    "tyro",
+)
+"""Top-level module of each requirement of the extra `pipeline`, in the order of pyproject.toml."""
+
+
+def main() -> None:
+    """Run the command line; without the extra, name the pip command that installs it and exit with status 2."""
+    missing = [name for name in PIPELINE_MODULES if find_spec(name) is None]
+    if missing:
+        print(
+            f"mae: {', '.join(missing)} missing, which the extra `pipeline` brings; "
+            "run pip install '.[pipeline]' in a clone of the repository",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    from pipelines.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
