@@ -131,6 +131,14 @@ def _bench_recipes(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def _completion(call: Invocation) -> dict[str, Any]:
+    from pipelines.cli.completion import completion
+
+    configs = {name: PretrainConfig if name == "config" else command.config for name, command in COMMANDS.items()}
+    script = completion(call.arguments[0], configs)
+    return {"shell": call.arguments[0], "script": script, "text": script}
+
+
 def _config(call: Invocation) -> dict[str, Any]:
     return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
 
@@ -197,5 +205,11 @@ COMMANDS: dict[str, Command] = {
         config=None,
         run=_config,
         positional=(("COMMAND", "pretrain, probe, finetune or sweep"),),
+    ),
+    "completion": Command(
+        help="A script that completes commands and options in a shell.",
+        config=None,
+        run=_completion,
+        positional=(("SHELL", "bash, zsh or fish"),),
     ),
 }

@@ -1,14 +1,16 @@
 """A command line becomes a command with its config; what does not parse becomes one sentence."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pipelines.cli.commands import COMMANDS, Command, Invocation
+import mae_core
+from pipelines.cli.commands import COMMANDS, Invocation
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
 
 # Commands that resume, so that starting again must be said.
@@ -16,11 +18,42 @@ _STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
 
 
 def parse(argv: Sequence[str]) -> Invocation:
-    """The command and its config. Raises ValueError for what does not parse; exits with status 0 after --help."""
-    rest = list(argv)
+    """Return the command and its config; options may stand before, between and behind the other words.
+
+    Raises ValueError for what does not parse; exits with status 0 after --help and --version.
+    """
+    rest = _command_first(argv)
     if not rest or rest[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(overview())
         raise SystemExit(0)
+    if rest[0] in ("-V", "--version", "version"):
+        print(f"mae-ray {mae_core.__version__}")
+        raise SystemExit(0)
+    name = _take_command(rest)
+    if name in ("finetune", "probe"):
+        # What a classifier starts from is a registered model, as in `mae reconstruct --model`.
+        rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
+    as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
+    wants_help = "-h" in rest or "--help" in rest
+    preset = _take_option(rest, "--preset") if name == "config" or _takes_preset(name) else ""
+    shown = name if name != "config" or wants_help else _take_shown(rest)
+    arguments, config = _parse_fields(name, shown, preset, rest)
+    _check_method(shown, config)
+    return Invocation(command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh)
+
+
+def _command_first(argv: Sequence[str]) -> list[str]:
+    """Move options that stand before the command behind it."""
+    rest, before = list(argv), []
+    while rest and (rest[0] in ("--json", "--fresh") or rest[0].startswith("--preset=")):
+        before.append(rest.pop(0))
+    while len(rest) > 2 and rest[0] == "--preset":
+        before += [rest.pop(0), rest.pop(0)]
+    return rest + before
+
+
+def _take_command(rest: list[str]) -> str:
+    """Take the command out of the words. Raises ValueError with the nearest name if there is no such command."""
     name = rest.pop(0)
     if any(known.startswith(f"{name} ") for known in COMMANDS) and rest:
         name = f"{name} {rest.pop(0)}"
@@ -28,35 +61,45 @@ def parse(argv: Sequence[str]) -> Invocation:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name!r}; {hint}")
-    if name in ("finetune", "probe"):
-        # What a classifier starts from is a registered model, as in `mae reconstruct --model`.
-        rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
-    as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
-    wants_help = "-h" in rest or "--help" in rest
-    arguments = () if wants_help else _take_positionals(rest, name)
-    shown = arguments[0] if name == "config" and arguments else name
-    if name == "config" and arguments and not _takes_preset(shown):
+    return name
+
+
+def _take_shown(rest: list[str]) -> str:
+    """Take out of the words the command whose config `mae config` shows."""
+    first = next((word for word in rest if not word.startswith("-")), "")
+    shown = next(filter(_takes_preset, rest), first)
+    if not shown:
+        raise ValueError(f"missing COMMAND, the {COMMANDS['config'].positional[0][1]}; usage: {_usage('config')}")
+    if not _takes_preset(shown):
         raise ValueError(f"no config for {shown!r}; try one of {', '.join(filter(_takes_preset, COMMANDS))}")
-    preset = _take_option(rest, "--preset") if _takes_preset(shown) else ""
-    config = _parse_fields(name, COMMANDS[shown], preset, rest)
-    _check_method(shown, config)
-    return Invocation(command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh)
+    rest.remove(shown)
+    return shown
 
 
-def _parse_fields(name: str, command: Command, preset: str, rest: list[str]) -> Any:
-    """The config with defaults from the preset and fields from flags, read by tyro."""
+def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[tuple[str, ...], Any]:
+    """Let tyro read the positional words and the config, whose defaults are those of the preset."""
     import tyro
 
-    target = command.config or _NoFields
-    default = load_preset(target, preset) if preset else command.default or target()
+    target, words = COMMANDS[shown].config or _NoFields, [] if name == "config" else COMMANDS[name].positional
+    default = load_preset(target, preset) if preset else COMMANDS[shown].default or target()
+    fields: list[Any] = [
+        (word, Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=what, metavar=word)]) for word, what in words
+    ]
+    fields.append(("config", Annotated[target, tyro.conf.arg(name="")], dataclasses.field(default=default)))
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
-            return tyro.cli(target, default=default, args=rest, prog=_usage(name), description=_describe(name, target))
+            read = tyro.cli(
+                dataclasses.make_dataclass("Words", fields),
+                args=rest,
+                prog=f"mae {name}",
+                description=_describe(name, target),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(_tyro_in_words(text.getvalue(), name)) from None
+    return (shown,) if name == "config" else tuple(getattr(read, word) for word, _ in words), read.config
 
 
 @dataclass(frozen=True)
@@ -96,19 +139,6 @@ def _take_option(rest: list[str], flag: str) -> str:
     return ""
 
 
-def _take_positionals(rest: list[str], name: str) -> tuple[str, ...]:
-    """The command's positional words, which come first."""
-    wanted = COMMANDS[name].positional
-    found = []
-    while rest and not rest[0].startswith("-") and len(found) < len(wanted):
-        found.append(rest.pop(0))
-    if len(found) < len(wanted):
-        missing, what = wanted[len(found)]
-        before = ", which comes before all options" if rest else ""
-        raise ValueError(f"missing {missing}, the {what}{before}; usage: {_usage(name)}")
-    return tuple(found)
-
-
 def _usage(name: str) -> str:
     return " ".join(["mae", name, *(word for word, _ in COMMANDS[name].positional)])
 
@@ -116,7 +146,8 @@ def _usage(name: str) -> str:
 def _describe(name: str, target: type) -> str:
     """What --help says above the fields: the switches that belong to the command, not to its config."""
     lines = [COMMANDS[name].help, ""]
-    lines += [f"  {word}: {what}." for word, what in COMMANDS[name].positional]
+    if name == "config":
+        lines += [f"  {word}: {what}." for word, what in COMMANDS[name].positional]
     if target in (PretrainConfig, ClassifyConfig, SweepConfig) or name == "config":
         lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; fields given as flags go on top of it.")
     if name in _STARTING:
@@ -131,7 +162,13 @@ def _describe(name: str, target: type) -> str:
 def _tyro_in_words(text: str, name: str) -> str:
     """tyro's box as one sentence, without its frame."""
     body = " ".join(re.sub("[│╭╰╮╯─|+]|-{3,}", " ", text).split())
+    lacks = re.match(r"Required options Missing from [^:]+: (\w+)|Missing argument .*argument '(\w+)'", body)
+    for word, what in COMMANDS[name].positional:
+        if lacks and word in lacks.groups():
+            return f"missing {word}, the {what}; usage: {_usage(name)}"
     unknown = re.search(r"Unrecognized options: ([^,\s]+)", body)
+    if unknown and not unknown[1].startswith("-"):
+        return f"unexpected {unknown[1]!r}; usage: {_usage(name)} [--option VALUE ...]"
     if unknown:
         near = re.search(r"Perhaps you meant: (--\S+)", body)
         hint = f"did you mean {near[1]}?" if near else f"`mae {name} --help` lists all"
@@ -144,7 +181,7 @@ def _tyro_in_words(text: str, name: str) -> str:
     return sentence if "; try " in sentence else f"{sentence.rstrip('.')}; see `mae {name} --help`"
 
 
-def _overview() -> str:
+def overview() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -156,6 +193,9 @@ def _overview() -> str:
             *rows,
             "",
             "RAY_ADDRESS, MLFLOW_TRACKING_URI and AWS_ENDPOINT_URL decide what is used; without them all is local.",
-            "`mae COMMAND --help` explains every field.",
+            "`mae COMMAND --help` explains every field; `mae --version` prints the version;",
+            "`mae completion bash|zsh|fish` prints a script that completes commands and options in that shell.",
+            "",
+            "exit status: 0 done; 1 the run failed; 2 wrong input, with the remedy; 130 interrupted.",
         ]
     )
