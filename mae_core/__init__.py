@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mae_core.augment import pixels_to_input
     from mae_core.config import (
         AugmentConfig,
         ClassifierConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "augment": ("pixels_to_input",),
     "config": (
         "AugmentConfig",
         "ClassifierConfig",
@@ -55,6 +57,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "AugmentConfig",
     "ClassifierConfig",
     "Normalization",
+    "pixels_to_input",
     "parse_arch",
     "Mask",
     "random_masks",
