@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mae_core.augment import pixels_to_input
+    from mae_core.augment import input_to_pixels, pixels_to_input
     from mae_core.config import (
         AugmentConfig,
         ClassifierConfig,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
-    "augment": ("pixels_to_input",),
+    "augment": ("input_to_pixels", "pixels_to_input"),
     "config": (
         "AugmentConfig",
         "ClassifierConfig",
@@ -58,6 +58,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "ClassifierConfig",
     "Normalization",
     "pixels_to_input",
+    "input_to_pixels",
     "parse_arch",
     "Mask",
     "random_masks",

@@ -98,17 +98,30 @@ def _rand_augment_transform(recipe: str, side_px: int) -> Any:
 
 
 def pixels_to_input(
-    images: UInt8[Tensor, "batch height width channels"], pixels: Normalization
+    images: UInt8[Tensor, "batch height width channels"], normalization: Normalization
 ) -> Float[Tensor, "batch channels height width"]:
-    """(x / 255 - mean) / std in float32, channels first, in channels-last memory as the pixels came."""
-    scale, shift = _scale_and_shift(pixels, images.device)
+    """Normalize pixels: (x / 255 - mean) / std in float32, channels first.
+
+    The memory stays in the order of `images`, which is torch's channels-last format.
+    """
+    scale, shift = _scale_and_shift(normalization, images.device)
     return images.permute(0, 3, 1, 2).to(torch.float32).mul_(scale).add_(shift)
 
 
+def input_to_pixels(
+    inputs: Float[Tensor, "batch channels height width"], normalization: Normalization
+) -> UInt8[Tensor, "batch height width channels"]:
+    """Undo `pixels_to_input`, rounding to the nearest of the 256 values and clipping what lies outside."""
+    mean = torch.tensor(normalization.mean, device=inputs.device)[:, None, None]
+    std = torch.tensor(normalization.std, device=inputs.device)[:, None, None]
+    scaled = (inputs.float() * std + mean).clamp(0, 1) * 255
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 @lru_cache(maxsize=64)
-def _scale_and_shift(pixels: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(pixels.mean, dtype=torch.float64)[:, None, None]
-    std = torch.tensor(pixels.std, dtype=torch.float64)[:, None, None]
+def _scale_and_shift(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(normalization.mean, dtype=torch.float64)[:, None, None]
+    std = torch.tensor(normalization.std, dtype=torch.float64)[:, None, None]
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 

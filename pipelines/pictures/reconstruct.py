@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mae_core.augment import pixels_to_input
+from mae_core.augment import input_to_pixels, pixels_to_input
 from mae_core.config import MaskConfig, ModelConfig, Normalization, Size
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder, build_mae
@@ -52,7 +52,8 @@ def reconstruct(
     mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=ids)
     inputs = pixels_to_input(torch.from_numpy(images).to(device), backbone.pixels)
     masked, restored = backbone.mae.reconstruct(inputs, mask)
-    return list(zip(_to_uint8(masked, backbone.pixels), _to_uint8(restored, backbone.pixels), images, strict=True))
+    pictures = (input_to_pixels(x, backbone.pixels).cpu().numpy() for x in (masked, restored))
+    return list(zip(*pictures, images, strict=True))
 
 
 def sample_images(uri: str, split: str, count: int, image_px: Size, channels: int) -> NDArray[np.uint8]:
@@ -101,14 +102,6 @@ def run(config: ReconstructConfig) -> str:
         reconstruction_rows(blocks, picture)
         place.write(name, picture.read_bytes())
     return place.join(name)
-
-
-def _to_uint8(images: torch.Tensor, pixels: Normalization) -> NDArray[np.uint8]:
-    """[b c h w] normalised becomes [b h w c] uint8."""
-    mean = torch.tensor(pixels.mean, device=images.device)[:, None, None]
-    std = torch.tensor(pixels.std, device=images.device)[:, None, None]
-    scaled = (images.float() * std + mean).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from mae_core.augment import crop_boxes, erase, flips, mixup, pixels_to_input, rand_augment, soft_targets
+from mae_core.augment import (
+    crop_boxes,
+    erase,
+    flips,
+    input_to_pixels,
+    mixup,
+    pixels_to_input,
+    rand_augment,
+    soft_targets,
+)
 from mae_core.config import AugmentConfig, Normalization
 
 CONFIG = AugmentConfig()
@@ -94,6 +103,12 @@ def test_pixels_become_normalised_input(channels):
     found = pixels_to_input(images, pixels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_input_to_pixels_undoes_pixels_to_input_for_every_value():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(2, 16, 16, 3)
+    normalization = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert torch.equal(input_to_pixels(pixels_to_input(images, normalization), normalization), images)
 
 
 def erased(ids: torch.Tensor, prob: float = 0.25, **key: int) -> torch.Tensor:
