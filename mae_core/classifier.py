@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.config import Arch, ClassifierConfig, Size
 from mae_core.encoder import build_encoder, encode
+from mae_core.errors import UserError
 
 
 def build_classifier(
@@ -26,11 +27,11 @@ def build_classifier(
 def freeze(vit: VisionTransformer, train_blocks: int) -> None:
     """Only the last `train_blocks` blocks, the norm after them, and the head learn (Figure 9); with 0 the head alone.
 
-    Raises ValueError where the encoder has fewer blocks.
+    Raises UserError where the encoder has fewer blocks.
     """
     depth = len(vit.blocks)
     if train_blocks > depth:
-        raise ValueError(f"train_blocks {train_blocks} is above the encoder's {depth} blocks; try {depth}")
+        raise UserError(f"train_blocks {train_blocks} is above the encoder's {depth} blocks; try {depth}")
     learning = [vit.head, *list(vit.blocks)[depth - train_blocks :]]
     if train_blocks:
         learning += [vit.norm, vit.fc_norm]
@@ -43,7 +44,7 @@ def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) 
     """The encoder has these weights (timm's names); head, and norm behind a mean, are left as they were.
 
     For another image size the model keeps its own position table, which is fixed and needs no weights. Raises
-    ValueError where names or shapes differ.
+    UserError where names or shapes differ.
     """
     own = vit.state_dict()
     wanted = {name for name in own if not name.startswith(("head.", "fc_norm."))}
@@ -52,14 +53,14 @@ def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) 
         given = {name: tensor for name, tensor in given.items() if not name.startswith("norm.")}
     if strange := sorted(wanted ^ given.keys()):
         side = "lack" if strange[0] in wanted else "have"
-        raise ValueError(
+        raise UserError(
             f"the weights {side} {strange[0]!r} ({len(strange)} names differ); use an encoder.safetensors of this arch"
         )
     if given["pos_embed"].shape != own["pos_embed"].shape:
         given["pos_embed"] = own["pos_embed"]
     for name in sorted(wanted):
         if given[name].shape != own[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {tuple(given[name].shape)} in the weights and {tuple(own[name].shape)} in the model; "
                 "use the arch and the channels that the weights were trained with"
             )

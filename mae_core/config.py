@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mae_core.errors import UserError
+
 Size = tuple[int, int]
 
 # name: (width, depth, heads). Ti to H are the paper's and timm's; pico and nano are for 28 to 64 px images.
@@ -32,10 +34,10 @@ class Arch:
 
 
 def parse_arch(name: str) -> Arch:
-    """The architecture called `vit_<size>_patch<px>`. Raises ValueError for any other name."""
+    """The architecture called `vit_<size>_patch<px>`. Raises UserError for any other name."""
     found = _ARCH.fullmatch(name)
     if found is None or found["size"] not in SIZES or int(found["patch"]) < 1:
-        raise ValueError(
+        raise UserError(
             f"unknown architecture {name!r}; try vit_<size>_patch<px> with size one of {', '.join(SIZES)}, "
             "such as vit_base_patch16 or vit_nano_patch4"
         )
@@ -44,11 +46,11 @@ def parse_arch(name: str) -> Arch:
 
 
 def patch_grid(image_px: Size, patch_px: int) -> Size:
-    """Rows and columns of patches. Raises ValueError where the patch does not divide a side."""
+    """Rows and columns of patches. Raises UserError where the patch does not divide a side."""
     for side_px in image_px:
         if side_px < patch_px or side_px % patch_px:
             nearest_px = max(patch_px, round(side_px / patch_px) * patch_px)
-            raise ValueError(f"image side {side_px}px is not a multiple of patch {patch_px}px; try {nearest_px}px")
+            raise UserError(f"image side {side_px}px is not a multiple of patch {patch_px}px; try {nearest_px}px")
     return image_px[0] // patch_px, image_px[1] // patch_px
 
 
@@ -68,15 +70,15 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
-            raise ValueError(f"mask ratio {self.ratio} is outside (0, 1); try 0.75")
+            raise UserError(f"mask ratio {self.ratio} is outside (0, 1); try 0.75")
         if self.kind == "grid":
             self.grid_cell()
 
     def grid_cell(self) -> int:
-        """Side of a grid mask's cell in patches. Raises ValueError where the ratio is that of no grid."""
+        """Side of a grid mask's cell in patches. Raises UserError where the ratio is that of no grid."""
         cell = round((1 / (1 - self.ratio)) ** 0.5)
         if cell < 2 or abs(1 - 1 / cell**2 - self.ratio) > 1e-3:
-            raise ValueError(f"mask ratio {self.ratio} makes no grid; try 0.75 (2 x 2 cells) or 0.8889 (3 x 3 cells)")
+            raise UserError(f"mask ratio {self.ratio} makes no grid; try 0.75 (2 x 2 cells) or 0.8889 (3 x 3 cells)")
         return cell
 
 
@@ -111,38 +113,38 @@ class ModelConfig:
         grid = self.grid
         num_patches = grid[0] * grid[1]
         if self.mask.kind != "grid" and self.num_visible < 1:
-            raise ValueError(
+            raise UserError(
                 f"mask ratio {self.mask.ratio} leaves none of {num_patches} patches visible; "
                 f"try {int(100 * (1 - 1 / num_patches)) / 100 if num_patches > 1 else 'a smaller patch'}"
             )
         if self.num_visible == num_patches:
-            raise ValueError(f"mask ratio {self.mask.ratio} hides none of {num_patches} patches; try 0.75")
+            raise UserError(f"mask ratio {self.mask.ratio} hides none of {num_patches} patches; try 0.75")
         if self.mask.kind == "grid":
             cell = self.mask.grid_cell()
             if grid[0] % cell or grid[1] % cell:
                 sides = [max(cell, round(side / cell) * cell) * parse_arch(self.arch).patch_px for side in grid]
-                raise ValueError(
+                raise UserError(
                     f"a grid mask of ratio {self.mask.ratio} needs sides of a multiple of {cell} patches, not "
                     f"{grid[0]} x {grid[1]}; try image_px {sides[0]} {sides[1]}"
                 )
         if self.channels < 1:
-            raise ValueError(f"channels {self.channels} is below 1; try 3, or 1 for grayscale")
+            raise UserError(f"channels {self.channels} is below 1; try 3, or 1 for grayscale")
         if self.decoder_depth < 1:
-            raise ValueError(f"decoder depth {self.decoder_depth} is below 1; try 8, or 1 for the fastest")
+            raise UserError(f"decoder depth {self.decoder_depth} is below 1; try 8, or 1 for the fastest")
         if self.decoder_heads < 1:
-            raise ValueError(f"decoder heads {self.decoder_heads} are below 1; try 16")
+            raise UserError(f"decoder heads {self.decoder_heads} are below 1; try 16")
         if self.decoder_width < 4 or self.decoder_width % 4 or self.decoder_width % self.decoder_heads:
-            raise ValueError(
+            raise UserError(
                 f"decoder width {self.decoder_width} must be a multiple of 4 and of its {self.decoder_heads} heads; "
                 f"try {max(4, self.decoder_heads) * 32}"
             )
         if self.decoder_attention == "cross" and self.mask_token_in == "encoder":
-            raise ValueError(
+            raise UserError(
                 "decoder_attention cross has mask tokens ask the visible ones, but mask_token_in is encoder; "
                 "try mask_token_in decoder"
             )
         if not 0 < self.predicted_share <= 1:
-            raise ValueError(f"predicted_share {self.predicted_share} is outside (0, 1]; try 0.3333, or 1 for all")
+            raise UserError(f"predicted_share {self.predicted_share} is outside (0, 1]; try 0.3333, or 1 for all")
 
     @property
     def patch_px(self) -> int:
@@ -195,16 +197,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.base_lr < math.inf:
-            raise ValueError(f"base_lr {self.base_lr} is not positive; try 1.5e-4")
+            raise UserError(f"base_lr {self.base_lr} is not positive; try 1.5e-4")
         for name in ("warmup_epochs", "weight_decay", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0")
+                raise UserError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            raise ValueError(f"betas {self.betas} and momentum {self.momentum} are not within [0, 1); try 0.9 0.95")
+            raise UserError(f"betas {self.betas} and momentum {self.momentum} are not within [0, 1); try 0.9 0.95")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm {self.clip_norm} is not positive; try 1.0, or leave it out")
+            raise UserError(f"clip_norm {self.clip_norm} is not positive; try 1.0, or leave it out")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay {self.layer_decay} is outside (0, 1]; try 0.75, or 1 for none")
+            raise UserError(f"layer_decay {self.layer_decay} is outside (0, 1]; try 0.75, or 1 for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,17 +234,17 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop scale {self.scale} is not within 0 < min <= max <= 1; try 0.2 1.0")
+            raise UserError(f"crop scale {self.scale} is not within 0 < min <= max <= 1; try 0.2 1.0")
         if not 0 < self.aspect[0] <= self.aspect[1]:
-            raise ValueError(f"crop aspect {self.aspect} is not 0 < min <= max; try 0.75 1.3333")
+            raise UserError(f"crop aspect {self.aspect} is not 0 < min <= max; try 0.75 1.3333")
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0.8, or 0 for none")
+                raise UserError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0.8, or 0 for none")
         if self.rand_augment and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", self.rand_augment):
-            raise ValueError(f"rand_augment {self.rand_augment!r} is no recipe of timm's; try rand-m9-mstd0.5-inc1")
+            raise UserError(f"rand_augment {self.rand_augment!r} is no recipe of timm's; try rand-m9-mstd0.5-inc1")
         for name in ("erase", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")
+                raise UserError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")
 
     @property
     def is_random(self) -> bool:
@@ -269,11 +271,11 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path {self.drop_path} is outside [0, 1); try 0.1, or 0 for none")
+            raise UserError(f"drop_path {self.drop_path} is outside [0, 1); try 0.1, or 0 for none")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999")
+            raise UserError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999")
         if self.train_blocks is not None and self.train_blocks < 0:
-            raise ValueError(f"train_blocks {self.train_blocks} is negative; try 4, or 0 for the head alone")
+            raise UserError(f"train_blocks {self.train_blocks} is negative; try 4, or 0 for the head alone")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def random_masks(
 ) -> Mask:
     """Draw masks for `num` images of `grid` patches (rows, columns); the same seed gives the same masks.
 
-    int(patches * (1 - ratio)) patches stay visible: 49 of 196 at 0.75, 39 at 0.8. Raises ValueError if the ratio is
+    int(patches * (1 - ratio)) patches stay visible: 49 of 196 at 0.75, 39 at 0.8. Raises UserError if the ratio is
     outside (0, 1), or if a grid mask cannot have it.
     """
     return sample_masks(MaskConfig(kind=kind, ratio=ratio), grid, seed=seed, epoch=0, sample_ids=torch.arange(num))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from mae_core.config import OptimConfig
+from mae_core.errors import UserError
 
 _TOKENS = ("cls_token", "mask_token", "pos_embed", "reg_token")
 _FIRST = re.compile(r"(cls_token|pos_embed|patch_embed\..*)")
@@ -29,7 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> Optimiz
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Learning parameters by (rate, decay): biases, norms, tokens and other 1-D parameters are not decayed.
 
-    With layer_decay below 1 the rate falls by that factor from each block to the one below it. Raises ValueError where
+    With layer_decay below 1 the rate falls by that factor from each block to the one below it. Raises UserError where
     the model has names that this does not know, rather than training it at the wrong rates.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -49,7 +50,7 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> Callable[[str], float
     blocks = {int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))}
     strange = [name for name in names if not any(p.fullmatch(name) for p in (_FIRST, _BLOCK, _LAST))]
     if strange or not blocks:
-        raise ValueError(
+        raise UserError(
             f"layer_decay {layer_decay} needs a backbone with timm's ViT names, not {(strange or names)[0]!r}; "
             "rename its parameters or try layer_decay 1"
         )

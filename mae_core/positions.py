@@ -5,6 +5,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from mae_core.config import Size
+from mae_core.errors import UserError
 
 _TEMPERATURE = 10_000
 
@@ -16,7 +17,7 @@ def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "
     weights depend on, though one would expect the row first.
     """
     if width % 4:
-        raise ValueError(f"a width of {width} has no 2-D sine-cosine positions; try {width + 4 - width % 4}")
+        raise UserError(f"a width of {width} has no 2-D sine-cosine positions; try {width + 4 - width % 4}")
     rows, columns = grid
     frequency = _TEMPERATURE ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)

@@ -18,6 +18,7 @@ from mae_core.augment import pixels_to_input
 from mae_core.classifier import build_classifier, features
 from mae_core.config import ClassifierConfig, MaskConfig, ModelConfig, Normalization, Size, parse_arch
 from mae_core.encoder import build_encoder, encode
+from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder, build_mae
 
 
@@ -71,7 +72,7 @@ class Classifier(nn.Module):
 def load_encoder(folder: str | Path) -> Encoder:
     """Load the encoder of an exported backbone, ready for inference on the CPU.
 
-    The folder holds `config.json` and `encoder.safetensors`. Raises ValueError if it holds something else.
+    The folder holds `config.json` and `encoder.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "backbone")
     return encoder_of(config, load_file(_file(folder, "encoder.safetensors")))
@@ -80,7 +81,7 @@ def load_encoder(folder: str | Path) -> Encoder:
 def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
     """Load an exported backbone with its decoder, ready for `MaskedAutoencoder.reconstruct` on the CPU.
 
-    The folder holds `config.json` and `mae.safetensors`. Raises ValueError if it holds something else.
+    The folder holds `config.json` and `mae.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "backbone")
     mae = build_mae(_model_config(config["model"]), seed=0)
@@ -91,7 +92,7 @@ def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
 def load_classifier(folder: str | Path) -> Classifier:
     """Load an exported classifier, ready for inference on the CPU.
 
-    The folder holds `config.json` and `classifier.safetensors`. Raises ValueError if it holds something else.
+    The folder holds `config.json` and `classifier.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "classifier")
     return classifier_of(config, load_file(_file(folder, "classifier.safetensors")))
@@ -123,14 +124,14 @@ def _config(folder: str | Path, kind: str) -> dict[str, Any]:
     config = json.loads(_file(folder, "config.json").read_bytes())
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
-        raise ValueError(f"{folder} holds a model of kind {found!r}, not a {kind}; give the folder of a {kind}")
+        raise UserError(f"{folder} holds a model of kind {found!r}, not a {kind}; give the folder of a {kind}")
     return config
 
 
 def _file(folder: str | Path, name: str) -> Path:
     path = Path(folder) / name
     if not path.is_file():
-        raise ValueError(f"{folder} has no {name}; give the export/ folder of a finished run, or download a version")
+        raise UserError(f"{folder} has no {name}; give the export/ folder of a finished run, or download a version")
     return path
 
 

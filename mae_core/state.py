@@ -9,6 +9,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mae_core.errors import UserError
+
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as one safetensors file, the same bytes for the same tensors."""
@@ -49,11 +51,11 @@ def parts(tensors: Mapping[str, Tensor]) -> list[memoryview]:
 
 
 def unpack(content: bytes) -> dict[str, Tensor]:
-    """The tensors in a safetensors file. Raises ValueError for anything else, a cut-off file included."""
+    """The tensors in a safetensors file. Raises UserError for anything else, a cut-off file included."""
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{len(content)} bytes are no whole safetensors file ({error}); fetch or export the weights again"
         ) from error
 
@@ -73,7 +75,7 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The optimizer is in the state that `optimizer_tensors` gave. Raises ValueError for another model's state."""
+    """The optimizer is in the state that `optimizer_tensors` gave. Raises UserError for another model's state."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {names[parameter]: i for i, parameter in enumerate(learning)}
@@ -81,7 +83,7 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapp
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if name not in index or (value.ndim and value.shape != learning[index[name]].shape):
-            raise ValueError(
+            raise UserError(
                 f"optimizer state {key!r} of shape {tuple(value.shape)} belongs to another model; "
                 "resume with the config that the checkpoint was written with"
             )

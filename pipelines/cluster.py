@@ -11,6 +11,7 @@ import ray
 from ray._private.state import state as cluster_state
 
 from pipelines.config import ComputeConfig
+from pipelines.errors import CommandFailed
 
 _EMBEDDED = "MAE_RAY_EMBEDDED"
 """Set in the processes of an embedded Ray, which inherit the driver's environment."""
@@ -104,12 +105,12 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
 
 
 def _init(**arguments: Any) -> None:
-    """Ray is there. Raises RuntimeError where it does not come."""
+    """Ray is there. Raises CommandFailed where it does not come."""
     try:
         ray.init(**arguments)
     except Exception as error:  # ray.init raises bare Exceptions, too
         place = ray_address() or "on this machine"
-        raise RuntimeError(
+        raise CommandFailed(
             f"Ray {place} did not answer ({' '.join(str(error).split())}); see `mae doctor`, and try again"
         ) from error
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mae_core.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -30,13 +32,13 @@ def masking_ratio_figure(
 
     A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None where a trial did not measure
     it) and optionally `finetune_std` and `probe_std`. `baselines` may give `finetune` (from scratch) and `probe` (a
-    random encoder), drawn as dashed lines. Raises ValueError where there is no point.
+    random encoder), drawn as dashed lines. Raises UserError where there is no point.
     """
     from matplotlib.figure import Figure
 
     measures: list[Measure] = [m for m in _TITLES if any(p.get(m) is not None for p in points)]
     if not measures:
-        raise ValueError("no trial has a result, so there is nothing to draw; look at the trials' errors")
+        raise UserError("no trial has a result, so there is nothing to draw; look at the trials' errors")
     figure = Figure(figsize=(7.2, 1.2 + 3.0 * len(measures)), dpi=150, layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0])
     depths = sorted({p["decoder_depth"] for p in points if any(p.get(m) is not None for m in measures)})

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.config import PretrainConfig, SweepConfig, identity, to_dict, with_overrides
 
 Point = dict[str, Any]
@@ -17,7 +18,7 @@ def points(config: SweepConfig) -> list[Point]:
     """The trials' points, in a stable order: dotted fields of the pretraining with the values they will have.
 
     A grid varies the last field fastest; a random search draws without repetition, and more trials of the same seed
-    begin with the fewer. Raises ValueError for a field or a value that pretraining refuses, and for two points that
+    begin with the fewer. Raises UserError for a field or a value that pretraining refuses, and for two points that
     would be the same trial.
     """
     for field in config.space:
@@ -29,7 +30,7 @@ def points(config: SweepConfig) -> list[Point]:
         found.append(_as_taken(pretrain, point))
         key = json.dumps(identity(pretrain), sort_keys=True)
         if key in first:
-            raise ValueError(
+            raise UserError(
                 f"space points {said(first[key])} and {said(point)} are the same trial; leave one out (names, outputs, "
                 "tracking, checkpoints and workers change no result)"
             )
@@ -38,11 +39,11 @@ def points(config: SweepConfig) -> list[Point]:
 
 
 def at(config: PretrainConfig, point: Point) -> PretrainConfig:
-    """The pretraining with the point's values. Raises ValueError that names the point where they are refused."""
+    """The pretraining with the point's values. Raises UserError that names the point where they are refused."""
     try:
         return with_overrides(config, point)
     except ValueError as error:
-        raise ValueError(f"space point {said(point)}: {error}") from None
+        raise UserError(f"space point {said(point)}: {error}") from None
 
 
 def said(point: Point) -> str:
@@ -100,7 +101,7 @@ def _check_field(field: str, config: PretrainConfig) -> None:
     same_end = [name for name in known if name.endswith(f".{field}")]
     near = [*same_end, *difflib.get_close_matches(field, known, 1)]
     hint = f"did you mean {near[0]}?" if near else "`mae config pretrain` lists all"
-    raise ValueError(f"unknown field {field!r} in space; {hint}")
+    raise UserError(f"unknown field {field!r} in space; {hint}")
 
 
 def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

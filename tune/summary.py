@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mae_core.errors import UserError
 from pipelines.config import KINDS, PretrainConfig, to_dict
 from tune.figures import masking_ratio_figure
 from tune.space import said, value_text
@@ -21,11 +22,11 @@ Entry = dict[str, Any]
 def best_of(entries: Sequence[Entry], select_by: Measure) -> Entry:
     """The finished trial with the highest accuracy on val; the other measure, then the order, decides between equals.
 
-    Raises ValueError where none has finished.
+    Raises UserError where none has finished.
     """
     finished = [entry for entry in entries if not entry["error"]]
     if not finished:
-        raise ValueError("no trial has finished, so none is the best; look at the trials' errors")
+        raise UserError("no trial has finished, so none is the best; look at the trials' errors")
     other = next(measure for measure in MEASURES if measure != select_by)
     return max(finished, key=lambda entry: (entry[select_by], entry[other]))
 

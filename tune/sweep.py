@@ -17,6 +17,7 @@ from pipelines.config import SweepConfig, identity, run_name, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import pretrain_task
+from pipelines.errors import CommandFailed
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
@@ -47,7 +48,7 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
     """What the sweep found: table, best point and preset, test accuracy, model version.
 
     The same command goes on with an unfinished sweep, tries failed trials again, and repeats a finished result.
-    Raises ValueError for what the user can mend, before anything is written, and RuntimeError when every trial failed.
+    Raises UserError for what the user can mend, before anything is written, and CommandFailed when every trial failed.
     """
     checked = _check(config, preset)
     if fresh:
@@ -78,7 +79,7 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
 
 
 def _check(config: SweepConfig, preset: str) -> _Sweep:
-    """The sweep with its trials. Raises ValueError for every mistake that can be seen without training."""
+    """The sweep with its trials. Raises UserError for every mistake that can be seen without training."""
     config, manifest = settled(config)
     # Neither how many trials run at once nor by what the best is chosen makes other trials.
     lasting = dataclasses.replace(
@@ -148,7 +149,7 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
             search(groups, children, config.max_concurrent)
         entries = [trial.entry() or _lost(trial) for trial in trials]
         if all(entry["error"] for entry in entries):
-            raise RuntimeError(f"every trial of sweep {checked.name} failed; the first: {entries[0]['error']}")
+            raise CommandFailed(f"every trial of sweep {checked.name} failed; the first: {entries[0]['error']}")
         best = best_of(entries, config.select_by)
         winner = next(trial for trial in trials if trial.key == best["key"])
         model = _register(winner, children)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mae_core.config import patch_grid
+from mae_core.errors import UserError
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.classify import Start, classify_task, with_labelled_dataset
@@ -75,7 +76,7 @@ class Trial:
 
 
 def plan(config: SweepConfig, folder: Storage) -> list[Trial]:
-    """Every trial of the sweep, in the order of its points. Raises ValueError before anything is written."""
+    """Every trial of the sweep, in the order of its points. Raises UserError before anything is written."""
     return [_trial(config, point, folder) for point in points(config)]
 
 
@@ -118,11 +119,11 @@ def _failure(jobs: list[Job], name: str) -> str:
 def settled(config: SweepConfig) -> tuple[SweepConfig, Manifest]:
     """The sweep with its dataset's absolute URI, and that dataset.
 
-    Raises ValueError where the dataset cannot be pretrained on, has no labels, or has no val to choose the best on.
+    Raises UserError where the dataset cannot be pretrained on, has no labels, or has no val to choose the best on.
     """
     base, manifest = with_dataset(config.pretrain)
     if manifest.is_labelled and "val" not in manifest.splits:
-        raise ValueError(
+        raise UserError(
             f"dataset {config.pretrain.data.uri} has no split 'val' to choose the best trial on; prepare it again "
             "with --val-fraction 0.1, or with a val/ folder"
         )
@@ -160,7 +161,7 @@ def _trial(config: SweepConfig, point: Point, folder: Storage) -> Trial:
             for measure, values in classify.items()
         }
     except ValueError as error:
-        raise ValueError(f"space point {said(point)}: {error}") from None
+        raise UserError(f"space point {said(point)}: {error}") from None
     return Trial(key=key, point=point, folder=home, pretrain=job, probe=jobs["probe"], finetune=jobs["finetune"])
 
 

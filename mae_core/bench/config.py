@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mae_core.config import MaskConfig, ModelConfig
+from mae_core.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 MIN_ROUNDS = 6
@@ -63,23 +64,23 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         if self.rounds < MIN_ROUNDS:
-            raise ValueError(f"rounds {self.rounds} give no 95 % interval; try {MIN_ROUNDS} or more")
+            raise UserError(f"rounds {self.rounds} give no 95 % interval; try {MIN_ROUNDS} or more")
         if self.steps_per_round < 1:
-            raise ValueError(f"steps_per_round {self.steps_per_round} is below 1; try 1")
+            raise UserError(f"steps_per_round {self.steps_per_round} is below 1; try 1")
         if self.batch < 1 or self.masks_per_image < 1 or self.batch % self.masks_per_image:
-            raise ValueError(
+            raise UserError(
                 f"batch {self.batch} is not a multiple of masks_per_image {self.masks_per_image}; "
                 f"try {max(1, self.masks_per_image) * max(1, self.batch // max(1, self.masks_per_image))}"
             )
         if self.clock == "cpu" and self.device == "cuda":
-            raise ValueError("clock cpu does not see what a GPU does; try --clock wall")
+            raise UserError("clock cpu does not see what a GPU does; try --clock wall")
         if not self.model:
-            raise ValueError("no model is named; try --model vit_small_patch8")
+            raise UserError("no model is named; try --model vit_small_patch8")
         for arch in self.model:
             self.of(arch)
 
     def of(self, arch: str) -> ModelConfig:
-        """The autoencoder with this encoder. Raises ValueError where the sizes do not fit."""
+        """The autoencoder with this encoder. Raises UserError where the sizes do not fit."""
         return ModelConfig(
             arch=arch,
             image_px=(self.image_px, self.image_px),

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mae_core.augment import pixels_to_input
 from mae_core.bench.config import Precision, StepConfig
 from mae_core.config import ModelConfig, Normalization, OptimConfig, parse_arch
+from mae_core.errors import UserError
 from mae_core.masking import training_masks
 from mae_core.model import build_mae
 from mae_core.optim import param_groups
@@ -148,7 +149,7 @@ def input_images(config: StepConfig, device: torch.device) -> Float[Tensor, "bat
         return torch.randn(config.batch, 3, side_px, side_px, generator=generator).to(device)
     paths = sorted(p for p in Path(config.images).rglob("*") if p.suffix.lower() in _SUFFIXES)
     if not paths:
-        raise ValueError(f"folder {config.images!r} has no {', '.join(_SUFFIXES)}; name another, or none for random")
+        raise UserError(f"folder {config.images!r} has no {', '.join(_SUFFIXES)}; name another, or none for random")
     pixels = [np.asarray(_read(path, side_px)) for path in islice(cycle(paths), config.batch)]
     return pixels_to_input(torch.from_numpy(np.stack(pixels)), _PIXELS).to(device)
 

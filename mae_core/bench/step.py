@@ -18,6 +18,7 @@ from mae_core.bench.flops import plain_flops, step_flops
 from mae_core.bench.profile import most_expensive
 from mae_core.bench.timing import MatrixMultiply, interleaved, median_interval, ratio, spread
 from mae_core.config import ModelConfig
+from mae_core.errors import UserError
 
 Times = NDArray[np.float64]
 
@@ -104,7 +105,7 @@ def _times(config: StepConfig, step_s: Times) -> dict[str, float]:
 
 def _device(config: StepConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is not there; try --device cpu, or a host with a GPU")
+        raise UserError("device cuda is not there; try --device cpu, or a host with a GPU")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if config.device == "auto" else config.device)
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mae_core.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesConfig:
@@ -32,9 +34,9 @@ class RecipesConfig:
 
     def __post_init__(self) -> None:
         if self.budget_s <= 0 or self.seeds < 1 or not self.shares or not all(0 <= s <= 1 for s in self.shares):
-            raise ValueError("budget_s and seeds must be positive and shares within [0, 1]; try 600, 3 and 0.4 1.0")
+            raise UserError("budget_s and seeds must be positive and shares within [0, 1]; try 600, 3 and 0.4 1.0")
         if self.labels_per_class < 1:
-            raise ValueError(f"labels_per_class {self.labels_per_class} is below 1; try 500")
+            raise UserError(f"labels_per_class {self.labels_per_class} is below 1; try 500")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,4 +61,4 @@ class DataBenchConfig:
     def __post_init__(self) -> None:
         for name in ("max_images", "rounds", "cores", "epoch_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try 1")

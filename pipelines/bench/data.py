@@ -9,6 +9,7 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.bench.config import DataBenchConfig
 from pipelines.bench.decoding import Decoding, measure_decoding
 from pipelines.bench.loading import Loading, measure_loading
@@ -20,10 +21,10 @@ _SAMPLE = "imagenet-sample.tar"
 
 
 def run(config: DataBenchConfig) -> dict[str, Any]:
-    """The figures, and a table of them in `text`. Raises ValueError where there is no image to measure on."""
+    """The figures, and a table of them in `text`. Raises UserError where there is no image to measure on."""
     images = list(_images(config.source, config.max_images))
     if not images:
-        raise ValueError(f"no readable image in {config.source}; give a folder that has some")
+        raise UserError(f"no readable image in {config.source}; give a folder that has some")
     log.info("decoding %d images, %d rounds", len(images), config.rounds)
     decoding = measure_decoding(images, config.rounds)
     found: dict[str, Any] = {"machine": _machine(), "num_images": len(images), **decoding.figures()}
@@ -53,12 +54,12 @@ def _images(source: Path | None, most: int) -> Iterator[bytes]:
 def _files(source: Path | None) -> Iterator[bytes]:
     if source is not None:
         if not source.is_dir():
-            raise ValueError(f"source {source} is not a folder; give a folder of images")
+            raise UserError(f"source {source} is not a folder; give a folder of images")
         yield from (path.read_bytes() for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES)
         return
     sample = Path(environ.get("MAE_TEST_DATA", "../shared/data")) / _SAMPLE
     if not sample.is_file():
-        raise ValueError(f"{sample} is not there; give a folder of images by --source, or set MAE_TEST_DATA")
+        raise UserError(f"{sample} is not there; give a folder of images by --source, or set MAE_TEST_DATA")
     with tarfile.open(sample) as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isfile() else None

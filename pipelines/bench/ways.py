@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.config import AugmentConfig
+from mae_core.errors import UserError
 from pipelines.cluster import DATA_TASK_CPUS
 from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index
@@ -27,13 +28,13 @@ _IMAGE_PX = (224, 224)
 
 @contextmanager
 def only_cores(count: int) -> Iterator[None]:
-    """The processes that are started in the block have so many cores. Raises ValueError where there are fewer."""
+    """The processes that are started in the block have so many cores. Raises UserError where there are fewer."""
     if not hasattr(os, "sched_setaffinity"):  # macOS: they have all
         yield
         return
     before = os.sched_getaffinity(0)
     if count > len(before):
-        raise ValueError(f"cores {count} is more than the {len(before)} that this process may use")
+        raise UserError(f"cores {count} is more than the {len(before)} that this process may use")
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
         yield

@@ -7,13 +7,15 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 
+from mae_core.errors import UserError
+
 SHELLS = ("bash", "zsh", "fish")
 
 
 def completion(shell: str, commands: Mapping[str, type | None]) -> str:
-    """Return the script for a shell. `commands` maps each command to its config. Raises ValueError for other shells."""
+    """Return the script for a shell. `commands` maps each command to its config. Raises UserError for other shells."""
     if shell not in SHELLS:
-        raise ValueError(f"no completion for {shell!r}; try one of {', '.join(SHELLS)}")
+        raise UserError(f"no completion for {shell!r}; try one of {', '.join(SHELLS)}")
     words = {name: ("--help", "--json", *options_of(config)) for name, config in commands.items()}
     return _fish(words) if shell == "fish" else _bash(words, zsh=shell == "zsh")
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines import registry, sample
 from pipelines.cluster import ray_session
 from pipelines.config import (
@@ -43,7 +44,7 @@ def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
         log.info("the demo in %s is finished; `mae demo --fresh` runs it again", out)
         return json.loads((out / "demo.json").read_text())
     if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
-        raise ValueError(f"folder {out} holds something else than a demo; try --output with a new folder")
+        raise UserError(f"folder {out} holds something else than a demo; try --output with a new folder")
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out}/mlflow.db")
     started_s = time.monotonic()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import mae_core
+from mae_core.errors import UserError
 from pipelines.cli.commands import COMMANDS, Invocation
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
 
@@ -20,7 +21,7 @@ _STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
 def parse(argv: Sequence[str]) -> Invocation:
     """Return the command and its config; options may stand before, between and behind the other words.
 
-    Raises ValueError for what does not parse; exits with status 0 after --help and --version.
+    Raises UserError for what does not parse; exits with status 0 after --help and --version.
     """
     rest = _command_first(argv)
     if not rest or rest[0] in ("-h", "--help", "help"):
@@ -53,14 +54,14 @@ def _command_first(argv: Sequence[str]) -> list[str]:
 
 
 def _take_command(rest: list[str]) -> str:
-    """Take the command out of the words. Raises ValueError with the nearest name if there is no such command."""
+    """Take the command out of the words. Raises UserError with the nearest name if there is no such command."""
     name = rest.pop(0)
     if any(known.startswith(f"{name} ") for known in COMMANDS) and rest:
         name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"
-        raise ValueError(f"unknown command {name!r}; {hint}")
+        raise UserError(f"unknown command {name!r}; {hint}")
     return name
 
 
@@ -69,9 +70,9 @@ def _take_shown(rest: list[str]) -> str:
     first = next((word for word in rest if not word.startswith("-")), "")
     shown = next(filter(_takes_preset, rest), first)
     if not shown:
-        raise ValueError(f"missing COMMAND, the {COMMANDS['config'].positional[0][1]}; usage: {_usage('config')}")
+        raise UserError(f"missing COMMAND, the {COMMANDS['config'].positional[0][1]}; usage: {_usage('config')}")
     if not _takes_preset(shown):
-        raise ValueError(f"no config for {shown!r}; try one of {', '.join(filter(_takes_preset, COMMANDS))}")
+        raise UserError(f"no config for {shown!r}; try one of {', '.join(filter(_takes_preset, COMMANDS))}")
     rest.remove(shown)
     return shown
 
@@ -98,7 +99,7 @@ def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_tyro_in_words(text.getvalue(), name)) from None
+        raise UserError(_tyro_in_words(text.getvalue(), name)) from None
     return (shown,) if name == "config" else tuple(getattr(read, word) for word, _ in words), read.config
 
 
@@ -114,7 +115,7 @@ def _takes_preset(name: str) -> bool:
 def _check_method(name: str, config: Any) -> None:
     if name in ("probe", "finetune") and config.classifier.method != name:
         other = "finetune" if name == "probe" else "probe"
-        raise ValueError(
+        raise UserError(
             f"classifier.method is {config.classifier.method!r} but the command is {name}; try `mae {other}`"
         )
 
@@ -133,7 +134,7 @@ def _take_option(rest: list[str], flag: str) -> str:
             return word.split("=", 1)[1]
         if word == flag:
             if i + 1 == len(rest):
-                raise ValueError(f"{flag} needs a name or a file; try {flag} vit_base")
+                raise UserError(f"{flag} needs a name or a file; try {flag} vit_base")
             del rest[i]
             return rest.pop(i)
     return ""
@@ -196,6 +197,6 @@ def overview() -> str:
             "`mae COMMAND --help` explains every field; `mae --version` prints the version;",
             "`mae completion bash|zsh|fish` prints a script that completes commands and options in that shell.",
             "",
-            "exit status: 0 done; 1 the run failed; 2 wrong input, with the remedy; 130 interrupted.",
+            "exit status: 0 done; 1 the run failed; 2 wrong input, with the remedy; 70 a bug; 130 interrupted.",
         ]
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mae_core.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
@@ -19,9 +21,9 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         if self.short_side_px < 1:
-            raise ValueError(f"short_side_px {self.short_side_px} is below 1; try 320")
+            raise UserError(f"short_side_px {self.short_side_px} is below 1; try 320")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality {self.quality} is outside 1 to 100; try 92")
+            raise UserError(f"quality {self.quality} is outside 1 to 100; try 92")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,13 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad {self.max_bad} is outside [0, 1]; try 0.01, or 1 to allow any number")
+            raise UserError(f"max_bad {self.max_bad} is outside [0, 1]; try 0.01, or 1 to allow any number")
         if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes {self.shard_bytes} is below 1; try {2**30}")
+            raise UserError(f"shard_bytes {self.shard_bytes} is below 1; try {2**30}")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction {self.val_fraction} is outside [0, 1); try 0.1, or 0 for none")
+            raise UserError(f"val_fraction {self.val_fraction} is outside [0, 1); try 0.1, or 0 for none")
         if self.rows_per_group < 1 or self.rows_per_shard < self.rows_per_group:
-            raise ValueError(
+            raise UserError(
                 f"rows_per_shard {self.rows_per_shard} must be at least rows_per_group {self.rows_per_group}, "
                 "and that at least 1; try 8192 and 256"
             )
@@ -80,11 +82,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch < 1 or self.batch % self.micro_batch:
-            raise ValueError(
+            raise UserError(
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
                 f"try {max(1, round(self.batch / max(1, self.micro_batch))) * max(1, self.micro_batch)}"
             )
         if self.window < 1:
-            raise ValueError(f"window {self.window} is below 1; try 8192")
+            raise UserError(f"window {self.window} is below 1; try 8192")
         if self.labels_per_class is not None and self.labels_per_class < 1:
-            raise ValueError(f"labels_per_class {self.labels_per_class} is below 1; try 100")
+            raise UserError(f"labels_per_class {self.labels_per_class} is below 1; try 100")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from mae_core.errors import UserError
 from pipelines.config.sweeping import SweepConfig
 from pipelines.config.training import ClassifyConfig, PretrainConfig
 
@@ -21,16 +22,16 @@ T = TypeVar("T")
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The config that a dict describes, defaults filled in. Raises ValueError that names each wrong key or value."""
+    """The config that a dict describes, defaults filled in. Raises UserError that names each wrong key or value."""
     if not isinstance(values, dict):
-        raise ValueError(f"expected fields of {cls.__name__}, got {values!r}; try `key: value` lines")
+        raise UserError(f"expected fields of {cls.__name__}, got {values!r}; try `key: value` lines")
     unknown = list(_unknown_keys(cls, values, ""))
     if unknown:
-        raise ValueError("; ".join(unknown))
+        raise UserError("; ".join(unknown))
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ValueError(_in_words(error)) from None
+        raise UserError(_in_words(error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def with_overrides(config: T, point: dict[str, Any]) -> T:
         for parent in parents:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{dotted} does not name a field of {type(config).__name__}: {parent} has no fields")
+                raise UserError(f"{dotted} does not name a field of {type(config).__name__}: {parent} has no fields")
         inner[last] = value
     return from_dict(type(config), values)
 
@@ -58,14 +59,14 @@ def load_preset(cls: type[T], preset: str) -> T:
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
         near = difflib.get_close_matches(preset, names, 1)
-        raise ValueError(f"no preset {preset!r}; {f'did you mean {near[0]}?' if near else 'try ' + ', '.join(names)}")
+        raise UserError(f"no preset {preset!r}; {f'did you mean {near[0]}?' if near else 'try ' + ', '.join(names)}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; mend it there") from None
+        raise UserError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; mend it there") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind != KINDS[cls]:
-        raise ValueError(
+        raise UserError(
             f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}"
         )
     return from_dict(cls, values)

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mae_core.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
@@ -41,13 +43,13 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads", "data_tasks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 1")
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try 1")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
-            raise ValueError(
+            raise UserError(
                 f"min_workers {self.min_workers} is not between 1 and num_workers {self.num_workers}; try 1"
             )
         if self.stall_s <= 0:
-            raise ValueError(f"stall_s {self.stall_s:g} is not positive; try 600")
+            raise UserError(f"stall_s {self.stall_s:g} is not positive; try 600")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +71,12 @@ class TrackingConfig:
         check_model_name(self.name)
         for name in ("log_every_steps", "pictures_every_epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 10")
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try 10")
 
 
 def check_model_name(name: str) -> None:
     if set(name) & set("/:"):
-        raise ValueError(f"name {name!r} of a registered model holds / or :, which MLflow refuses; try -")
+        raise UserError(f"name {name!r} of a registered model holds / or :, which MLflow refuses; try -")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.every_epochs < math.inf or self.keep < 1:
-            raise ValueError("every_epochs must be positive and keep at least 1; try 1 and 2")
+            raise UserError("every_epochs must be positive and keep at least 1; try 1 and 2")
         if self.keep_best < 0 or self.patience_s < 0:
-            raise ValueError("keep_best and patience_s must be at least 0; try 0 and 300")
+            raise UserError("keep_best and patience_s must be at least 0; try 0 and 300")
         if self.keep_every_epochs is not None and self.keep_every_epochs < 1:
-            raise ValueError(f"keep_every_epochs {self.keep_every_epochs} is below 1; try 100, or leave it out")
+            raise UserError(f"keep_every_epochs {self.keep_every_epochs} is below 1; try 100, or leave it out")

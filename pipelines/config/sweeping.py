@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from mae_core.errors import UserError
 from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
 
 
@@ -15,11 +16,11 @@ def parse_space(words: list[str]) -> dict[str, list[Any]]:
     for word in words:
         dotted, equals, values = word.partition("=")
         if not equals or not values:
-            raise ValueError(f"space {word!r} is not FIELD=V1,V2; try model.mask.ratio=0.5,0.75")
+            raise UserError(f"space {word!r} is not FIELD=V1,V2; try model.mask.ratio=0.5,0.75")
         try:
             space[dotted] = yaml.safe_load(f"[{values}]")
         except yaml.YAMLError:
-            raise ValueError(f"{values!r} for {dotted} is no list of values; try model.mask.ratio=0.5,0.75") from None
+            raise UserError(f"{values!r} for {dotted} is no list of values; try model.mask.ratio=0.5,0.75") from None
     return space
 
 
@@ -65,10 +66,10 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.space or not all(isinstance(v, list) and v for v in self.space.values()):
-            raise ValueError(
+            raise UserError(
                 "space must name at least one field with a list of values; try model.mask.ratio: [0.5, 0.75]"
             )
         if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
-            raise ValueError("probe.classifier.method must be probe and finetune.classifier.method finetune")
+            raise UserError("probe.classifier.method must be probe and finetune.classifier.method finetune")
         if min(self.num_trials, self.max_concurrent, self.trials_per_group) < 1:
-            raise ValueError("num_trials, max_concurrent and trials_per_group must be at least 1; try 8, 1 and 1")
+            raise UserError("num_trials, max_concurrent and trials_per_group must be at least 1; try 8, 1 and 1")

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
+from mae_core.errors import UserError
 from pipelines.config.data import DataConfig
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 
 
 def _check_epochs(epochs: int, optim: OptimConfig) -> None:
     if epochs < 1:
-        raise ValueError(f"epochs {epochs} is below 1; try 1")
+        raise UserError(f"epochs {epochs} is below 1; try 1")
     if optim.warmup_epochs > epochs:
-        raise ValueError(
+        raise UserError(
             f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
         )
 
@@ -53,17 +54,17 @@ class PretrainConfig:
         _check_epochs(self.epochs, self.optim)
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
-                raise ValueError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
+                raise UserError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
         for name in ("masks_per_image", "crops_per_image"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1; try 4, or 1 for the paper's")
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try 4, or 1 for the paper's")
         if self.crops_per_image > 1 and self.augment.crop == "none":
-            raise ValueError("crops_per_image needs a random crop; try --augment.crop random_resized, or 1")
+            raise UserError("crops_per_image needs a random crop; try --augment.crop random_resized, or 1")
         views = self.views_per_image
         by = "masks_per_image" if self.crops_per_image == 1 else "masks_per_image x crops_per_image"
         for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
             if count % views:
-                raise ValueError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
+                raise UserError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
 
     @property
     def views_per_image(self) -> int:
@@ -137,13 +138,13 @@ class ClassifyConfig:
     def __post_init__(self) -> None:
         _check_epochs(self.epochs, self.optim)
         if self.image_px is not None and min(self.image_px) < 1:
-            raise ValueError(f"image_px {self.image_px[0]} x {self.image_px[1]} is below 1; try 224 224")
+            raise UserError(f"image_px {self.image_px[0]} x {self.image_px[1]} is below 1; try 224 224")
         if self.eval_every_epochs < 1:
-            raise ValueError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
+            raise UserError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
         if self.backbone.startswith("random:"):
             parse_arch(self.backbone.removeprefix("random:"))
         elif not self.backbone.startswith("models:/"):
-            raise ValueError(
+            raise UserError(
                 f"backbone {self.backbone!r} is neither models:/NAME@ALIAS, models:/NAME/VERSION nor random:<arch>; "
                 "try models:/mae-vit_base_patch16@candidate"
             )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mae_core.errors import UserError
 from pipelines.config.running import check_model_name
 
 
@@ -26,9 +27,9 @@ class ReconstructConfig:
 
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
-            raise ValueError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
+            raise UserError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
         if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-            raise ValueError(f"out {self.out!r} is no picture's name; try reconstructions.png")
+            raise UserError(f"out {self.out!r} is no picture's name; try reconstructions.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 1000:
-            raise ValueError(f"num_images {self.num_images} is outside [1, 1000]; try 32")
+            raise UserError(f"num_images {self.num_images} is outside [1, 1000]; try 32")
 
 
 @dataclass(frozen=True, kw_only=True)

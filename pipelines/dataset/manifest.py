@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mae_core.errors import UserError
 from pipelines.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -95,9 +96,9 @@ class Manifest:
         return dataclasses.replace(self, digest=self.computed_digest())
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises ValueError that names the splits there are."""
+        """The split of that name. Raises UserError that names the splits there are."""
         if name not in self.splits:
-            raise ValueError(
+            raise UserError(
                 f"the dataset has no split {name!r}, only {', '.join(sorted(self.splits))}; choose one of these"
             )
         return self.splits[name]
@@ -116,11 +117,11 @@ def write_manifest(storage: Storage, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """The dataset's manifest. Raises ValueError where there is no dataset, it is damaged, or of another version."""
+    """The dataset's manifest. Raises UserError where there is no dataset, it is damaged, or of another version."""
     try:
         content = storage.read(MANIFEST)
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{storage.uri} is not a prepared dataset (it has no {MANIFEST}); "
             f"run `mae prepare SOURCE {storage.uri}` first"
         ) from None
@@ -128,17 +129,17 @@ def read_manifest(storage: Storage) -> Manifest:
         values = json.loads(content)
         schema = values["schema"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{storage.join(MANIFEST)} is damaged; run `mae prepare` into an empty folder") from None
+        raise UserError(f"{storage.join(MANIFEST)} is damaged; run `mae prepare` into an empty folder") from None
     if schema != SCHEMA:
-        raise ValueError(
+        raise UserError(
             f"{storage.join(MANIFEST)} has schema {schema}, this version reads {SCHEMA}; run `mae prepare` again"
         )
     try:
         manifest = TypeAdapter(Manifest).validate_python(values)
     except ValidationError:
-        raise ValueError(f"{storage.join(MANIFEST)} is damaged; run `mae prepare` into an empty folder") from None
+        raise UserError(f"{storage.join(MANIFEST)} is damaged; run `mae prepare` into an empty folder") from None
     if manifest.digest != manifest.computed_digest():
-        raise ValueError(
+        raise UserError(
             f"{storage.join(MANIFEST)} was changed after it was written (its digest differs); run `mae prepare` again"
         )
     return manifest

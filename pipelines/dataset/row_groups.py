@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mae_core.errors import UserError
 from pipelines.storage import open_storage
 from pipelines.storage.ranges import RangeFile, Ranges
 
@@ -69,7 +70,7 @@ class RowGroups:
         except (pa.ArrowException, OSError, ValueError, IndexError, OverflowError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             where = self._storage.join(path)
-            raise ValueError(f"shard {where} is damaged ({reason}); run `mae prepare` again") from None
+            raise UserError(f"shard {where} is damaged ({reason}); run `mae prepare` again") from None
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class _Shard:
     metadata: pq.FileMetaData
 
     def span(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
-        """The bytes [start, stop) in which the columns lie. Raises ValueError where that is not within the file."""
+        """The bytes [start, stop) in which the columns lie. Raises UserError where that is not within the file."""
         if group >= self.metadata.num_row_groups:
-            raise ValueError(f"it has no row group {group}")
+            raise UserError(f"it has no row group {group}")
         found = self.metadata.row_group(group)
         chunks = [found.column(i) for i in range(found.num_columns)]
         chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
@@ -90,7 +91,7 @@ class _Shard:
         stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks)]
         start, stop = min(starts, default=-1), max(stops, default=-1)
         if not 0 <= start <= stop <= self.ranges.num_bytes:
-            raise ValueError(f"row group {group} lies outside the file")
+            raise UserError(f"row group {group} lies outside the file")
         return start, stop
 
 
@@ -105,9 +106,9 @@ def _tail(ranges: Ranges) -> bytes:
 
 
 def _metadata(tail: bytes, num_bytes: int) -> pq.FileMetaData:
-    """What the end of a file of that size says of it. Raises ValueError, or what pyarrow does, where it is damaged."""
+    """What the end of a file of that size says of it. Raises UserError, or what pyarrow does, where it is damaged."""
     if tail[-4:] != _MAGIC:
-        raise ValueError("it is not a whole Parquet file")
+        raise UserError("it is not a whole Parquet file")
     piece = _Piece(num_bytes - len(tail), tail, num_bytes)
     return pq.read_metadata(pa.PythonFile(RangeFile(piece), mode="r"))
 
@@ -124,5 +125,5 @@ class _Piece:
     def read_at(self, num_bytes: int, offset: int) -> memoryview:
         first = offset - self._start
         if first < 0 or first + num_bytes > len(self._content):
-            raise ValueError("it points outside what was read of it")
+            raise UserError("it points outside what was read of it")
         return self._content[first : first + num_bytes]

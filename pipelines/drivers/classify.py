@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mae_core.config import ModelConfig, Normalization, Size, parse_arch, patch_grid
+from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict
 from pipelines.dataset.manifest import Manifest
@@ -44,17 +45,17 @@ def frozen(config: ClassifyConfig, tracking: registry.Tracking) -> tuple[Classif
 def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manifest]:
     """The config and the labelled dataset it names.
 
-    Raises ValueError where it has no labels or lacks the split to evaluate on.
+    Raises UserError where it has no labels or lacks the split to evaluate on.
     """
     uri, manifest = open_dataset(config.data.uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     if not manifest.is_labelled:
-        raise ValueError(
+        raise UserError(
             f"dataset {config.data.uri} is unlabelled; a classifier needs labels: put images in one folder a class "
             "and prepare them again"
         )
     if config.eval_split not in manifest.splits:
-        raise ValueError(
+        raise UserError(
             f"dataset {config.data.uri} has no split {config.eval_split!r} to evaluate on; "
             f"try --eval-split {next((s for s in ('val', 'test') if s in manifest.splits), 'val')}"
         )
@@ -69,7 +70,7 @@ def start_of(
         arch = config.backbone.removeprefix(_RANDOM)
         image_px = config.image_px or manifest.image_px
         if image_px is None:
-            raise ValueError(f"images of dataset {config.data.uri} differ in size; try --image-px 224 224")
+            raise UserError(f"images of dataset {config.data.uri} differ in size; try --image-px 224 224")
         patch_grid(image_px, parse_arch(arch).patch_px)
         return Start(
             arch=arch,
@@ -82,14 +83,14 @@ def start_of(
     with TemporaryDirectory(prefix="mae-backbone-") as scratch:
         files = tracking.fetch(ref, Path(scratch))
         if "encoder.safetensors" not in files:
-            raise ValueError(f"{ref.uri} holds no encoder; try a backbone such as models:/mae-vit_base_patch16")
+            raise UserError(f"{ref.uri} holds no encoder; try a backbone such as models:/mae-vit_base_patch16")
         values = json.loads(files["config.json"].read_bytes())
         encoder = files["encoder.safetensors"].read_bytes()
     model = from_dict(ModelConfig, values["model"])
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
     if manifest.channels not in (1, model.channels):
-        raise ValueError(
+        raise UserError(
             f"dataset {config.data.uri} has {manifest.channels} channels but {ref.uri} takes {model.channels}; "
             "try a backbone that was pretrained on such images"
         )
@@ -107,7 +108,7 @@ def classify_task(config: ClassifyConfig, name: str, start: Start, manifest: Man
     """The run as a task; publishing a fine-tuned classifier registers it unless the config says not to."""
     depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
     if train_blocks is not None and train_blocks > depth:
-        raise ValueError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
+        raise UserError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
     storage = open_storage(open_storage(config.output).join(name))
     # Workers read the weights from the run's folder, so that only the driver talks to MLflow.
     inputs = {"backbone/encoder.safetensors": start.encoder} if start.encoder else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import identity, to_dict
@@ -113,14 +114,14 @@ def _start(task: Task, folder: RunFolder, tracking: registry.Tracking, key: str)
 
 
 def _refuse_foreign(folder: RunFolder, key: str) -> None:
-    """Raises ValueError where the newest checkpoint was written by another run than that which claimed the folder."""
+    """Raises UserError where the newest checkpoint was written by another run than that which claimed the folder."""
     for step in folder.checkpoints.steps()[-1:]:
         try:
             run = folder.checkpoints.meta(step).get("run")
         except ValueError:
             return  # damaged: the workers pass it over
         if run not in (None, key):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint of step {step} in {folder.storage.uri} was written by another run; remove it, or "
                 "start again with --fresh"
             )
@@ -129,7 +130,7 @@ def _refuse_foreign(folder: RunFolder, key: str) -> None:
 def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
     """The job's folder says what it is, on what data and how it is run; returns its id, the key of the run in MLflow.
 
-    Raises ValueError where the folder holds another run, or something else.
+    Raises UserError where the folder holds another run, or something else.
     """
     folder = RunFolder(job.folder)
     key = folder.claim(

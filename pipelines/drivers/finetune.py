@@ -11,7 +11,7 @@ from pipelines.drivers.drive import drive
 def finetune(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
     """The run's outcome: top-1 on the split asked for, and the classifier's version.
 
-    The backbone's alias is resolved first and the version frozen, so a new champion means a new run. Raises ValueError
+    The backbone's alias is resolved first and the version frozen, so a new champion means a new run. Raises UserError
     for what the user can mend, before anything is written.
     """
     config, manifest = with_labelled_dataset(config)

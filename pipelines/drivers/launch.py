@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
+from pipelines.errors import CommandFailed
 from pipelines.feed.chapters import NUM_TURNS, announce, dataset_name
 from pipelines.runs.failures import cause_of, witness
 from pipelines.runs.folder import RunFolder
@@ -19,7 +20,7 @@ from pipelines.runs.jobs import Job, job_to_dict, remaining_segments, with_worke
 log = logging.getLogger(__name__)
 
 
-class RunFailed(RuntimeError):
+class RunFailed(CommandFailed):
     """A worker group gave up; the message names the cause."""
 
 

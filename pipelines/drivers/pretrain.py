@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.config import Normalization
+from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import PretrainConfig, RegisterConfig, from_dict, run_name, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
@@ -18,7 +19,7 @@ from pipelines.storage import open_storage
 def pretrain(config: PretrainConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
     """The run's outcome: folder, MLflow run, final loss and model version. Resumes, or repeats a finished outcome.
 
-    Raises ValueError for what the user can mend, before anything is written.
+    Raises UserError for what the user can mend, before anything is written.
     """
     config, manifest = with_dataset(config)
     tracking = registry.open_tracking(config.tracking.experiment)
@@ -27,11 +28,11 @@ def pretrain(config: PretrainConfig, preset: str, *, fresh: bool = False) -> dic
 
 
 def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
-    """The config and the dataset it names. Raises ValueError where they do not fit each other."""
+    """The config and the dataset it names. Raises UserError where they do not fit each other."""
     uri, manifest = open_dataset(config.data.uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     if manifest.channels not in (1, config.model.channels):
-        raise ValueError(
+        raise UserError(
             f"dataset {config.data.uri} has {manifest.channels} channels but model.channels is "
             f"{config.model.channels}; try --model.channels {manifest.channels}"
         )
@@ -41,14 +42,14 @@ def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
 def open_dataset(uri: str) -> tuple[str, Manifest]:
     """The dataset's absolute URI, since workers stand elsewhere, and its manifest.
 
-    Raises ValueError where no dataset is named, prepared or fit for training.
+    Raises UserError where no dataset is named, prepared or fit for training.
     """
     if not uri:
-        raise ValueError("no dataset is named; try --data.uri FOLDER with a folder that `mae prepare` wrote")
+        raise UserError("no dataset is named; try --data.uri FOLDER with a folder that `mae prepare` wrote")
     storage = open_storage(uri)
     manifest = read_manifest(storage)
     if "train" not in manifest.splits or not manifest.splits["train"].num_rows:
-        raise ValueError(f"dataset {uri} has no training images; put images in train/ and prepare it again")
+        raise UserError(f"dataset {uri} has no training images; put images in train/ and prepare it again")
     return storage.uri, manifest
 
 
@@ -133,21 +134,21 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
 
 
 def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:
-    """The folder and the step that RUN or RUN@STEP means. Raises ValueError where there is no such checkpoint."""
+    """The folder and the step that RUN or RUN@STEP means. Raises UserError where there is no such checkpoint."""
     uri, at, wanted = run_and_step.rpartition("@")
     folder = RunFolder(run_and_step)
     if at and folder.described() is None:
         if not wanted.isdigit():
-            raise ValueError(f"step {wanted!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
+            raise UserError(f"step {wanted!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
         folder = RunFolder(uri)
     else:
         uri, wanted = run_and_step, ""
     values = folder.described()
     if values is None or values.get("kind") != "pretrain":
-        raise ValueError(f"{uri} is not the folder of a pretraining run; try the folder that `mae pretrain` printed")
+        raise UserError(f"{uri} is not the folder of a pretraining run; try the folder that `mae pretrain` printed")
     steps = folder.checkpoints.steps()
     if not steps or (wanted and int(wanted) not in steps):
-        raise ValueError(
+        raise UserError(
             f"run {uri} has no checkpoint {wanted or 'at all'}; it has steps {', '.join(map(str, steps)) or 'none'}"
         )
     return folder, int(wanted or steps[-1])

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import pyarrow as pa
 
+from mae_core.errors import UserError
 from pipelines.feed.blocks import from_row, next_chapter, to_row
 from pipelines.feed.buffers import RowMemory
 from pipelines.feed.chapters import NUM_TURNS, Chapters, begin, is_under_way
@@ -56,16 +57,16 @@ def feed(segments: Sequence[Segment], num_workers: int, max_tasks: int | None = 
     At most `max_tasks` tasks run at a time; without a value as many as find their `num_cpus` free.
 
     Split among `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets row j where
-    j % num_workers == r, which holds micro-batches of rank r. Raises ValueError where a plan is for another number of
+    j % num_workers == r, which holds micro-batches of rank r. Raises UserError where a plan is for another number of
     workers, or nothing is left to feed.
     """
     segments = list(segments)
     for segment in segments:
         if segment.plan.num_workers != num_workers:
-            raise ValueError(f"a plan for {segment.plan.num_workers} workers cannot feed {num_workers}; make it anew")
+            raise UserError(f"a plan for {segment.plan.num_workers} workers cannot feed {num_workers}; make it anew")
     stops, store_bytes = list(accumulate(segment.num_windows for segment in segments)), _store_bytes()
     if not stops or not stops[-1]:
-        raise ValueError("nothing to feed: no segment has a step; give at least one")
+        raise UserError("nothing to feed: no segment has a step; give at least one")
     chapters = Chapters.of(uuid4().hex, stops[-1], max_tasks or _most_tasks(num_cpus))
 
     def run(block: pa.Table) -> Iterator[pa.Table]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from mae_core.errors import UserError
 from mae_core.randomness import Purpose, hash64_numpy
 from pipelines.dataset.manifest import Manifest
 from pipelines.storage import Storage
@@ -33,11 +34,11 @@ class Index:
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, split: str) -> "Index":
-        """Every row of the split. Raises ValueError where there is no such split or it is empty."""
+        """Every row of the split. Raises UserError where there is no such split or it is empty."""
         shards = manifest.split(split).shards
         counts = np.array([shard.num_groups for shard in shards], dtype=np.int64)
         if not counts.sum():
-            raise ValueError(f"split {split!r} has no images; choose another, or prepare a source that has some")
+            raise UserError(f"split {split!r} has no images; choose another, or prepare a source that has some")
         shard = np.repeat(np.arange(len(shards)), counts)
         group = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         per_group = np.array([s.rows_per_group for s in shards], dtype=np.int64)[shard]
@@ -73,7 +74,7 @@ class Index:
         return dataclasses.replace(self, selected=np.unique(np.asarray(ids, dtype=np.int64)))
 
     def take_per_class(self, storage: Storage, per_class: int, *, seed: int) -> "Index":
-        """Exactly `per_class` samples of every class, chosen by the seed. Raises ValueError where there are fewer."""
+        """Exactly `per_class` samples of every class, chosen by the seed. Raises UserError where there are fewer."""
         return self.only(choose_per_class(*self._labels(storage), per_class, seed=seed))
 
     def _bounds(self, ids: Ids) -> Ids:
@@ -93,13 +94,13 @@ class Index:
 
 
 def choose_per_class(ids: Ids, labels: Ids, per_class: int, *, seed: int) -> Ids:
-    """`per_class` ids of every label, those of the smallest keyed hash. Raises ValueError where there are fewer."""
+    """`per_class` ids of every label, those of the smallest keyed hash. Raises UserError where there are fewer."""
     if (labels < 0).any():
-        raise ValueError("labels_per_class needs a labelled dataset; prepare one folder a class, or leave it out")
+        raise UserError("labels_per_class needs a labelled dataset; prepare one folder a class, or leave it out")
     order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     if counts.min() < per_class:
-        raise ValueError(
+        raise UserError(
             f"labels_per_class {per_class} exceeds the {counts.min()} images of the smallest class; try {counts.min()}"
         )
     return np.sort(ids[order[(starts[:, None] + np.arange(per_class)).ravel()]])
@@ -129,11 +130,9 @@ class EpochPlan:
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch % self.micro_batch:
-            raise ValueError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; try {self.batch}"
-            )
+            raise UserError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; try {self.batch}")
         if self.num_workers < 1:
-            raise ValueError(f"num_workers {self.num_workers} is below 1; try 1")
+            raise UserError(f"num_workers {self.num_workers} is below 1; try 1")
 
     @property
     def num_samples(self) -> int:

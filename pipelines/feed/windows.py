@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_core.augment import crop_boxes, flips, rand_augment
 from mae_core.config import Size
+from mae_core.errors import UserError
 from mae_core.randomness import Purpose, seed_of
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
@@ -222,7 +223,7 @@ class _Views:
         """A keyed crop of the sample is in each of `images`."""
         samples = self._samples
         if min(samples.heights_px[place], samples.widths_px[place]) < 1:
-            raise ValueError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
+            raise UserError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
         boxes = [tuple(boxes[place]) for boxes in self._boxes]
         # Of several crops the parts that lie under them would be decoded more than once.
         offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]

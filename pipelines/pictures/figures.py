@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mae_core.errors import UserError
+
 Pixels = NDArray[np.uint8]
 Triple = tuple[Pixels, Pixels, Pixels]
 
@@ -33,10 +35,10 @@ class Block:
 def reconstruction_rows(blocks: Sequence[Block], path: Path) -> None:
     """A PNG (or what the suffix says) with the blocks one under the other, each with triples side by side in rows.
 
-    Small images are enlarged by whole factors, pixel by pixel. Raises ValueError where there is nothing to show.
+    Small images are enlarged by whole factors, pixel by pixel. Raises UserError where there is nothing to show.
     """
     if not blocks or any(not block.rows for block in blocks):
-        raise ValueError("no image to show; try at least one image and one mask ratio")
+        raise UserError("no image to show; try at least one image and one mask ratio")
     height_px, width_px = _shown_size(blocks[0].rows[0][2])
     triple_px = 3 * width_px + 2 * _GAP_PX
     most = max(len(block.rows) for block in blocks)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mae_core.augment import input_to_pixels, pixels_to_input
 from mae_core.config import MaskConfig, ModelConfig, Normalization, Size
+from mae_core.errors import UserError
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.state import unpack
@@ -59,7 +60,7 @@ def reconstruct(
 def sample_images(uri: str, split: str, count: int, image_px: Size, channels: int) -> NDArray[np.uint8]:
     """Images [n h w c] spread evenly over a prepared split or a folder of images, seen as in evaluation.
 
-    Raises ValueError where the split, or any image, is missing.
+    Raises UserError where the split, or any image, is missing.
     """
     storage = open_storage(uri)
     encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
@@ -68,7 +69,7 @@ def sample_images(uri: str, split: str, count: int, image_px: Size, channels: in
         try:
             views.append(evaluation_view(decode(content, channels, orientation), image_px))
         except ValueError as error:
-            raise ValueError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
+            raise UserError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
     return np.stack(views)
 
 
@@ -85,13 +86,13 @@ def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, s
 def run(config: ReconstructConfig) -> str:
     """The picture is written, from the registry alone; returns its path or URI."""
     if not config.uri:
-        raise ValueError("no images are named; try --uri with a prepared dataset or a folder of images")
+        raise UserError("no images are named; try --uri with a prepared dataset or a folder of images")
     place, name = storage_of(config.out)
     tracking = registry.open_tracking("mae")
     with TemporaryDirectory() as folder:
         files = tracking.fetch(tracking.resolve(config.model), Path(folder))
         if "mae.safetensors" not in files:
-            raise ValueError(f"{config.model} has no decoder (no mae.safetensors); try a backbone such as mae-<arch>")
+            raise UserError(f"{config.model} has no decoder (no mae.safetensors); try a backbone such as mae-<arch>")
         backbone = load_backbone(files["config.json"].read_bytes(), files["mae.safetensors"].read_bytes())
     images = sample_images(
         config.uri, config.split, config.num_images, backbone.config.image_px, backbone.config.channels
@@ -112,7 +113,7 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
 
     manifest, row_groups = read_manifest(storage), RowGroups(storage.uri)
     if split not in manifest.splits:
-        raise ValueError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
+        raise UserError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
     rows = manifest.splits[split].num_rows
     wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
     found: list[tuple[str, bytes, int | None]] = []
@@ -131,6 +132,6 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
 def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes, int | None]]:
     paths = [path for path, _ in storage.list() if path.lower().endswith(SUFFIXES)]
     if not paths:
-        raise ValueError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
+        raise UserError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
     return [(paths[i], storage.read(paths[i]), None) for i in chosen]

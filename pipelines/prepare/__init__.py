@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.config import ComputeConfig, PrepareConfig, to_dict
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.prepare.assembly import assemble
@@ -34,7 +35,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
 
     An image that cannot be read is quarantined with its reason, one that occurs twice is kept once: found = ok +
     quarantined + duplicates. The result depends on the listing, the bytes and the config, not on parallelism or on
-    earlier attempts. Raises ValueError where the source has no (readable) image, too many bad ones, or mixes split
+    earlier attempts. Raises UserError where the source has no (readable) image, too many bad ones, or mixes split
     folders with others, or where `out` holds something else.
     """
     target = open_storage(out)
@@ -70,10 +71,10 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
 
 
 def _refuse_within(target: Storage, source: Storage) -> None:
-    """Raises ValueError where what is written would be taken for a part of the source the next time."""
+    """Raises UserError where what is written would be taken for a part of the source the next time."""
     inner, outer = (os.path.realpath(s.uri) if s.is_local else s.uri for s in (target, source))
     if target.is_local == source.is_local and inner.startswith(f"{outer.rstrip('/')}/"):
-        raise ValueError(f"{target.uri} lies within the source {source.uri}; choose a place beside it")
+        raise UserError(f"{target.uri} lies within the source {source.uri}; choose a place beside it")
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _already(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Man
     differing = [key for key, value in identity.items() if getattr(manifest, key) != value]
     if differing:
         what = " and ".join({"source_digest": "source", "config": "config"}[key] for key in differing)
-        raise ValueError(f"{target.uri} holds a dataset of another {what}; choose another folder, or empty it")
+        raise UserError(f"{target.uri} holds a dataset of another {what}; choose another folder, or empty it")
     if work.exists:
         work.remove()
     return manifest
@@ -111,7 +112,7 @@ class _Job:
                 self._refuse(num_bad)
 
     def refuse_bad(self) -> None:
-        """Raises ValueError where no image is whole, or more are bad than `max_bad` allows."""
+        """Raises UserError where no image is whole, or more are bad than `max_bad` allows."""
         num_bad = 0
         reasons: dict[str, int] = {}
         for summary in self._work.summaries():
@@ -121,7 +122,7 @@ class _Job:
         if num_bad == self._num_found:
             self._target.delete_tree()
             said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-            raise ValueError(
+            raise UserError(
                 f"no readable image among the {num_bad} files of {self._place.storage.uri} ({said}); check the files"
             )
         if num_bad > self._config.max_bad * self._num_found:
@@ -130,7 +131,7 @@ class _Job:
     def _refuse(self, num_bad: int) -> None:
         shown = [f"{row['source']} ({row['reason']})" for row, _ in zip(quarantined(self._target), range(_SHOWN))]
         more = f", and {num_bad - len(shown)} more in {self._target.join('quarantine')}" if num_bad > _SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"{num_bad} of {self._num_found} images are bad, more than max_bad {self._config.max_bad:g} allows: "
             f"{', '.join(shown)}{more}; mend or remove them, or go on with a larger --max-bad"
         )
@@ -187,7 +188,7 @@ def _user_error(error: BaseException) -> BaseException:
     """The storage's own error under Ray's wrapping, or the error itself."""
     inner: BaseException | None = error
     while inner is not None:
-        if type(inner) in (OSError, StoreAwayError, PermissionError, FileNotFoundError, ValueError):
+        if type(inner) in (OSError, StoreAwayError, PermissionError, FileNotFoundError, UserError):
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
     return error

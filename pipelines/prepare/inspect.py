@@ -24,7 +24,7 @@ _SHOWN_CLASSES = 1000
 
 
 def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
-    """What is there, and the path of the sheet that was drawn of it. Raises ValueError where nothing of ours is."""
+    """What is there, and the path of the sheet that was drawn of it. Raises UserError where nothing of ours is."""
     storage, (place, name) = open_storage(uri), storage_of(config.out)
     if is_prepared(storage):
         manifest = read_manifest(storage)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from mae_core.errors import UserError
 from pipelines.config import PrepareConfig
 from pipelines.sources import Entry, Source
 from pipelines.sources.entry import fields_of
@@ -93,11 +94,11 @@ class Tally:
 
 
 def check_splits(tally: Tally, uri: str) -> None:
-    """Raises ValueError where some images are in split folders and some are not."""
+    """Raises UserError where some images are in split folders and some are not."""
     if "" in tally.folders and len(tally.folders) > 1:
         folders = ", ".join(f"{name}/" for name in sorted(tally.folders) if name)
         beside = tally.folders[""]
-        raise ValueError(
+        raise UserError(
             f"{uri} has {folders} and, beside them, {beside.num_entries} images such as "
             f"{beside.labelled or beside.unlabelled}; move them into train/, val/ or test/"
         )
@@ -112,7 +113,7 @@ def class_names(tally: Tally, source: Source, config: PrepareConfig) -> list[str
     if source.has_explicit_labels:
         for folder in tally.folders.values():
             if folder.labelled and folder.unlabelled:
-                raise ValueError(
+                raise UserError(
                     f"{folder.labelled} has a label and {folder.unlabelled} has none; label all, or set labels to none"
                 )
         return source.classes or _in_order(tally.labels)
@@ -126,7 +127,7 @@ def class_names(tally: Tally, source: Source, config: PrepareConfig) -> list[str
 def _refuse_unlabelled(tally: Tally) -> None:
     for folder in tally.folders.values():
         if folder.unlabelled:
-            raise ValueError(
+            raise UserError(
                 f"labels is folder, but {folder.unlabelled} is in no class folder; move it, or set labels to auto"
             )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.prepare.slices import Slice
 from pipelines.prepare.summaries import SliceSummary
 from pipelines.storage import Storage
@@ -32,15 +33,15 @@ class WorkFolder:
         """Of all slices by number, end to end: one string, since every task is given it."""
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """The place is ours. Raises ValueError where it holds something else, or another's unfinished work."""
+        """The place is ours. Raises UserError where it holds something else, or another's unfinished work."""
         claim = json.dumps(identity, indent=1, sort_keys=True).encode()
         if not self._target.exists(_CLAIM) and not self._target.is_empty():
-            raise ValueError(
+            raise UserError(
                 f"{self._target.uri} is not empty and holds no dataset of ours; choose another folder, or empty it"
             )
         # Of two that begin at once, one is told.
         if not self._target.write_new(_CLAIM, claim):
-            raise ValueError(
+            raise UserError(
                 f"{self._target.uri} holds the unfinished preparation of another source or config; "
                 "choose another folder, or empty it"
             )

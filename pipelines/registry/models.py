@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import mae_core
+from mae_core.errors import UserError
 from pipelines.registry.patience import patiently
 from pipelines.registry.runs import Run
 from pipelines.registry.versions import PARENT_TAG, SHA256_TAG, ModelRef, check_file_name, ref_of, sha256_of
@@ -56,7 +57,7 @@ def register_classifier(
     """
     _check(files, _CLASSIFIER)
     if not (model_name or backbone):
-        raise ValueError("a classifier trained from scratch has no backbone to be named after; set tracking.name")
+        raise UserError("a classifier trained from scratch has no backbone to be named after; set tracking.name")
     config = json.loads(_read(files["config.json"]))
     said = {key: json.dumps(config[key])[:5000] for key in ("classes", "image_px", "pixels") if key in config}
     if backbone is not None:
@@ -67,7 +68,7 @@ def register_classifier(
 
 def _register(run: Run, files: dict[str, Content], model_name: str, description: str, tags: dict[str, str]) -> ModelRef:
     if not model_name.strip() or set(model_name) & set("/:@"):
-        raise ValueError(f"model name {model_name!r} is empty or holds one of / : @; try mae-vit_base_patch16")
+        raise UserError(f"model name {model_name!r} is empty or holds one of / : @; try mae-vit_base_patch16")
     with TemporaryDirectory(prefix="mae-register-") as scratch:
         paths = _stage(files, Path(scratch) / "files")
         tags = {**tags, **{f"{SHA256_TAG}{name}": sha256_of(path) for name, path in paths.items()}}
@@ -195,11 +196,11 @@ def _stage(files: dict[str, Content], folder: Path) -> dict[str, Path]:
 def _check(files: dict[str, Content], needed: tuple[str, ...]) -> None:
     missing = [name for name in needed if name not in files]
     if missing:
-        raise ValueError(f"a model version needs {', '.join(needed)}, but {', '.join(missing)} is missing")
+        raise UserError(f"a model version needs {', '.join(needed)}, but {', '.join(missing)} is missing")
     for name in files:
         check_file_name(name)
         if not name.endswith(_SUFFIXES):
-            raise ValueError(f"file {name!r} is of no kind that a model version holds; only {', '.join(_SUFFIXES)}")
+            raise UserError(f"file {name!r} is of no kind that a model version holds; only {', '.join(_SUFFIXES)}")
 
 
 def _read(content: Content) -> bytes:

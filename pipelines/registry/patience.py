@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from mae_core.errors import UserError
+
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
@@ -15,8 +17,8 @@ _LONGEST_PAUSE_S = 10.0
 T = TypeVar("T")
 
 
-class TrackingUnreachable(ConnectionError, ValueError):
-    """MLflow does not answer. A ValueError too, since the remedy is the user's."""
+class TrackingUnreachable(ConnectionError, UserError):
+    """MLflow does not answer. A UserError too, since the remedy is the user's."""
 
 
 def is_outage(error: Exception) -> bool:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from mae_core.errors import UserError
 from pipelines.registry.patience import TrackingUnreachable, first_line, is_outage
 
 log = logging.getLogger(__name__)
@@ -112,4 +113,4 @@ class PointSender:
 
     def _raise_refusal(self) -> None:
         if self._error is not None:
-            raise ValueError(f"MLflow refused metric points: {first_line(self._error)}") from self._error
+            raise UserError(f"MLflow refused metric points: {first_line(self._error)}") from self._error

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from mae_core.errors import UserError
 from pipelines.registry.patience import PATIENCE_S, patiently
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.versions import ModelRef
@@ -86,7 +87,7 @@ class Run:
         """The file is an artifact of the run in that relative folder."""
         inside = PurePosixPath(folder)
         if inside.is_absolute() or ".." in inside.parts:
-            raise ValueError(f"artifact folder {folder!r} leaves the run; try a relative one such as pictures")
+            raise UserError(f"artifact folder {folder!r} leaves the run; try a relative one such as pictures")
         where = None if str(inside) == "." else str(inside)
         patiently(lambda: self.client.log_artifact(self.id, str(path), where), path.name)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mae_core.errors import UserError
 from pipelines.registry.patience import TrackingUnreachable, first_line, patiently, without_credentials
 from pipelines.registry.runs import Kind, Run, first_tags
 from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
@@ -104,11 +105,11 @@ class Tracking:
         return Run(self.client, id=info.run_id, name=info.run_name or "", experiment_id=self.experiment_id)
 
     def resolve(self, model_uri: str) -> ModelRef:
-        """The version that models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises ValueError for none."""
+        """The version that models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError for none."""
         return resolve(self.client, model_uri)
 
     def fetch(self, ref: ModelRef, folder: Path) -> dict[str, Path]:
-        """The version's files in `folder`, by name, verified by sha256. Raises ValueError that names a wrong one."""
+        """The version's files in `folder`, by name, verified by sha256. Raises UserError that names a wrong one."""
         return fetch(self.client, self.uri, ref, folder)
 
     def lineage(self, model_uri: str) -> list[Step]:
@@ -117,15 +118,15 @@ class Tracking:
 
 
 def check_run_name(name: str) -> None:
-    """A run may be called so. Raises ValueError where it may not."""
+    """A run may be called so. Raises UserError where it may not."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
+        raise UserError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
 
 
 def open_tracking(experiment: str) -> Tracking:
     """The experiment in the MLflow of MLFLOW_TRACKING_URI, or else in ./mae-mlflow; it exists and answers.
 
-    Raises TrackingUnreachable, a ValueError, within about ten seconds where the server does not answer.
+    Raises TrackingUnreachable, a UserError, within about ten seconds where the server does not answer.
     """
     uri = tracking_uri()
     for key, value in _ENVIRONMENT.items():
@@ -149,7 +150,7 @@ def open_tracking(experiment: str) -> Tracking:
             "or unset MLFLOW_TRACKING_URI to use a local file"
         ) from error
     if found and found.lifecycle_stage != "active":
-        raise ValueError(
+        raise UserError(
             f"experiment {experiment!r} was deleted; restore it with `mlflow experiments restore -x {experiment_id}` "
             "or choose another tracking.experiment"
         )
@@ -165,20 +166,20 @@ def tracking_uri() -> str:
         return f"sqlite:///{Path(given.removeprefix('sqlite:///')).absolute()}"
     if urlsplit(given).scheme in ("http", "https") and urlsplit(given).hostname:
         return given.rstrip("/")
-    raise ValueError(
+    raise UserError(
         f"MLFLOW_TRACKING_URI {without_credentials(given)!r} is neither a server nor a sqlite file; try "
         "http://HOST:5000 of an `mlflow server` (on Postgres if you like), or sqlite:////absolute/path/mlflow.db"
     )
 
 
 def refuse_local_tracking(ray_address: str | None) -> None:
-    """MLflow is a server, or Ray is on this machine. Raises ValueError for a sqlite file beside a remote cluster."""
+    """MLflow is a server, or Ray is on this machine. Raises UserError for a sqlite file beside a remote cluster."""
     address = (ray_address or "").strip()
     host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
     if address in ("", "local") or host in ("localhost", "::1") or host.startswith("127."):
         return
     if tracking_uri().startswith("sqlite:"):
-        raise ValueError(
+        raise UserError(
             f"Ray runs at {address}, but MLflow is the local file {tracking_uri()}, which would be lost with the "
             "driver's machine; start `mlflow server` and set MLFLOW_TRACKING_URI to its http:// address"
         )

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from mae_core.errors import UserError
 from pipelines.registry.patience import patiently
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class Step:
 
 
 def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
-    """The version that the URI means now. Raises ValueError that says which names, aliases or versions there are."""
+    """The version that the URI means now. Raises UserError that says which names, aliases or versions there are."""
     parts = _URI.fullmatch(model_uri)
     if parts is None:
-        raise ValueError(f"model {model_uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; try one of them")
+        raise UserError(f"model {model_uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; try one of them")
     name, alias = parts["name"], parts["alias"]
     registered = _registered(client, name)
     if alias is None:
@@ -70,17 +71,17 @@ def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
         aliases = ", ".join(f"@{a} (version {v})" for a, v in sorted(registered.aliases.items())) or "none"
         newest = max((int(v.version) for v in registered.latest_versions or []), default=0)
         wanted = f"alias @{alias}" if alias else f"version {parts['version']}"
-        raise ValueError(f"model {name} has no {wanted}; its aliases are {aliases}, its newest version is {newest}")
+        raise UserError(f"model {name} has no {wanted}; its aliases are {aliases}, its newest version is {newest}")
     return ref_of(found)
 
 
 def ref_of(version: "ModelVersion") -> ModelRef:
-    """The version as we see it. Raises ValueError for one that was not registered by this project."""
+    """The version as we see it. Raises UserError for one that was not registered by this project."""
     source = _SOURCE.fullmatch(version.source or "")
     prefix = len(SHA256_TAG)
     sha256 = {key[prefix:]: value for key, value in version.tags.items() if key.startswith(SHA256_TAG)}
     if source is None or not sha256:
-        raise ValueError(
+        raise UserError(
             f"models:/{version.name}/{version.version} was not registered by `mae` (no sha256 tags, or files outside "
             "MLflow's own store); register it with `mae register RUN`"
         )
@@ -97,7 +98,7 @@ def ref_of(version: "ModelVersion") -> ModelRef:
 def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path) -> dict[str, Path]:
     """The version's files in `folder`, by name, each as its sha256 says; a file that is there already is kept.
 
-    Raises ValueError that names a file with other content, and for files that lie where they have no business.
+    Raises UserError that names a file with other content, and for files that lie where they have no business.
     """
     location = patiently(lambda: client.get_logged_model(ref.model_id), ref.uri).artifact_location
     check_location(location, tracking_uri, ref.uri)
@@ -106,7 +107,7 @@ def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path
 
 
 def check_location(location: str, tracking_uri: str, what: str) -> None:
-    """Files at `location` may be read. Raises ValueError for a place that the tracking server does not own.
+    """Files at `location` may be read. Raises UserError for a place that the tracking server does not own.
 
     Whoever can write to an MLflow server can make a version point anywhere: to a file of this machine, or to an
     address that only this machine reaches, such as a cloud's metadata service.
@@ -119,7 +120,7 @@ def check_location(location: str, tracking_uri: str, what: str) -> None:
         or (parts.scheme in _OBJECT_STORES and parts.netloc)
     )
     if not allowed or ".." in Path(unquote(parts.path)).parts or parts.query or parts.fragment:
-        raise ValueError(
+        raise UserError(
             f"files of {what} lie at {location!r}, outside what the tracking server owns; start the server with "
             "--serve-artifacts and register the model again"
         )
@@ -159,9 +160,9 @@ def sha256_of(path: Path) -> str:
 
 
 def check_file_name(name: str) -> None:
-    """The name stays in its folder. Raises ValueError for one that could leave it."""
+    """The name stays in its folder. Raises UserError for one that could leave it."""
     if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"artifact name {name!r} is not a plain file name; try one such as encoder.safetensors")
+        raise UserError(f"artifact name {name!r} is not a plain file name; try one such as encoder.safetensors")
 
 
 def _fetch_file(location: str, tracking_uri: str, ref: ModelRef, name: str, folder: Path) -> Path:
@@ -178,7 +179,7 @@ def _fetch_file(location: str, tracking_uri: str, ref: ModelRef, name: str, fold
         )
         found = sha256_of(Path(download))
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"{name} of {ref.uri} has sha256 {found[:12]}..., registered was {expected[:12]}...: it was changed or "
                 "damaged after registration; register the run again with `mae register`"
             )
@@ -195,7 +196,7 @@ def _registered(client: "MlflowClient", name: str) -> "RegisteredModel":
     )
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"registered are {', '.join(known[:10]) or 'none'}"
-    raise ValueError(f"no registered model {name!r}; {hint}" + ("" if known else "; run `mae pretrain` first"))
+    raise UserError(f"no registered model {name!r}; {hint}" + ("" if known else "; run `mae pretrain` first"))
 
 
 def _or_none(get: Callable[[], T]) -> T | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.patience import briefly
 
@@ -112,12 +113,12 @@ class CheckpointStore:
         return sorted(found)
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint after `step`, verified. Raises ValueError that names a missing or damaged file."""
+        """The checkpoint after `step`, verified. Raises UserError that names a missing or damaged file."""
         entries, meta = self._manifest(step)
         return Checkpoint(step=step, files={name: self._read(step, name, entries[name]) for name in entries}, meta=meta)
 
     def verify(self, step: int) -> None:
-        """Every file of the checkpoint is there with its sha256. Raises ValueError that names one that is not."""
+        """Every file of the checkpoint is there with its sha256. Raises UserError that names one that is not."""
         entries, _ = self._manifest(step)
         for name, entry in entries.items():
             self._read(step, name, entry)
@@ -139,7 +140,7 @@ class CheckpointStore:
         return 0
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What describes the checkpoint. Raises ValueError where its manifest is missing or damaged."""
+        """What describes the checkpoint. Raises UserError where its manifest is missing or damaged."""
         return self._manifest(step)[1]
 
     def _write(self, folder: str, name: str, parts: Parts) -> dict[str, Any]:
@@ -164,16 +165,16 @@ class CheckpointStore:
             }
             return entries, dict(manifest["meta"])
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-            raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from None
+            raise UserError(f"{path} is missing or damaged ({type(error).__name__})") from None
 
     def _read(self, step: int, name: str, entry: dict[str, Any]) -> bytes:
         path = f"{self._folder(step)}/{entry['path']}"
         try:
             content = self._storage.read(path)
         except FileNotFoundError:
-            raise ValueError(f"{path} is missing") from None
+            raise UserError(f"{path} is missing") from None
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{path} is damaged: its sha256 differs from the manifest's for {name}")
+            raise UserError(f"{path} is damaged: its sha256 differs from the manifest's for {name}")
         return content
 
     def _folder(self, step: int) -> str:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from mae_core.errors import UserError
 from pipelines.runs.checkpoints import CheckpointStore
 from pipelines.storage import Storage, open_storage
 
@@ -44,14 +45,14 @@ class RunFolder:
     def claim(self, identity: dict[str, Any]) -> str:
         """The folder belongs to the run so described; returns the id that it has had since it was claimed first.
 
-        Raises ValueError where it belongs to another, or holds something else than a run.
+        Raises UserError where it belongs to another, or holds something else than a run.
         """
         found = self._described_or_empty()
         if found is not None:
             key = found.pop("id")
             differing = list(_differing(found, identity))
             if differing:
-                raise ValueError(
+                raise UserError(
                     f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; only output, "
                     "name, data.uri, checkpoint, tracking and compute (but for precision) may change on resuming: "
                     "try another --name, or --fresh to replace it"
@@ -98,7 +99,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Everything that the run left is gone; its results first and run.json last, so that nothing else is seen of a
-        half-cleared run than that it is unfinished. Raises ValueError where the folder holds something else than a run.
+        half-cleared run than that it is unfinished. Raises UserError where the folder holds something else than a run.
         """
         if self._described_or_empty() is None:
             return
@@ -110,7 +111,7 @@ class RunFolder:
     def _described_or_empty(self) -> dict[str, Any] | None:
         found = self.described()
         if found is None and not self.storage.is_empty():
-            raise ValueError(
+            raise UserError(
                 f"folder {self.storage.uri} holds something else than a run; try another --name or --output"
             )
         return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mae_core.errors import UserError
 from pipelines.config import RunsConfig
 from pipelines.runs.checkpoints import CheckpointStore
 from pipelines.runs.metrics import read_points
@@ -83,12 +84,12 @@ class Row:
 
 
 def list_runs(uri: str) -> list[Row]:
-    """The runs below the URI, or that which it names. Raises ValueError where there is none."""
+    """The runs below the URI, or that which it names. Raises UserError where there is none."""
     storage = open_storage(uri)
     paths = [path for path, _ in storage.list()]
     found = [path.removesuffix("run.json") for path in paths if path == "run.json" or path.endswith("/run.json")]
     if not found:
-        raise ValueError(f"no run lies in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")
+        raise UserError(f"no run lies in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")
     return [_row(storage, prefix, [path for path in paths if path.startswith(prefix)]) for prefix in found]
 
 
@@ -97,7 +98,7 @@ def runs(uri: str, config: RunsConfig) -> dict[str, Any]:
     rows = list_runs(uri)
     if config.watch:
         if len(rows) > 1:
-            raise ValueError(f"{uri} holds {len(rows)} runs; --watch follows one: try {uri.rstrip('/')}/{rows[0].run}")
+            raise UserError(f"{uri} holds {len(rows)} runs; --watch follows one: try {uri.rstrip('/')}/{rows[0].run}")
         rows = [_follow(uri, rows[0])]
     return {"runs": [asdict(row) for row in rows], "text": table(rows)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
+from mae_core.errors import UserError
 from pipelines.registry.points import Point
 from pipelines.storage import Storage
 
@@ -233,11 +234,11 @@ class PictureFollower:
 
 
 def read_points(content: bytes, path: str) -> Iterator[Point]:
-    """The points of one spooled object, in order. Raises ValueError that names the object and line if it is damaged."""
+    """The points of one spooled object, in order. Raises UserError that names the object and line if it is damaged."""
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)
             for key, value in entry["values"].items():
                 yield Point(key, float(value), int(entry["step"]), int(entry["time_ms"]))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"metrics object {path} is damaged at line {number}; delete it and run again") from None
+            raise UserError(f"metrics object {path} is damaged at line {number}; delete it and run again") from None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
+from mae_core.errors import UserError
 from pipelines.images.decode import SUFFIXES
 from pipelines.sources import folders, imagenet, lists, tables, tars
 from pipelines.sources.entry import SPLITS, Entry
@@ -50,10 +51,10 @@ class Source(Protocol):
 
 
 def open_source(uri: str) -> Source:
-    """The source that a URI names. Raises FileNotFoundError or ValueError where there is none of a kind we read."""
+    """The source that a URI names. Raises FileNotFoundError or UserError where there is none of a kind we read."""
     name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
     if name.endswith(_COMPRESSED):
-        raise ValueError(f"{uri} is a compressed archive, {_UNPACK}")
+        raise UserError(f"{uri} is a compressed archive, {_UNPACK}")
     if name.endswith((".csv", ".parquet", ".tar")):
         folder, file = _split(open_storage(uri))
         if folder.exists(file) and not folder.is_folder(file):
@@ -94,7 +95,7 @@ def _only_file(folder: Storage, file: str) -> Found:
         folder, name = _split(open_storage(os.path.realpath(folder.join(file))))
         found = folder.look(name)._replace(path=file)
     if found.fault:
-        raise ValueError(f"{folder.join(file)} cannot be read ({found.fault}); give the file itself")
+        raise UserError(f"{folder.join(file)} cannot be read ({found.fault}); give the file itself")
     return found
 
 
@@ -105,8 +106,8 @@ def _of_folder(storage: Storage) -> Source:
     if first is None:
         archive = next((found.path for found in storage.files() if found.path.lower().endswith(_COMPRESSED)), "")
         if archive:
-            raise ValueError(f"{storage.join(archive)} is a compressed archive, {_UNPACK}")
-        raise ValueError(
+            raise UserError(f"{storage.join(archive)} is a compressed archive, {_UNPACK}")
+        raise UserError(
             f"no image in {storage.uri}; give a folder that has files ending in {' '.join(SUFFIXES)}, .tar or .parquet"
         )
     kind = _kind(first.path)
@@ -116,7 +117,7 @@ def _of_folder(storage: Storage) -> Source:
     if kind == "tar files":
         return tars.Tars(storage, sorted(found))
     if storage.exists("manifest.json"):
-        raise ValueError(f"{storage.uri} is a prepared dataset already; give the source that it was made from")
+        raise UserError(f"{storage.uri} is a prepared dataset already; give the source that it was made from")
     return _of_tables(storage, sorted(found))
 
 
@@ -144,10 +145,10 @@ def _only(kind: str, first: str, files: Iterable[Found], storage: Storage) -> It
     for found in files:
         other = _kind(found.path)
         if other != kind:
-            raise ValueError(
+            raise UserError(
                 f"{storage.uri} has {kind} such as {first} and {other} such as {found.path}; "
                 "prepare them one after the other"
             )
         if found.fault and kind != "images":
-            raise ValueError(f"{storage.join(found.path)} cannot be read ({found.fault}); copy the file itself there")
+            raise UserError(f"{storage.join(found.path)} cannot be read ({found.fault}); copy the file itself there")
         yield found

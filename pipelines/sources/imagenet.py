@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Iterator
 
+from mae_core.errors import UserError
 from pipelines.images.decode import SUFFIXES
 from pipelines.sources.devkit import validation_synsets
 from pipelines.sources.entry import SPLITS, Entry
@@ -40,14 +41,14 @@ class ImageNet:
             parts = path.removeprefix(f"{root}/").split("/")
             split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
             if not split:
-                raise ValueError(f"{self._storage.join(path)} is in none of train/, val/ and test/; move or remove it")
+                raise UserError(f"{self._storage.join(path)} is in none of train/, val/ and test/; move or remove it")
             synset = parts[1] if len(parts) > 2 else ""
             if split == "val" and not synset:
                 solution = self._read_solution() if solution is None else solution
                 synset = solution.get(parts[1].split(".")[0], "")
             if split != "test" and synset not in self._names:
                 file = "the ground truth" if split == "val" and len(parts) == 2 else SYNSETS
-                raise ValueError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
+                raise UserError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
             label = self._names.get(synset, "")
             yield Entry(
                 name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label), version=version
@@ -61,12 +62,12 @@ class ImageNet:
             if not synset:
                 continue
             if not words or synset in names:
-                raise ValueError(
+                raise UserError(
                     f"line {number} of {self._storage.join(SYNSETS)} is not `synset names`, or a second one"
                 )
             names[synset] = f"{synset} {words.strip()}"
         if not names:
-            raise ValueError(f"{self._storage.join(SYNSETS)} is empty; copy it again")
+            raise UserError(f"{self._storage.join(SYNSETS)} is empty; copy it again")
         return names
 
     def _read_solution(self) -> dict[str, str]:
@@ -74,18 +75,18 @@ class ImageNet:
         if not self._storage.exists(_SOLUTION):
             synsets = validation_synsets(self._storage)
             if not synsets:
-                raise ValueError(
+                raise UserError(
                     f"the images of val/ are in no synset folder and {self._storage.join(_SOLUTION)} is absent; "
                     "copy it there"
                 )
             return {f"ILSVRC2012_val_{number:08d}": synset for number, synset in enumerate(synsets, 1)}
         rows = csv.DictReader(io.StringIO(self._text(_SOLUTION)))
         if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{self._storage.join(_SOLUTION)} has no columns ImageId,PredictionString; copy it again")
+            raise UserError(f"{self._storage.join(_SOLUTION)} has no columns ImageId,PredictionString; copy it again")
         return {row["ImageId"]: (row["PredictionString"] or "").split(" ")[0] for row in rows}
 
     def _text(self, path: str) -> str:
         try:
             return self._storage.read(path).decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{self._storage.join(path)} is not text in UTF-8; copy it again") from None
+            raise UserError(f"{self._storage.join(path)} is not text in UTF-8; copy it again") from None

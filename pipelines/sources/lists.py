@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow.types as pat
 
+from mae_core.errors import UserError
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
@@ -35,7 +36,7 @@ class CsvList:
         for number, row in rows:
             where = f"line {number} of {self._uri}"
             if row and len(row) != self._width:
-                raise ValueError(f"{where} has {len(row)} fields where the header has {self._width}; mend it")
+                raise UserError(f"{where} has {len(row)} fields where the header has {self._width}; mend it")
             if row:
                 yield _entry(self._storage, where, {key: row[i].strip() for key, i in self._columns.items()})
 
@@ -47,7 +48,7 @@ class CsvList:
                 for row in rows:
                     yield rows.line_num, row
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{self._uri} is not a CSV file in UTF-8 ({error}); save it as one") from None
+                raise UserError(f"{self._uri} is not a CSV file in UTF-8 ({error}); save it as one") from None
 
     def _text(self) -> io.TextIOWrapper:
         file = io.BufferedReader(self._storage.open_input(self._path), 2**20)
@@ -73,9 +74,7 @@ class ParquetList:
             with open_table(self._storage, path) as file:
                 missing = sorted(set(self._columns.values()) - set(file.schema_arrow.names))
                 if missing:
-                    raise ValueError(
-                        f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._paths[0]} has"
-                    )
+                    raise UserError(f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._paths[0]} has")
                 columns = list(self._columns.values())
                 rows = (row for batch in file.iter_batches(_BATCH_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
@@ -110,7 +109,7 @@ def _columns(header: Sequence[str], uri: str) -> dict[str, int]:
         if place is not None:
             found[key] = place
     if "uri" not in found:
-        raise ValueError(f"the first line of {uri} names no column of images; let it be uri,label or path,label")
+        raise UserError(f"the first line of {uri} names no column of images; let it be uri,label or path,label")
     return found
 
 
@@ -118,14 +117,12 @@ def _entry(storage: Storage, where: str, row: dict[str, str]) -> Entry:
     uri, label, split = row["uri"], row.get("label", ""), row.get("split", "").lower()
     split = "val" if split in ("valid", "validation") else split
     if not uri:
-        raise ValueError(f"{where} names no image; give its path or s3:// URI")
+        raise UserError(f"{where} names no image; give its path or s3:// URI")
     if split and split not in SPLITS:
-        raise ValueError(f"{where} has split {split!r}; it must be train, val or test")
+        raise UserError(f"{where} has split {split!r}; it must be train, val or test")
     is_local = uri.startswith(("/", "file://"))
     if "://" in uri and not uri.startswith(("s3://", "file://")):
-        raise ValueError(f"{where} names {uri}, which cannot be read; give paths, s3:// or file:// URIs")
+        raise UserError(f"{where} names {uri}, which cannot be read; give paths, s3:// or file:// URIs")
     if is_local and not storage.is_local:
-        raise ValueError(
-            f"{where} names {uri} on this machine, which a list in a bucket may not; use s3:// or relative"
-        )
+        raise UserError(f"{where} names {uri} on this machine, which a list in a bucket may not; use s3:// or relative")
     return Entry(name=uri, path=uri, split=split, label=label, is_flat=bool(label))

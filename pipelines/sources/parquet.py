@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mae_core.errors import UserError
 from pipelines.storage import Storage
 
 
 @contextmanager
 def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
-    """The file. Raises ValueError where it turns out, here or in the block, to be none, damaged or cut short."""
+    """The file. Raises UserError where it turns out, here or in the block, to be none, damaged or cut short."""
     try:
         with (
             storage.open_input(path) as source,
@@ -22,7 +23,7 @@ def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         if not _is_damage(error):
             raise
         reason = str(error).splitlines()[0].strip().rstrip(":")
-        raise ValueError(f"{storage.join(path)} is not a whole Parquet file ({reason}); copy it again") from None
+        raise UserError(f"{storage.join(path)} is not a whole Parquet file ({reason}); copy it again") from None
 
 
 def _is_damage(error: Exception) -> bool:

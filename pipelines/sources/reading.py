@@ -12,6 +12,7 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mae_core.errors import UserError
 from pipelines.sources.entry import Entry
 from pipelines.sources.parquet import open_table
 from pipelines.storage import Storage, open_storage, stays_inside
@@ -88,7 +89,7 @@ class Place:
         # Before it is opened: a pipe would be waited for, a device read for ever. A list may name links to anywhere.
         fault = storage.look(path).fault if storage.is_local else ""
         if fault and not (self.takes_uris and fault == LEAVES):
-            raise ValueError(fault)
+            raise UserError(fault)
         return storage.read(path, MAX_IMAGE_BYTES)
 
     def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
@@ -109,7 +110,7 @@ class Place:
                 yield ValueError("empty row") if value is None else _not_too_large(value)
             if not wanted:
                 return
-        raise ValueError(f"{self.storage.join(path)} ends before row {wanted[0]} of row group {group}; copy it again")
+        raise UserError(f"{self.storage.join(path)} ends before row {wanted[0]} of row group {group}; copy it again")
 
 
 def _not_too_large(content: bytes) -> Content:
@@ -122,7 +123,7 @@ def _not_too_large(content: bytes) -> Content:
 
 def _check_inside(path: str) -> None:
     if not stays_inside(path):
-        raise ValueError("unsafe name: it is absolute, or has '..', '//' or NUL")
+        raise UserError("unsafe name: it is absolute, or has '..', '//' or NUL")
 
 
 def _units(entries: Sequence[Entry]) -> Iterator[list[Entry]]:

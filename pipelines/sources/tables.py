@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pat
 
+from mae_core.errors import UserError
 from pipelines.sources.entry import Entry, split_by_name
 from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
@@ -47,7 +48,7 @@ class Tables:
             top = [column.split(".")[0] for column in (self.place.image_column, self._label_column) if column]
             missing = [column for column in top if column not in file.schema_arrow.names]
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._files[0].path} has; "
                     "prepare files of one kind at a time"
                 )
@@ -60,7 +61,7 @@ class Tables:
         image = columns.get(self.place.image_column)
         # Rows cost nothing to claim, and each is an entry here.
         if image is None or about.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
-            raise ValueError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
+            raise UserError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
         num_bytes = image.total_uncompressed_size // max(1, about.num_rows)
         labels = [""] * about.num_rows
         if self._label_column:
@@ -76,7 +77,7 @@ class Tables:
         if not self.classes or isinstance(value, str):
             return str(value)
         if not 0 <= value < len(self.classes):
-            raise ValueError(f"{self._storage.join(path)} has label {value}, but names for {len(self.classes)} classes")
+            raise UserError(f"{self._storage.join(path)} has label {value}, but names for {len(self.classes)} classes")
         return self.classes[value]
 
 
@@ -95,7 +96,7 @@ def _image_column(schema: pa.Schema, uri: str) -> str:
     binary = {name: path for name in schema.names if (path := _bytes_of(schema.field(name)))}
     named = [path for name, path in binary.items() if name in _IMAGE_COLUMNS]
     if len(named or binary) != 1:
-        raise ValueError(
+        raise UserError(
             f"{uri} has no column that must be the images (columns: {', '.join(schema.names)}); "
             "name one `image`, of type binary or struct<bytes, path>"
         )

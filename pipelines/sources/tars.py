@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from mae_core.errors import UserError
 from pipelines.images.decode import SUFFIXES
 from pipelines.sources.entry import Entry, by_folder, split_by_name
 from pipelines.sources.reading import Place
@@ -63,7 +64,7 @@ class Tars:
         except UnicodeDecodeError:
             label = ""
         if not label:
-            raise ValueError(
+            raise UserError(
                 f"{self._storage.join(path)}: {member.name} holds no class; it must be a number or a name in UTF-8"
             )
         return label
@@ -123,7 +124,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """All that is visible in an archive, but folders. Raises ValueError that names one that is cut short or damaged."""
+    """All that is visible in an archive, but folders. Raises UserError that names one that is cut short or damaged."""
     damaged = f"{uri} is cut short or damaged; copy it again"
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
@@ -135,12 +136,12 @@ def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInf
                     yield member, tar
             end = tar.offset
     except tarfile.TarError:
-        raise ValueError(damaged) from None
+        raise UserError(damaged) from None
     # A damaged header in the middle ends tarfile's reading without a word; a whole archive ends in zeros.
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if not block or block.strip(b"\0"):
-        raise ValueError(damaged)
+        raise UserError(damaged)
 
 
 def _key(name: str) -> str:

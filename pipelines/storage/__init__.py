@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
+from mae_core.errors import UserError
 from pipelines.storage import local, s3
 from pipelines.storage.errors import in_words
 from pipelines.storage.listing import Found, check_size
@@ -28,33 +29,33 @@ def open_storage(uri: str | Path) -> "Storage":
     """The place that a local path, file:// or s3:// URI names; it need not exist yet.
 
     S3 credentials come from the usual chain (environment, ~/.aws, instance role), the endpoint from AWS_ENDPOINT_URL.
-    Raises ValueError for an empty URI, another scheme, or credentials within the URI.
+    Raises UserError for an empty URI, another scheme, or credentials within the URI.
     """
     text = str(uri).strip()
     if not text:
-        raise ValueError("storage URI is empty; try a folder such as data/shards, or s3://bucket/prefix")
+        raise UserError("storage URI is empty; try a folder such as data/shards, or s3://bucket/prefix")
     if "://" not in text:
         return Storage(str(Path(text).expanduser().absolute()))
     parts = urlsplit(text)
     if parts.username or parts.password or parts.query:
-        raise ValueError(
+        raise UserError(
             f"{parts.scheme}:// URI carries credentials or options; leave them out and set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY in the environment"
         )
     if parts.scheme == "file":
         return Storage(str(Path(unquote(parts.path)).absolute()))
     if parts.scheme != "s3" or not parts.netloc:
-        raise ValueError(f"cannot store at {text!r}; try a folder, file:///folder or s3://bucket/prefix")
+        raise UserError(f"cannot store at {text!r}; try a folder, file:///folder or s3://bucket/prefix")
     key = _checked(parts.path.strip("/"), text)
     return Storage(f"s3://{parts.netloc}/{key}".rstrip("/"))
 
 
 def storage_of(file: str) -> tuple["Storage", str]:
-    """Where a file lies and its name there, by its path or URI. Raises ValueError for one without a name."""
+    """Where a file lies and its name there, by its path or URI. Raises UserError for one without a name."""
     text = file.strip() if "://" in file else str(Path(file).expanduser().absolute())
     folder, _, name = text.rpartition("/")
     if not name or folder.endswith(":/"):
-        raise ValueError(f"{file!r} names no file; try sheet.png or s3://bucket/sheet.png")
+        raise UserError(f"{file!r} names no file; try sheet.png or s3://bucket/sheet.png")
     return open_storage(folder or "/"), name
 
 
@@ -75,7 +76,7 @@ class Storage:
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """All bytes of a file. Raises FileNotFoundError or PermissionError that name it.
 
-        Raises ValueError for more than `max_bytes`, before they are in memory.
+        Raises UserError for more than `max_bytes`, before they are in memory.
         """
         with self._named_errors("read", path):
             if not self.is_local:
@@ -261,5 +262,5 @@ def stays_inside(path: str) -> bool:
 
 def _checked(path: str, uri: str) -> str:
     if not stays_inside(path):
-        raise ValueError(f"path {path!r} would leave {uri}; try a relative path without '..'")
+        raise UserError(f"path {path!r} would leave {uri}; try a relative path without '..'")
     return path

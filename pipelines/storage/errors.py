@@ -1,5 +1,7 @@
 """What a disk or a store says of a failure, in a sentence of ours."""
 
+from mae_core.errors import UserError
+
 _MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
 
@@ -15,5 +17,5 @@ def in_words(error: OSError, verb: str, where: str, is_local: bool) -> Exception
     if "NO_SUCH_BUCKET" in text:
         return FileNotFoundError(f"the bucket of {where} does not exist; create it first")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
-        return ValueError(f"cannot {verb} {where}: a file stands where a folder should, or the reverse")
+        return UserError(f"cannot {verb} {where}: a file stands where a folder should, or the reverse")
     return OSError(f"cannot {verb} {where}: {text.splitlines()[0] if text else type(error).__name__}")

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from mae_core.errors import UserError
+
 LEAVES = "link that leaves the folder"
 FOLDER_LINK = "link to a folder"
 
@@ -18,6 +20,6 @@ class Found(NamedTuple):
 
 
 def check_size(num_bytes: int, max_bytes: int | None) -> None:
-    """Raises ValueError for a file that is larger than wanted."""
+    """Raises UserError for a file that is larger than wanted."""
     if max_bytes is not None and num_bytes > max_bytes:
-        raise ValueError(f"too many bytes: {num_bytes} is more than {max_bytes}")
+        raise UserError(f"too many bytes: {num_bytes} is more than {max_bytes}")

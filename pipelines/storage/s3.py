@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mae_core.errors import UserError
 from pipelines.storage.listing import Found, check_size
 from pipelines.storage.patience import patiently
 from pipelines.storage.ranges import RangeFile, whole
@@ -37,7 +38,7 @@ _LARGE_BYTES = 4 * 2**20
 
 
 def read(key: str, max_bytes: int | None = None) -> bytes:
-    """All bytes of an object. Raises ValueError for more than `max_bytes`."""
+    """All bytes of an object. Raises UserError for more than `max_bytes`."""
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
@@ -232,7 +233,7 @@ def _filesystem_at(address: str | None, pid: int) -> pafs.S3FileSystem:
     if address:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.username:
-            raise ValueError("AWS_ENDPOINT_URL is not http(s)://host:port; try http://127.0.0.1:9000")
+            raise UserError("AWS_ENDPOINT_URL is not http(s)://host:port; try http://127.0.0.1:9000")
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc, "region": _region()}
     return pafs.S3FileSystem(**options)
 

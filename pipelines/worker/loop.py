@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae_core.config import OptimConfig
+from mae_core.errors import UserError
 from mae_core.optim import build_optimizer
 from mae_core.schedule import Schedule, apply_lr, peak_lr
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, unpack
@@ -91,7 +92,7 @@ class TrainState:
         return found if self.ema is None else found | {"ema": _copied(model_tensors(self.ema))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The state is that of the checkpoint, bit for bit. Raises ValueError for a checkpoint of another model."""
+        """The state is that of the checkpoint, bit for bit. Raises UserError for a checkpoint of another model."""
         _load(bare(self.model), checkpoint, "model.safetensors")
         load_optimizer_tensors(self.optimizer, bare(self.model), unpack(checkpoint.files["optimizer.safetensors"]))
         if self.ema is not None:
@@ -110,7 +111,7 @@ def _load(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if found != wanted:
         key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        raise ValueError(
+        raise UserError(
             f"{name} of the checkpoint of step {checkpoint.step} is of another model: {key} is "
             f"{found.get(key, 'absent')} in it and {wanted.get(key, 'absent')} in the config's; "
             "resume with the config that it was written with, or with --fresh"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mae_core.errors import UserError
 from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
 from pipelines.feed.plan import EpochPlan
 from pipelines.runs.checkpoints import Checkpoint
@@ -91,10 +92,10 @@ class Recorder:
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """State and newest metrics are the checkpoint's. Raises ValueError for one of another run or model."""
+        """State and newest metrics are the checkpoint's. Raises UserError for one of another run or model."""
         run = checkpoint.meta.get("run")
         if None not in (run, self._run) and run != self._run:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint of step {checkpoint.step} in {self._folder.storage.uri} was written by another run; "
                 "remove it, or start again with --fresh"
             )

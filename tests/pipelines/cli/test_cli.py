@@ -18,10 +18,12 @@ import mae_core.bench.config
 import mae_core.config
 import pipelines.bench.config
 import pipelines.config
+from mae_core.errors import UserError
 from pipelines import cli
 from pipelines.cli import COMMANDS, Command, parse
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
 from pipelines.console import print_result
+from pipelines.errors import CommandFailed
 
 MAE = Path(sys.executable).parent / "mae"
 CONFIGURED = sorted(name for name, command in COMMANDS.items() if command.config)
@@ -171,9 +173,9 @@ def test_probe_and_finetune_do_not_take_each_others_presets() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (ValueError("a\nb"), 2, "mae: a b\n"),
+        (UserError("a\nb"), 2, "mae: a b\n"),
         (PermissionError("no permission to write x; try y"), 2, "mae: no permission to write x; try y\n"),
-        (RuntimeError("the workers gave up"), 1, "mae: failed: the workers gave up\n"),
+        (CommandFailed("the workers gave up"), 1, "mae: failed: the workers gave up\n"),
         (KeyboardInterrupt(), 130, "mae: interrupted; the same command goes on from the last checkpoint\n"),
     ],
 )
@@ -191,6 +193,21 @@ def test_exit_status_tells_who_can_mend_it(
     assert cli._main(["doctor"]) == status
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", said)
+
+
+@pytest.mark.parametrize("error", [ValueError("not a user's"), RuntimeError("at all"), KeyError("x")])
+def test_a_bug_prints_its_traceback_and_how_to_report_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(call: Any) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "doctor", Command(help="Fails.", config=None, run=run))
+    assert cli._main(["doctor", "--json"]) == cli.ExitCode.BUG == 70
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Traceback (most recent call last):")
+    assert captured.err.endswith("please report it with the lines above and the command: mae doctor --json\n")
 
 
 def test_results_go_to_stdout_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
