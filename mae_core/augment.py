@@ -1,4 +1,4 @@
-"""Training augmentations, each a function of the sample's key, so that an image's fate is the same in any batch."""
+"""Training augmentations as pure functions of a sample's key: an image is augmented alike in any batch, on any rank."""
 
 import random
 from functools import lru_cache
@@ -31,10 +31,10 @@ def crop_boxes(
     widths_px: Int[np.ndarray, "n"],
     view: int = 0,
 ) -> Int32[np.ndarray, "n 4"]:
-    """A box (top, left, height, width) in pixels for every image, by the law of torchvision's RandomResizedCrop.
+    """Draw a box (top, left, height, width) in pixels per image, distributed as torchvision's RandomResizedCrop.
 
-    Of ten keyed attempts the first that fits is taken; where none does, the largest central box of a lawful aspect.
-    With crop "none" the box is the whole image.
+    Take the first of ten keyed attempts that fits; if none does, take the largest centred box within the aspect-ratio
+    range. With crop "none" the box is the entire image.
     """
     height, width = heights_px.astype(np.int64), widths_px.astype(np.int64)
     if config.crop == "none":
@@ -68,15 +68,16 @@ def _central_boxes(config: AugmentConfig, height: np.ndarray, width: np.ndarray)
 def flips(
     config: AugmentConfig, *, seed: int, epoch: int, sample_ids: Int[np.ndarray, "n"], view: int = 0
 ) -> Bool[np.ndarray, "n"]:
-    """Which images are mirrored left to right."""
+    """Decide which images to mirror left to right."""
     bits = hash64_numpy(seed, Purpose.FLIP, epoch, sample_ids, view) >> np.uint64(63)
     return bits.astype(bool) & config.flip
 
 
 def rand_augment(image: Image.Image, recipe: str, seed_key: int) -> Image.Image:
-    """The image after timm's RandAugment, in its own mode; the global generators are as they were before.
+    """Apply timm's RandAugment and return an image of the same mode.
 
-    `seed_key` is the sample's `seed_of(seed, Purpose.AUGMENT, epoch, sample_id, view)`.
+    `seed_key` is the sample's `seed_of(seed, Purpose.AUGMENT, epoch, sample_id, view)`. Python's and numpy's global
+    generators, which timm draws from, are seeded with it and restored.
     """
     states = random.getstate(), np.random.get_state()
     random.seed(seed_key)
@@ -92,7 +93,7 @@ def rand_augment(image: Image.Image, recipe: str, seed_key: int) -> Image.Image:
 def _rand_augment_transform(recipe: str, side_px: int) -> Any:
     from timm.data.auto_augment import rand_augment_transform
 
-    # What timm's own training transform passes: shifts up to 45 % of the side, bicubic interpolation.
+    # As timm's own training transform: shifts up to 45 % of the side, bicubic interpolation.
     hparams = {"translate_const": int(side_px * 0.45), "interpolation": Image.Resampling.BICUBIC}
     return rand_augment_transform(recipe, {**hparams, "img_mean": (128, 128, 128)})
 
@@ -133,7 +134,7 @@ def erase(
     epoch: int,
     sample_ids: Int64[Tensor, "batch"],
 ) -> Float[Tensor, "batch channels height width"]:
-    """A share `prob` of the images has a box of normal noise (random erasing, Zhong et al. 2017)."""
+    """Fill a box with normal noise in a share `prob` of the images (random erasing, Zhong et al. 2017)."""
     if prob == 0:
         return images
     height, width = images.shape[-2:]
@@ -151,13 +152,13 @@ def erase(
     first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
     boxes = [value.gather(1, first)[..., None] for value in (top, left, box_height, box_width)]
     inside = _inside(boxes, height, width)
-    struck = (uniform(seed, Purpose.ERASE, epoch, sample_ids) < prob) & fits.any(dim=1)
+    erased = (uniform(seed, Purpose.ERASE, epoch, sample_ids) < prob) & fits.any(dim=1)
     noise = _normal(images.shape, seed, epoch, sample_ids).to(images.dtype)
-    return torch.where((inside & struck[:, None, None])[:, None], noise, images)
+    return torch.where((inside & erased[:, None, None])[:, None], noise, images)
 
 
 def _inside(boxes: list[Tensor], height: int, width: int) -> Tensor:
-    """For boxes of four [batch, 1, 1] tensors, [batch, height, width] whether a pixel lies within."""
+    """Mark the pixels inside each image's box, [batch, height, width]; a box is four [batch, 1, 1] tensors."""
     top, left, box_height, box_width = boxes
     row = torch.arange(height, device=top.device)[:, None]
     column = torch.arange(width, device=top.device)
@@ -165,15 +166,15 @@ def _inside(boxes: list[Tensor], height: int, width: int) -> Tensor:
 
 
 def _normal(shape: torch.Size, seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
-    """Keyed standard normal numbers [batch, ...] by Box and Muller's transform of a hash's two halves."""
-    places = torch.arange(shape[1:].numel(), device=sample_ids.device)
-    bits = hash64(seed, Purpose.ERASE, epoch, sample_ids[:, None], _NUM_ATTEMPTS, places)
+    """Draw keyed standard normal numbers [batch, ...]: the Box-Muller transform of the two halves of a 64-bit hash."""
+    pixels = torch.arange(shape[1:].numel(), device=sample_ids.device)
+    bits = hash64(seed, Purpose.ERASE, epoch, sample_ids[:, None], _NUM_ATTEMPTS, pixels)
     radius = (((bits & 0xFFFFFFFF).float() + 1) * 2.0**-32).log().mul(-2).sqrt()
     return (radius * ((bits >> 32).float() * (2 * pi * 2.0**-32)).cos()).reshape(shape)
 
 
 def soft_targets(labels: Int64[Tensor, "batch"], num_classes: int, smoothing: float) -> Float[Tensor, "batch classes"]:
-    """One-hot labels with `smoothing` of their mass spread over all classes; placeholders (-1) get some class."""
+    """Turn labels into one-hot targets with `smoothing` of the mass spread over all classes; label -1 becomes 0."""
     rest = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), rest, device=labels.device)
     return targets.scatter_(1, labels.clamp(min=0)[:, None], 1 - smoothing + rest)
@@ -189,10 +190,10 @@ def mixup(
     step: int,
     micro: int,
 ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
-    """Each image mixed with its mirror in the micro-batch, by mixup or by CutMix, and the targets likewise.
+    """Mix image i with image n - 1 - i of the micro-batch by mixup or CutMix, and their targets by the same share.
 
-    One draw a micro-batch, keyed by (seed, step, micro); where both are on, each is used half of the time. A sample
-    opposite a placeholder (label -1) is left as it is.
+    Method and share are drawn once per micro-batch, keyed by (seed, step, micro); if both methods are enabled, each
+    has probability one half. A sample whose partner is a placeholder (label -1) stays unmixed.
     """
     targets = soft_targets(labels, num_classes, config.label_smoothing)
     if config.mixup == config.cutmix == 0:
@@ -214,7 +215,7 @@ def mixup(
 
 
 def _cut(rng: np.random.Generator, share: float, height: int, width: int) -> tuple[int, int, int, int]:
-    """A box (top, left, bottom, right) of 1 - share of the area around a random centre, clipped by the image."""
+    """Draw a box (top, left, bottom, right) with 1 - share of the area and a random centre, clipped to the image."""
     half_height, half_width = height * (1 - share) ** 0.5 / 2, width * (1 - share) ** 0.5 / 2
     row, column = rng.integers(height), rng.integers(width)
     top, bottom = max(0, round(row - half_height)), min(height, round(row + half_height))

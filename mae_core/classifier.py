@@ -1,4 +1,4 @@
-"""Classifiers on top of an encoder: fine-tuned as a whole or in part, or a linear probe on frozen features."""
+"""Classifiers on top of an encoder: fully or partially fine-tuned ViTs, and linear probes on frozen features."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -16,7 +16,7 @@ from mae_core.errors import UserError
 def build_classifier(
     arch: Arch, image_px: Size, channels: int, num_classes: int, config: ClassifierConfig
 ) -> VisionTransformer:
-    """A ViT with a small random head; with pool "avg" the class token is not in the mean (section 4.3)."""
+    """Build a ViT with a small random head; pool "avg" averages the patch tokens only (section 4.3)."""
     vit = build_encoder(arch, image_px, channels, drop_path=config.drop_path, num_classes=num_classes, pool=config.pool)
     _init_head(vit.head, config.head_std)
     if config.train_blocks is not None:
@@ -25,9 +25,9 @@ def build_classifier(
 
 
 def freeze(vit: VisionTransformer, train_blocks: int) -> None:
-    """Only the last `train_blocks` blocks, the norm after them, and the head learn (Figure 9); with 0 the head alone.
+    """Freeze all but the last `train_blocks` blocks, the norm after them, and the head (Figure 9).
 
-    Raises UserError where the encoder has fewer blocks.
+    0 trains the head only. Raises UserError if the encoder has fewer blocks.
     """
     depth = len(vit.blocks)
     if train_blocks > depth:
@@ -41,20 +41,23 @@ def freeze(vit: VisionTransformer, train_blocks: int) -> None:
 
 
 def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
-    """The encoder has these weights (timm's names); head, and norm behind a mean, are left as they were.
+    """Copy an encoder's weights, under timm's names, into `vit`; leave its head and fc_norm unchanged.
 
-    For another image size the model keeps its own position table, which is fixed and needs no weights. Raises
-    UserError where names or shapes differ.
+    With pool "avg" the model has no norm before the mean, and the encoder's is ignored. For another image size the
+    model keeps its own position table, which is fixed and needs no weights.
+
+    Raises UserError if names or shapes differ.
     """
     own = vit.state_dict()
     wanted = {name for name in own if not name.startswith(("head.", "fc_norm."))}
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "fc_norm."))}
     if isinstance(vit.norm, nn.Identity):
         given = {name: tensor for name, tensor in given.items() if not name.startswith("norm.")}
-    if strange := sorted(wanted ^ given.keys()):
-        side = "lack" if strange[0] in wanted else "have"
+    if mismatched := sorted(wanted ^ given.keys()):
+        side = "lack" if mismatched[0] in wanted else "have"
         raise UserError(
-            f"the weights {side} {strange[0]!r} ({len(strange)} names differ); use an encoder.safetensors of this arch"
+            f"the weights {side} {mismatched[0]!r} ({len(mismatched)} names differ); "
+            "use an encoder.safetensors of this arch"
         )
     if given["pos_embed"].shape != own["pos_embed"].shape:
         given["pos_embed"] = own["pos_embed"]
@@ -70,13 +73,13 @@ def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) 
 def features(
     vit: VisionTransformer, images: Float[Tensor, "batch channels height width"], pool: Literal["avg", "token"]
 ) -> Float[Tensor, "batch features"]:
-    """One vector an image, with nothing hidden: the class token, or the mean of the patches."""
+    """Encode complete images into one vector each: the class token, or the mean of the patch tokens."""
     tokens = encode(vit, images, None)
     return vit.fc_norm(tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1))
 
 
 class ProbeHead(nn.Module):
-    """A linear classifier behind a BatchNorm without affine (Table 9, after Doersch et al. 2015)."""
+    """A linear classifier after a BatchNorm without affine parameters (Table 9, after Doersch et al. 2015)."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -97,9 +100,11 @@ class ProbeHead(nn.Module):
         weights: Float[Tensor, "batch"],
         all_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        """Logits. In training, statistics are those of the samples of all ranks with weights (0 for placeholders).
+        """Return logits.
 
-        `all_sum` adds a tensor up over ranks. Nothing flows back into the features: they are frozen.
+        In training mode, normalize by the statistics of the features on all ranks, weighted by `weights` (0 for
+        placeholders), and update the running ones. `all_sum` sums a tensor over ranks. No gradient reaches the
+        features: they are frozen.
         """
         if self.training:
             mean, var = self._observe(features, weights, all_sum)
@@ -111,7 +116,7 @@ class ProbeHead(nn.Module):
     def _observe(
         self, features: Tensor, weights: Tensor, all_sum: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Mean and (biased) variance, which have moved the running ones; summed in float64, in one message."""
+        """Return mean and biased variance, summed in float64 with one all-reduce, and update the running statistics."""
         values, weight = features.double(), weights.double()[:, None]
         sums = torch.cat([(values * weight).sum(0), (values.square() * weight).sum(0), weight.sum(0)])
         if all_sum is not None:

@@ -1,4 +1,4 @@
-"""What a user may set about the method. Frozen, validated once, free of torch so that `mae --help` is quick."""
+"""Options of the method as frozen dataclasses, validated once. Imports no torch, so that `mae --help` is quick."""
 
 import math
 import re
@@ -24,7 +24,7 @@ _ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """A ViT by its numbers; `parse_arch` makes one from a name such as `vit_base_patch16`."""
+    """Dimensions of a ViT; `parse_arch` makes one from a name such as `vit_base_patch16`."""
 
     name: str
     width: int
@@ -34,7 +34,7 @@ class Arch:
 
 
 def parse_arch(name: str) -> Arch:
-    """The architecture called `vit_<size>_patch<px>`. Raises UserError for any other name."""
+    """Parse an architecture name `vit_<size>_patch<px>`. Raises UserError for any other name."""
     found = _ARCH.fullmatch(name)
     if found is None or found["size"] not in SIZES or int(found["patch"]) < 1:
         raise UserError(
@@ -46,7 +46,7 @@ def parse_arch(name: str) -> Arch:
 
 
 def patch_grid(image_px: Size, patch_px: int) -> Size:
-    """Rows and columns of patches. Raises UserError where the patch does not divide a side."""
+    """Count rows and columns of patches. Raises UserError if the patch does not divide a side."""
     for side_px in image_px:
         if side_px < patch_px or side_px % patch_px:
             nearest_px = max(patch_px, round(side_px / patch_px) * patch_px)
@@ -55,7 +55,7 @@ def patch_grid(image_px: Size, patch_px: int) -> Size:
 
 
 def num_visible(num_patches: int, ratio: float) -> int:
-    """Patches left visible: int(L * (1 - ratio)), truncated in float64 as the reference does (0.8 of 100 keeps 19)."""
+    """Count visible patches: int(num * (1 - ratio)), truncated in float64 as in the reference (0.8 of 100: 19)."""
     return int(num_patches * (1 - ratio))
 
 
@@ -64,9 +64,9 @@ class MaskConfig:
     """Which patches are hidden (section 3, Figure 6)."""
 
     kind: Literal["random", "block", "grid"] = "random"
-    """random: uniformly; block: rectangles, as BEiT; grid: one patch in every k x k cell stays visible."""
+    """random: uniformly; block: rectangles, as in BEiT; grid: one patch in every k x k cell stays visible."""
     ratio: float = 0.75
-    """Share of patches that is hidden, above 0 and below 1. A grid needs 1 - 1/k^2: 0.75 for cells of 2 x 2."""
+    """Share of patches that are hidden, above 0 and below 1. A grid needs 1 - 1/k^2: 0.75 for cells of 2 x 2."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -75,7 +75,7 @@ class MaskConfig:
             self.grid_cell()
 
     def grid_cell(self) -> int:
-        """Side of a grid mask's cell in patches. Raises UserError where the ratio is that of no grid."""
+        """Compute the side of a grid mask's cell in patches. Raises UserError if no grid has this ratio."""
         cell = round((1 / (1 - self.ratio)) ** 0.5)
         if cell < 2 or abs(1 - 1 / cell**2 - self.ratio) > 1e-3:
             raise UserError(f"mask ratio {self.ratio} makes no grid; try 0.75 (2 x 2 cells) or 0.8889 (3 x 3 cells)")
@@ -84,16 +84,16 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A masked autoencoder: timm's ViT as encoder, a light decoder, what is hidden and what is predicted."""
+    """A masked autoencoder: timm's ViT as encoder, a light decoder, masking and prediction target."""
 
     arch: str = "vit_base_patch16"
     """Encoder, vit_<size>_patch<px>; sizes: pico, nano, tiny, small, base, large, huge."""
     image_px: Size = (224, 224)
-    """Height and width of the input, each a multiple of the patch."""
+    """Height and width of the input, each a multiple of the patch size."""
     channels: int = 3
     """Channels of the input; 1 for grayscale."""
     mask: MaskConfig = field(default_factory=MaskConfig)
-    """What is hidden during pretraining."""
+    """Masking during pretraining."""
     decoder_depth: int = 8
     """Transformer blocks of the decoder (Table 1a)."""
     decoder_width: int = 512
@@ -101,13 +101,13 @@ class ModelConfig:
     decoder_heads: int = 16
     """Attention heads of the decoder; must divide its width."""
     mask_token_in: Literal["decoder", "encoder"] = "decoder"
-    """Where mask tokens enter; the encoder costs 3x the time and loses accuracy (Table 1c)."""
+    """Where mask tokens enter; in the encoder they cost 3x the time and lose accuracy (Table 1c)."""
     target: Literal["norm_pixels", "pixels"] = "norm_pixels"
-    """What is predicted: pixels, or pixels normalised within each patch (Table 1d)."""
+    """What is predicted: pixels, or pixels normalized within each patch (Table 1d)."""
     decoder_attention: Literal["self", "cross"] = "self"
-    """self: all tokens see each other (the paper); cross: each mask token sees the visible ones alone (CrossMAE)."""
+    """self: all tokens attend to each other (the paper); cross: mask tokens attend to visible ones only (CrossMAE)."""
     predicted_share: float = 1.0
-    """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all of them."""
+    """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all."""
 
     def __post_init__(self) -> None:
         grid = self.grid
@@ -140,7 +140,7 @@ class ModelConfig:
             )
         if self.decoder_attention == "cross" and self.mask_token_in == "encoder":
             raise UserError(
-                "decoder_attention cross has mask tokens ask the visible ones, but mask_token_in is encoder; "
+                "decoder_attention cross needs mask tokens in the decoder, but mask_token_in is encoder; "
                 "try mask_token_in decoder"
             )
         if not 0 < self.predicted_share <= 1:
@@ -168,7 +168,7 @@ class ModelConfig:
 
     @property
     def num_predicted(self) -> int:
-        """Hidden patches that a training step predicts: the share rounded, and at least one."""
+        """Hidden patches that a training step predicts: the rounded share, at least one."""
         return max(1, round(self.predicted_share * (self.num_patches - self.num_visible)))
 
 
@@ -185,15 +185,15 @@ class OptimConfig:
     warmup_epochs: float = 40.0
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
-    """Decay of weights; biases, norms, tokens and other 1-D parameters are never decayed."""
+    """Weight decay; biases, norms, tokens and other 1-D parameters are never decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two decay rates."""
     momentum: float = 0.9
-    """LARS' momentum."""
+    """Momentum of LARS."""
     layer_decay: float = 1.0
-    """Each block learns at this factor of the rate of the block above it; 1 treats all alike."""
+    """Ratio of a block's learning rate to that of the block above it; 1 treats all alike."""
     clip_norm: float | None = None
-    """Gradients longer than this are shortened to it; without a value they are left alone."""
+    """Limit on the norm of the gradient, which is scaled down to it; without a value there is none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.base_lr < math.inf:
@@ -211,10 +211,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What happens to an image on its way to the model while training."""
+    """Augmentation of training images."""
 
     crop: Literal["random_resized", "none"] = "random_resized"
-    """random_resized: a random box, resized; none: the whole image resized as for evaluation (Table 1e)."""
+    """random_resized: a random box, resized; none: the image resized as for evaluation (Table 1e)."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of the random box, as a share of the image."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -248,7 +248,7 @@ class AugmentConfig:
 
     @property
     def is_random(self) -> bool:
-        """Whether two visits of an image can differ."""
+        """Whether an image can look different in two epochs."""
         return self.crop != "none" or self.flip or bool(self.rand_augment) or self.erase > 0
 
 
@@ -257,15 +257,15 @@ class ClassifierConfig:
     """A ViT classifier on top of an encoder."""
 
     method: Literal["finetune", "probe"] = "finetune"
-    """finetune: everything learns; probe: a linear layer on frozen features, behind a BatchNorm without affine."""
+    """finetune: train everything; probe: train a linear layer on frozen features, after a BatchNorm without affine."""
     pool: Literal["avg", "token"] = "avg"
-    """What is classified: the mean of the patch tokens, or the class token."""
+    """Input of the head: the mean of the patch tokens, or the class token."""
     drop_path: float = 0.0
     """Stochastic depth, rising linearly to this in the last block."""
     head_std: float = 2e-5
     """Standard deviation of the head's initial weights."""
     train_blocks: int | None = None
-    """Only the last so many blocks and the head learn (partial fine-tuning, Figure 9); without a value all learn."""
+    """Number of last blocks to train along with the head (partial fine-tuning, Figure 9); without a value all."""
     ema_decay: float | None = None
     """Evaluate an exponential moving average of the weights with this decay; without a value the weights."""
 
@@ -280,7 +280,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """How stored uint8 pixels become what the model sees: (x / 255 - mean) / std, a value a channel."""
+    """Mean and standard deviation of each channel: uint8 pixels x become (x / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     """Mean of each channel on the scale 0 to 1."""

@@ -1,7 +1,8 @@
-"""The decoder: a few light blocks that predict what is hidden from what is visible (section 3).
+"""The decoder: a few light transformer blocks that predict hidden patches from visible ones (section 3).
 
-Either all tokens see each other, as in the paper, or each mask token sees the visible ones alone (cross-attention, Fu
-et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders"), so that those not asked for cost nothing.
+Either all tokens attend to each other, as in the paper, or each mask token attends to the visible ones only
+(cross-attention, Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders"). Then patches that are not
+predicted cost nothing.
 """
 
 from typing import cast
@@ -27,7 +28,7 @@ class Decoder(nn.Module):
         width = config.decoder_width
         self.is_cross = config.decoder_attention == "cross"
         self.embed = nn.Linear(parse_arch(config.arch).width, width)
-        # Where mask tokens entered the encoder already, what it made of them takes this one's place.
+        # If mask tokens entered the encoder, the decoder uses their encodings and has none of its own.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.mask_token_in == "decoder" else None
         self.pos_embed = fixed(sincos_2d(width, config.grid, class_token=True)[None])
         self.blocks = nn.ModuleList(
@@ -43,21 +44,22 @@ class Decoder(nn.Module):
     def forward(
         self, latent: Float[Tensor, "batch tokens features"], mask: Mask
     ) -> Float[Tensor, "batch predicted dim"]:
-        """The predicted values of the hidden patches asked for, in the order of `mask.predicted_ids`."""
+        """Predict the patches of `mask.predicted_ids`, in that order; dim is patch_px * patch_px * channels."""
         tokens = self._cross(latent, mask) if self.is_cross else self._self(latent, mask)
         return self.pred(self.norm(tokens))
 
     def _self(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Tokens stand in the order class, visible, hidden: attention does not mind, and each brings its position.
+        """Run all blocks with self-attention; return the predicted tokens.
 
-        The last block's queries, projection and MLP are those of predicted tokens only.
+        The order of tokens is class, visible, hidden: attention is invariant to it, since each token carries its
+        position. The last block computes queries, projection and MLP for predicted tokens only.
         """
-        shown_ids = mask.visible_ids + 1
+        seen_ids = mask.visible_ids + 1
         if self.mask_token is None:
-            shown_ids = torch.cat([shown_ids, mask.hidden_ids + 1], dim=1)
-        tokens = self._placed(latent, shown_ids)
+            seen_ids = torch.cat([seen_ids, mask.hidden_ids + 1], dim=1)
+        tokens = self._with_positions(latent, seen_ids)
         if self.mask_token is not None:
-            tokens = torch.cat([tokens, self._asking(mask.hidden_ids)], dim=1)
+            tokens = torch.cat([tokens, self._mask_tokens(mask.hidden_ids)], dim=1)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         last = cast(Block, self.blocks[-1])
@@ -66,26 +68,29 @@ class Decoder(nn.Module):
         return _attend(last, tokens[:, first:], normed[:, first:], normed)
 
     def _cross(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Mask tokens after all blocks; class and visible tokens are what every block asks, and stay as they are."""
-        shown = self._placed(latent, mask.visible_ids + 1)
-        tokens = self._asking(mask.predicted_ids)
+        """Run all blocks on mask tokens only; each attends to the class and visible tokens, which no block changes."""
+        seen = self._with_positions(latent, mask.visible_ids + 1)
+        tokens = self._mask_tokens(mask.predicted_ids)
         for module in self.blocks:
             block = cast(Block, module)
-            tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(shown))
+            tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(seen))
         return tokens
 
-    def _placed(self, latent: Tensor, ids: Tensor) -> Tensor:
-        """The encoder's tokens in the decoder's width at their positions; the class token's is 0."""
+    def _with_positions(self, latent: Tensor, ids: Tensor) -> Tensor:
+        """Project the encoder's tokens to the decoder's width and add positions; the class token's position is 0."""
         return self.embed(latent) + F.embedding(F.pad(ids, (1, 0)), self.pos_embed[0])
 
-    def _asking(self, ids: Tensor) -> Tensor:
-        """Mask tokens at the positions of these patches."""
+    def _mask_tokens(self, ids: Tensor) -> Tensor:
+        """Return mask tokens with the positions of these patches."""
         assert self.mask_token is not None
         return self.mask_token + F.embedding(ids + 1, self.pos_embed[0])
 
 
 def _attend(block: Block, tokens: Tensor, normed: Tensor, context: Tensor) -> Tensor:
-    """`block` for these tokens, with keys and values from the context; both normed by the block's first norm."""
+    """Run `block` on tokens that attend to `context`.
+
+    `normed` are the tokens and `context` the attended tokens after the block's first norm.
+    """
     attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
     width, heads = tokens.shape[2], attention.num_heads
     weight_q, weight_kv = attention.qkv.weight.split([width, 2 * width])

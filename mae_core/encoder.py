@@ -26,9 +26,10 @@ def build_encoder(
     num_classes: int = 0,
     pool: Literal["token", "avg"] = "token",
 ) -> VisionTransformer:
-    """A ViT with fixed sine-cosine positions, initialised as the reference's, from torch's global generator.
+    """Build a ViT with fixed sine-cosine positions, initialized as in the reference from torch's global generator.
 
-    `pool="avg"` normalises after the mean over patches (timm's fc_norm) instead of before it.
+    `pool="avg"` normalizes after the mean over patches (timm's fc_norm) instead of before it. Raises UserError if the
+    patch does not divide the image.
     """
     grid = patch_grid(image_px, arch.patch_px)
     vit = VisionTransformer(
@@ -60,15 +61,16 @@ def encode(
     mask: Mask | None,
     mask_token: Float[Tensor, "1 1 features"] | None = None,
 ) -> Float[Tensor, "batch tokens features"]:
-    """The class token and the visible patches (all of them without a mask), encoded and normalised.
+    """Encode the visible patches, or all of them if `mask` is None; the class token comes first.
 
-    With a mask token, one stands for every hidden patch, after the visible ones (Table 1c).
+    With a mask token, one per hidden patch follows the visible patches (Table 1c). Tokens are normalized by the ViT's
+    last norm. `images` are normalized pixels (`pixels_to_input`).
     """
     assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
     projection = vit.patch_embed.proj
     patch_px = projection.kernel_size[0]
     patches = patchify(images, patch_px) if mask is None else gather_patches(images, mask.visible_ids, patch_px)
-    # A patch's values come row, column, channel; the convolution's weight is laid out channel, row, column.
+    # Values of a patch are ordered row, column, channel; the convolution's weight is channel, row, column.
     embedded = F.linear(patches, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
     assert vit.pos_embed is not None
     assert vit.cls_token is not None
@@ -84,12 +86,12 @@ def encode(
 
 
 def export_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's names, without a head."""
+    """Return the encoder's tensors under timm's names, without a head."""
     return {name: tensor.detach() for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
 
 
 def init_linear(module: nn.Module) -> None:
-    """A linear layer starts from Xavier's uniform distribution and no bias."""
+    """Initialize a linear layer with Xavier's uniform distribution and zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -97,5 +99,5 @@ def init_linear(module: nn.Module) -> None:
 
 
 def fixed(values: Tensor) -> nn.Parameter:
-    """Values that are saved but never learnt; a parameter and not a buffer, as in timm's ViT."""
+    """Wrap values that are saved but not trained; as a parameter and not a buffer, as in timm's ViT."""
     return nn.Parameter(values, requires_grad=False)

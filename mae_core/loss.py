@@ -1,4 +1,4 @@
-"""What is predicted, and how far off a prediction is (section 3, "Reconstruction target")."""
+"""Prediction targets and reconstruction loss (section 3, "Reconstruction target")."""
 
 from typing import Literal
 
@@ -17,13 +17,13 @@ def targets(
     patch_px: int,
     kind: Literal["norm_pixels", "pixels"],
 ) -> Float[Tensor, "batch predicted dim"]:
-    """The predicted patches' values; for norm_pixels normalised by each patch's own mean and deviation (Table 1d)."""
+    """Collect the values to predict; for norm_pixels, normalize each patch by its own mean and deviation (Table 1d)."""
     pixels = gather_patches(images, mask.predicted_ids, patch_px)
     return pixels if kind == "pixels" else normalize(pixels)
 
 
 def normalize(pixels: Float[Tensor, "batch num dim"]) -> Float[Tensor, "batch num dim"]:
-    """Patches with mean 0 and variance 1 (unbiased), each by its own statistics."""
+    """Normalize each patch to mean 0 and (unbiased) variance 1."""
     mean = pixels.mean(dim=-1, keepdim=True)
     deviation = (pixels.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
     return (pixels - mean) / deviation
@@ -32,5 +32,5 @@ def normalize(pixels: Float[Tensor, "batch num dim"]) -> Float[Tensor, "batch nu
 def masked_mse(
     pred: Float[Tensor, "batch predicted dim"], target: Float[Tensor, "batch predicted dim"]
 ) -> Float[Tensor, "batch"]:
-    """Each sample's mean squared error over its predicted patches, in the target's precision."""
+    """Compute each sample's mean squared error over its predicted patches, in the target's precision."""
     return (pred.to(target.dtype) - target).square().mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""Which patches are hidden: uniformly at random, in blocks, or on a grid (section 3, Figure 6)."""
+"""Masks: patches hidden uniformly at random, in blocks, or on a grid (section 3, Figure 6)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mae_core.random_tensors import hash64, uniform
 from mae_core.randomness import Purpose
 
 # Block masks after BEiT (Bao et al. 2021, Algorithm 1): its rectangles cover at least 16 of 196 patches and are at most
-# 1 / 0.3 times as long as wide. Sixteen of them cover any share of the image that is asked for, in all but rare cases.
+# 1 / 0.3 times as long as wide. Sixteen of them cover any requested share of the image in all but rare cases.
 _BLOCK_MIN_AREA = 16 / 196
 _BLOCK_MIN_ASPECT = 0.3
 _NUM_BLOCKS = 16
@@ -22,10 +22,10 @@ _NUM_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Mask:
-    """The visible and the hidden patches of every sample, in ascending order.
+    """The visible and the hidden patches of every sample, each in ascending order of position.
 
-    Where a step predicts some of the hidden patches only, they are the last: `hidden_ids[:, predicted_from:]`, in
-    ascending order like those before them.
+    If a step predicts only some of the hidden patches, they come last: `hidden_ids[:, predicted_from:]`, ascending like
+    those before them.
     """
 
     visible_ids: Int64[Tensor, "batch visible"]
@@ -34,7 +34,7 @@ class Mask:
 
     @property
     def predicted_ids(self) -> Int64[Tensor, "batch predicted"]:
-        """Hidden patches whose prediction is asked for; all of them unless some were chosen."""
+        """Hidden patches to predict; all of them unless some were chosen."""
         return self.hidden_ids[:, self.predicted_from :]
 
     @property
@@ -42,17 +42,17 @@ class Mask:
         return self.visible_ids.shape[1] + self.hidden_ids.shape[1]
 
     def is_hidden(self) -> Bool[Tensor, "batch num"]:
-        """For every patch, whether it is hidden."""
+        """Mark the hidden patches."""
         hidden = torch.zeros(len(self.hidden_ids), self.num_patches, dtype=torch.bool, device=self.hidden_ids.device)
         return hidden.scatter_(1, self.hidden_ids, True)
 
     def to(self, device: torch.device | str) -> "Mask":
-        """The mask on another device."""
+        """Copy the mask to another device."""
         return dataclasses.replace(self, visible_ids=self.visible_ids.to(device), hidden_ids=self.hidden_ids.to(device))
 
 
 def mask_from_noise(noise: Shaped[Tensor, "batch num"], num_visible: int) -> Mask:
-    """The `num_visible` patches with the least noise stay visible; of equals, the earlier one."""
+    """Keep the `num_visible` patches with the least noise visible; on ties, the earlier one."""
     order = noise.argsort(dim=1, stable=True)
     return Mask(order[:, :num_visible].sort(dim=1).values, order[:, num_visible:].sort(dim=1).values)
 
@@ -60,7 +60,7 @@ def mask_from_noise(noise: Shaped[Tensor, "batch num"], num_visible: int) -> Mas
 def sample_masks(
     config: MaskConfig, grid: Size, *, seed: int, epoch: int, sample_ids: Int64[Tensor, "batch"], view: int = 0
 ) -> Mask:
-    """One mask a sample, a function of (seed, epoch, sample id, view); all hide the same number of patches."""
+    """Draw one mask per sample from (seed, epoch, sample id, view); all hide the same number of patches."""
     if config.kind == "grid":
         noise, visible = _grid_noise(config.grid_cell(), grid, sample_ids)
     else:
@@ -84,9 +84,10 @@ def random_masks(
 def training_masks(
     config: ModelConfig, *, seed: int, epoch: int, sample_ids: Int64[Tensor, "batch"], masks_per_image: int = 1
 ) -> Mask:
-    """The masks of one training step, with the patches to predict chosen; rows run over the samples, then over views.
+    """Draw the masks of one training step and choose the patches to predict.
 
-    A further view of a sample is another mask of it, as independent of the first as the next epoch's.
+    Row `view * batch + i` is the mask of sample i. Masks of different views of a sample are independent, as those of
+    different epochs are.
     """
     views = []
     for view in range(masks_per_image):
@@ -102,7 +103,7 @@ def training_masks(
 
 
 def choose_predicted(mask: Mask, noise: Shaped[Tensor, "batch hidden"], num_predicted: int) -> Mask:
-    """The mask that asks for the `num_predicted` hidden patches with the most noise."""
+    """Predict only the `num_predicted` hidden patches with the most noise."""
     first = mask.hidden_ids.shape[1] - num_predicted
     shuffled = mask.hidden_ids.gather(1, noise.argsort(dim=1, stable=True))
     parts = shuffled[:, :first].sort(dim=1).values, shuffled[:, first:].sort(dim=1).values
@@ -115,10 +116,10 @@ def _random_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: T
 
 
 def _block_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:
-    """Rectangles are hidden one after another until enough is; the last is cut short along its rows.
+    """Hide rectangles one after another until enough patches are hidden; the last is cut short along its rows.
 
     A patch's rank is the first rectangle that covers it. Within a rank patches are taken in reading order, for half of
-    the samples from the end, so that what the exact count cuts off is a piece of a block too.
+    the samples from the end, so that the part cut off to reach the exact count is also a piece of a block.
     """
     rows, columns = grid
     num_patches = rows * columns
@@ -149,7 +150,7 @@ def _block_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Te
 
 
 def _grid_noise(cell: int, grid: Size, sample_ids: Tensor) -> tuple[Tensor, int]:
-    """The first patch of every cell is visible, for every sample and epoch."""
+    """Keep the first patch of every cell visible, for every sample and epoch."""
     row = torch.arange(grid[0], device=sample_ids.device)[:, None]
     column = torch.arange(grid[1], device=sample_ids.device)
     is_hidden = ((row % cell != 0) | (column % cell != 0)).flatten().to(torch.int64)

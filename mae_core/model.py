@@ -15,7 +15,11 @@ from mae_core.randomness import Purpose, seed_of
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees some patches and a decoder that predicts the others."""
+    """An encoder of visible patches and a decoder that predicts hidden ones.
+
+    Weights are initialized from torch's global generator; `build_mae` takes a seed instead. Images are normalized
+    pixels (`pixels_to_input`) of `config.image_px`; masks come from `sample_masks` or `random_masks`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -28,27 +32,30 @@ class MaskedAutoencoder(nn.Module):
             self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
 
     def forward(self, images: Float[Tensor, "batch channels height width"], mask: Mask) -> Float[Tensor, "batch"]:
-        """Each sample's loss, over the predicted ones of its hidden patches only."""
+        """Compute each sample's loss, the mean squared error over its predicted patches."""
         target = targets(images, mask, self.config.patch_px, self.config.target)
         return masked_mse(self.predict(images, mask), target)
 
     def predict(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask
     ) -> Float[Tensor, "batch predicted dim"]:
-        """Hidden patches as the model imagines them, in the order of `mask.predicted_ids`, in units of its target."""
+        """Predict the patches of `mask.predicted_ids`, in that order and in units of the target.
+
+        dim is patch_px * patch_px * channels, ordered row, column, channel.
+        """
         return self.decoder(encode(self.encoder, images, mask, self.mask_token), mask)
 
     @torch.no_grad()
     def reconstruct(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
-        """(images with hidden patches zeroed, images with hidden patches predicted), visible patches as they are.
+        """Return images with hidden patches zeroed, and images with hidden patches predicted.
 
-        A prediction of normalised pixels lacks the patch's own mean and deviation. They are estimated from the visible
-        patches nearby, so that nothing hidden leaks into the picture. The alternative, common elsewhere, is to borrow
-        the hidden patches' true statistics: a crisper picture, of which the model has predicted only a part.
+        Visible patches are unchanged. A prediction of normalized pixels lacks the patch's own mean and deviation; they
+        are estimated from nearby visible patches, so that nothing hidden leaks into the picture. The common alternative
+        uses the hidden patches' true statistics: the picture is crisper, but the model predicted only part of it.
         """
-        assert mask.predicted_from == 0, "a picture shows all that is hidden"
+        assert mask.predicted_from == 0, "a picture needs predictions of all hidden patches"
         config = self.config
         patches = patchify(images, config.patch_px)
         predicted = self.predict(images, mask).to(images.dtype)
@@ -62,21 +69,21 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build_mae(config: ModelConfig, seed: int) -> MaskedAutoencoder:
-    """A new MAE, the same for the same seed; torch's global generators are left as they were."""
+    """Build a model whose initial weights depend on the seed only; torch's global generators are unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, Purpose.INIT))
         return MaskedAutoencoder(config)
 
 
 def _nearby_statistics(visible: Tensor, mask: Mask, grid: Size) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [batch, hidden, 1] of hidden patches, from the visible ones weighted by distance**-4.
+    """Estimate mean and deviation [batch, hidden, 1] of hidden patches from visible ones, weighted by distance**-4.
 
-    The weight falls fast enough for near patches to outweigh the many far ones, whose number grows with distance.
+    The weight falls fast enough for near patches to outweigh far ones, whose number grows with distance.
     """
     statistics = torch.cat([visible.mean(-1, keepdim=True), (visible.var(-1, keepdim=True) + NORM_EPS).sqrt()], -1)
     rows = torch.arange(grid[0], device=visible.device).repeat_interleave(grid[1])
     columns = torch.arange(grid[1], device=visible.device).repeat(grid[0])
-    places = torch.stack([rows, columns], dim=1).to(visible.dtype)
-    weights = torch.cdist(F.embedding(mask.hidden_ids, places), F.embedding(mask.visible_ids, places)) ** -4
+    positions = torch.stack([rows, columns], dim=1).to(visible.dtype)
+    weights = torch.cdist(F.embedding(mask.hidden_ids, positions), F.embedding(mask.visible_ids, positions)) ** -4
     mean, deviation = (weights @ statistics / weights.sum(-1, keepdim=True)).split(1, dim=-1)
     return mean, deviation

@@ -1,4 +1,4 @@
-"""Optimizers of the paper's recipes: AdamW with layer-wise decay of the rate, and LARS for probes."""
+"""Optimizers of the paper's recipes: AdamW with layer-wise learning-rate decay, and LARS for linear probes."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _LAST = re.compile(r"(norm|fc_norm|head)\..*")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> Optimizer:
-    """The optimizer that the config names, over all parameters that learn."""
+    """Build the optimizer named in the config over all parameters that require a gradient."""
     groups = param_groups(model, config.weight_decay, config.layer_decay)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
@@ -28,10 +28,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> Optimiz
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Learning parameters by (rate, decay): biases, norms, tokens and other 1-D parameters are not decayed.
+    """Group trainable parameters by (learning-rate scale, weight decay).
 
-    With layer_decay below 1 the rate falls by that factor from each block to the one below it. Raises UserError where
-    the model has names that this does not know, rather than training it at the wrong rates.
+    Biases, norms, tokens and other 1-D parameters are not decayed. With layer_decay below 1 the learning rate falls by
+    that factor from each block to the one below it. Raises UserError if a parameter's name is unknown, instead of
+    training it at the wrong rate.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     scale_of = _layer_scales(model, layer_decay) if layer_decay < 1 else (lambda name: 1.0)
@@ -45,13 +46,13 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
 
 
 def _layer_scales(model: nn.Module, layer_decay: float) -> Callable[[str], float]:
-    """The factor of each parameter's rate: 1 for the head, layer_decay ** (depth + 1) for the patch embedding."""
+    """Scale the rate by layer: 1 for the head, layer_decay ** (depth + 1) for the patch embedding."""
     names = [name for name, _ in model.named_parameters()]
     blocks = {int(found[1]) for name in names if (found := _BLOCK.fullmatch(name))}
-    strange = [name for name in names if not any(p.fullmatch(name) for p in (_FIRST, _BLOCK, _LAST))]
-    if strange or not blocks:
+    unknown = [name for name in names if not any(p.fullmatch(name) for p in (_FIRST, _BLOCK, _LAST))]
+    if unknown or not blocks:
         raise UserError(
-            f"layer_decay {layer_decay} needs a backbone with timm's ViT names, not {(strange or names)[0]!r}; "
+            f"layer_decay {layer_decay} needs a backbone with timm's ViT names, not {(unknown or names)[0]!r}; "
             "rename its parameters or try layer_decay 1"
         )
     top = max(blocks) + 2
@@ -65,7 +66,7 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> Callable[[str], float
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose steps are as long, relative to each weight matrix, everywhere (You et al. 2017).
+    """SGD with momentum and steps of equal length relative to the norm of each weight matrix (You et al. 2017).
 
     Parameters with one dimension are neither decayed nor rescaled, as in the recipe of Table 9.
     """
@@ -83,9 +84,9 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None, "LARS takes no closure"
-        # As in torch's fused optimizers: where this is 1, nothing changes, and nothing waits for the device to say so.
+        # As in torch's fused optimizers: if this is 1, nothing changes, without a synchronization with the device.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -106,7 +107,7 @@ class LARS(Optimizer):
 
 
 def _trust_ratio(parameter: Tensor, update: Tensor, trust: float) -> Tensor:
-    """trust * |parameter| / |update|, or 1 where either is zero; a tensor, so that nothing waits for the device."""
+    """Compute trust * |parameter| / |update|, or 1 if either norm is zero, without a synchronization."""
     weight_norm, update_norm = parameter.norm(), update.norm()
     ratio = trust * weight_norm / update_norm
     return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))

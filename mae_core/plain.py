@@ -1,4 +1,7 @@
-"""The paper computed as it is written, over all patches and all tokens: what the fast path must equal."""
+"""Reference implementation: the paper's computation as written, over all patches and tokens.
+
+Tests require the fast path (`model`) to equal it.
+"""
 
 from typing import cast
 
@@ -17,7 +20,7 @@ from mae_core.patches import gather, patchify
 def plain_loss(
     mae: MaskedAutoencoder, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch"]:
-    """`mae(images, mask)` with the same modules: embed all patches, drop, encode, unshuffle, decode and predict all."""
+    """Compute `mae(images, mask)` with its modules: embed all, drop hidden patches, encode, unshuffle, predict all."""
     target = patchify(images, mae.config.patch_px)
     if mae.config.target == "norm_pixels":
         target = normalize(target)
@@ -29,7 +32,7 @@ def plain_loss(
 def plain_predict(
     mae: MaskedAutoencoder, images: Float[Tensor, "batch channels height width"], mask: Mask
 ) -> Float[Tensor, "batch num dim"]:
-    """Every patch's predicted values, visible ones too, in the order of the image."""
+    """Predict every patch, visible ones too, in the order of the image."""
     vit, decoder = mae.encoder, mae.decoder
     assert vit.pos_embed is not None
     assert vit.cls_token is not None
@@ -55,18 +58,18 @@ def plain_predict(
 
 
 def _cross_predict(mae: MaskedAutoencoder, latent: Tensor, mask: Mask) -> Tensor:
-    """A mask token for every patch, even visible ones, asks the whole image, of which only visible tokens answer."""
+    """Decode with a mask token for every patch, visible ones too; hidden keys are masked out of the attention."""
     decoder = mae.decoder
     assert decoder.mask_token is not None
     positions = decoder.pos_embed.expand(len(latent), -1, -1)
-    placed = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent), latent[:, 1:])
-    shown = torch.cat([latent[:, :1], placed[:, 1:]], dim=1) + positions
-    answers = torch.nn.functional.pad(~mask.is_hidden(), (1, 0), value=True)[:, None, None]
+    scattered = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent), latent[:, 1:])
+    context = torch.cat([latent[:, :1], scattered[:, 1:]], dim=1) + positions
+    attended = torch.nn.functional.pad(~mask.is_hidden(), (1, 0), value=True)[:, None, None]
     tokens = decoder.mask_token + positions[:, 1:]
     for module in decoder.blocks:
         block = cast(Block, module)
         attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
-        tokens = tokens + _cross_attention(attention, block.norm1(tokens), block.norm1(shown), answers)
+        tokens = tokens + _cross_attention(attention, block.norm1(tokens), block.norm1(context), attended)
         tokens = tokens + mlp(block.norm2(tokens))
     return decoder.pred(decoder.norm(tokens))
 
@@ -75,11 +78,11 @@ def _slots(ids: Tensor, latent: Tensor) -> Tensor:
     return (ids + 1)[..., None].expand(-1, -1, latent.shape[2])
 
 
-def _cross_attention(attention: Attention, tokens: Tensor, shown: Tensor, answers: Tensor) -> Tensor:
-    """Softmax attention written out, with the weights of queries, keys and values apart."""
+def _cross_attention(attention: Attention, tokens: Tensor, context: Tensor, attended: Tensor) -> Tensor:
+    """Compute softmax attention step by step, with separate weights of queries, keys and values."""
     heads = attention.num_heads
-    sides = zip((tokens, shown, shown), attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3))
+    sides = zip((tokens, context, context), attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3))
     query, key, value = ((x @ w.T + b).unflatten(2, (heads, -1)).transpose(1, 2) for x, w, b in sides)
     scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-    shares = scores.masked_fill(~answers, float("-inf")).softmax(dim=3)
-    return attention.proj((shares @ value).transpose(1, 2).flatten(2))
+    weights = scores.masked_fill(~attended, float("-inf")).softmax(dim=3)
+    return attention.proj((weights @ value).transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""Fixed positions of patches."""
+"""Fixed position embeddings of patches."""
 
 import torch
 from jaxtyping import Float32
@@ -11,10 +11,10 @@ _TEMPERATURE = 10_000
 
 
 def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "tokens width"]:
-    """Sine-cosine positions of a grid's patches row by row, after a row of zeros for the class token.
+    """Compute sine-cosine embeddings of a grid's patches, row by row; the class token's, first, is zero.
 
-    The first half of a position encodes the column, the second the row: the reference's order, which its published
-    weights depend on, though one would expect the row first.
+    The first half of an embedding encodes the column, the second the row. This is the reference's order, which its
+    published weights depend on. Raises UserError if `width` is not a multiple of 4.
     """
     if width % 4:
         raise UserError(f"a width of {width} has no 2-D sine-cosine positions; try {width + 4 - width % 4}")

@@ -1,4 +1,4 @@
-"""The numbers of `randomness` as tensors, the same on every device.
+"""The random numbers of `randomness` as tensors, identical on every device.
 
 Torch has no uint64 shifts, so the bits travel in int64, where addition and multiplication wrap and right shifts are
 masked to be logical.
@@ -12,7 +12,7 @@ from mae_core.randomness import GAMMA, MIX_1, MIX_2, Purpose, prefix
 
 
 def hash64(seed: int, purpose: Purpose, *counters: Int[Tensor, "..."] | int) -> Int64[Tensor, "..."]:
-    """64 random bits for every key, as int64; counters broadcast. The same on every device."""
+    """Hash every key to 64 random bits as int64; counters broadcast."""
     state, rest = prefix(seed, purpose, counters)
     hashed: Tensor | int = _signed(state)
     for counter in rest:
@@ -23,7 +23,7 @@ def hash64(seed: int, purpose: Purpose, *counters: Int[Tensor, "..."] | int) -> 
 
 
 def uniform(seed: int, purpose: Purpose, *counters: Int[Tensor, "..."] | int) -> Float64[Tensor, "..."]:
-    """A uniform number in [0, 1) for every key, with 53 random bits."""
+    """Draw a uniform number in [0, 1) with 53 random bits for every key; counters broadcast."""
     return _shift(hash64(seed, purpose, *counters), 11).to(torch.float64) * 2.0**-53
 
 
@@ -34,11 +34,11 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
-    """A logical right shift: int64's own drags the sign along."""
+    """Shift right logically; int64's own shift extends the sign."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the lowest 64 bits of `value`."""
+    """Wrap `value` to the int64 with the same lowest 64 bits."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

@@ -1,7 +1,7 @@
-"""Randomness without state: a number depends on its key (seed, purpose, counters) and on nothing else.
+"""Stateless random numbers: each is a function of its key (seed, purpose, counters).
 
-The hash is splitmix64's finalizer (Steele, Lea and Flood 2014), chained over the key. Free of torch, which many of
-Ray's processes need not load; `random_tensors` has the same numbers as tensors.
+The hash is splitmix64's finalizer (Steele, Lea and Flood 2014), chained over the key. This module imports no torch,
+since many processes do not need it; `random_tensors` computes the same numbers as tensors.
 """
 
 from enum import IntEnum
@@ -17,7 +17,7 @@ _BITS = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for. The values are part of every key: never renumber."""
+    """Use of a random number. The values are part of every key: never renumber."""
 
     MASK = 1
     ROW_GROUPS = 2
@@ -35,7 +35,7 @@ class Purpose(IntEnum):
 
 
 def hash64_numpy(seed: int, purpose: Purpose, *counters: Int[np.ndarray, "..."] | int) -> UInt64[np.ndarray, "..."]:
-    """64 random bits for every key; counters broadcast."""
+    """Hash every key to 64 random bits; counters broadcast."""
     state, rest = prefix(seed, purpose, counters)
     hashed = np.asarray(state, dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -46,17 +46,17 @@ def hash64_numpy(seed: int, purpose: Purpose, *counters: Int[np.ndarray, "..."] 
 
 
 def uniform_numpy(seed: int, purpose: Purpose, *counters: Int[np.ndarray, "..."] | int) -> Float64[np.ndarray, "..."]:
-    """A uniform number in [0, 1) for every key, with 53 random bits."""
+    """Draw a uniform number in [0, 1) with 53 random bits for every key; counters broadcast."""
     return np.asarray((hash64_numpy(seed, purpose, *counters) >> np.uint64(11)) * 2.0**-53)
 
 
 def seed_of(seed: int, purpose: Purpose, *counters: int) -> int:
-    """A seed in [0, 2**63) for a generator that has one."""
+    """Derive a seed in [0, 2**63) for a stateful generator."""
     return prefix(seed, purpose, counters)[0] >> 1
 
 
 def prefix(seed: int, purpose: Purpose, counters: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
-    """The hash of everything up to the first counter that is an array, and the counters from there on."""
+    """Hash the key up to the first counter that is an array; return the state and the remaining counters."""
     state = _mix_int(_mix_int(seed & _BITS) + int(purpose) * GAMMA)
     for index, counter in enumerate(counters):
         if not isinstance(counter, int | np.integer):

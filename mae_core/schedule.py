@@ -1,4 +1,4 @@
-"""Learning rates: a linear warm-up, then half a cosine, set at every step (Tables 8 to 10)."""
+"""Learning-rate schedule: linear warm-up, then a half-cosine decay, per step (Tables 8 to 10)."""
 
 from dataclasses import dataclass
 from math import cos, pi
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate of every step."""
+    """Learning rate as a function of the step."""
 
     peak_lr: float
     min_lr: float
@@ -16,7 +16,7 @@ class Schedule:
     total_steps: int
 
     def lr(self, step: int) -> float:
-        """The rate that step `step` (from 0) is taken with; the very first is 0 where there is a warm-up."""
+        """Return the rate of step `step`, counted from 0; with a warm-up, that of the first step is 0."""
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -24,11 +24,11 @@ class Schedule:
 
 
 def peak_lr(base_lr: float, batch: int) -> float:
-    """The linear scaling rule: base_lr is for a batch of 256 (Goyal et al. 2017)."""
+    """Apply the linear scaling rule: base_lr is for a batch of 256 (Goyal et al. 2017)."""
     return base_lr * batch / 256
 
 
 def apply_lr(optimizer: Optimizer, lr: float) -> None:
-    """Every parameter group learns at `lr` times its own `lr_scale`."""
+    """Set the rate of every parameter group to `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,4 +1,4 @@
-"""Training state as named tensors, and named tensors as bytes: safetensors, never pickle, no file system."""
+"""Convert training state to named tensors and to safetensors bytes, and back. No pickle, no file access."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from mae_core.errors import UserError
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors as one safetensors file, the same bytes for the same tensors."""
+    """Serialize tensors as one safetensors file; equal tensors give equal bytes."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-# Widest first, as safetensors lays tensors out, so that each is aligned.
+# Widest first, the order in which safetensors stores tensors, so that each is aligned.
 _DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -32,9 +32,9 @@ _DTYPES = {
 
 
 def parts(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """The file that `pack` gives, in parts that share the memory of these CPU tensors.
+    """Serialize CPU tensors as `pack` does, in parts that share their memory.
 
-    Neither hashing nor writing a part holds the interpreter, as `pack` does while it copies.
+    Hashing and writing a part release the interpreter lock; `pack` holds it while it copies.
     """
     order = list(_DTYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
@@ -51,22 +51,22 @@ def parts(tensors: Mapping[str, Tensor]) -> list[memoryview]:
 
 
 def unpack(content: bytes) -> dict[str, Tensor]:
-    """The tensors in a safetensors file. Raises UserError for anything else, a cut-off file included."""
+    """Read the tensors of a safetensors file. Raises UserError for anything else, including a truncated file."""
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{len(content)} bytes are no whole safetensors file ({error}); fetch or export the weights again"
+            f"{len(content)} bytes are not a complete safetensors file ({error}); fetch or export the weights again"
         ) from error
 
 
 def model_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and buffers by name, sharing its memory."""
+    """Return the module's parameters and buffers by name, sharing its memory."""
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as `<state>/<parameter's name>`, whatever the order of its parameters."""
+    """Return the optimizer's state as `<state>/<parameter's name>`, independent of the order of its parameters."""
     return {
         f"{key}/{name}": value.detach()
         for name, parameter in model.named_parameters()
@@ -75,7 +75,7 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The optimizer is in the state that `optimizer_tensors` gave. Raises UserError for another model's state."""
+    """Restore what `optimizer_tensors` returned. Raises UserError for another model's state."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index = {names[parameter]: i for i, parameter in enumerate(learning)}

@@ -1,4 +1,4 @@
-"""What one micro-batch contributes to a step. Sums, not means: the caller divides by the samples of the whole step."""
+"""Losses of one micro-batch, as sums and not means (the caller divides by the samples of the step), and the EMA."""
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ def pretrain_loss(
     mask: Mask,
     weights: Float[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
-    """The weighted sum of the samples' losses; placeholders have weight 0.
+    """Sum the samples' losses, weighted; placeholders have weight 0.
 
-    Rows of images and masks run over the samples, then over crops and views. Where there are more masks
-    (`training_masks`) than images, these are used again; a sample's loss is the mean over its views.
+    Rows of images and masks are ordered by crop or view first, then by sample. If there are more masks
+    (`training_masks`) than images, images are repeated; a sample's loss is the mean over its views.
     """
     views = len(mask.visible_ids) // len(weights)
     if views == 1:
@@ -32,13 +32,13 @@ def classify_loss(
     targets: Float[Tensor, "batch classes"],
     weights: Float[Tensor, "batch"],
 ) -> Float[Tensor, ""]:
-    """The weighted sum of the samples' cross-entropies with soft targets."""
+    """Sum the samples' cross-entropies with soft targets, weighted; placeholders have weight 0."""
     return -((targets * F.log_softmax(logits, dim=1)).sum(dim=1) * weights).sum()
 
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Every parameter of `ema` has moved by 1 - decay towards the model's; buffers are the model's."""
+    """Move every parameter of `ema` by 1 - decay towards the model's; copy the model's buffers."""
     averages: list[Tensor] = list(ema.parameters())
     values: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(averages, values, 1 - decay)

@@ -84,7 +84,7 @@ def test_unpack_undoes_pack_whatever_the_types():
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", pack(TENSORS)[:-1], b"\xff" * 64, b"\x80\x04K\x01."])
 def test_anything_else_is_refused(content):
-    with pytest.raises(ValueError, match=r"no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"not a complete safetensors file"):
         unpack(content)
 
 
