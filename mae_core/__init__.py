@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         parse_arch,
     )
     from mae_core.encoder import build_encoder, encode
+    from mae_core.errors import UserError
     from mae_core.masking import Mask, mask_from_noise, random_masks, sample_masks
     from mae_core.model import MaskedAutoencoder, build_mae
     from mae_core.pretrained import Classifier, Encoder, load_classifier, load_encoder, load_mae
@@ -40,6 +41,7 @@ _MODULES = {
         "parse_arch",
     ),
     "encoder": ("build_encoder", "encode"),
+    "errors": ("UserError",),
     "masking": ("Mask", "mask_from_noise", "random_masks", "sample_masks"),
     "model": ("MaskedAutoencoder", "build_mae"),
     "pretrained": ("Classifier", "Encoder", "load_classifier", "load_encoder", "load_mae"),
@@ -72,6 +74,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "load_mae",
     "Classifier",
     "load_classifier",
+    "UserError",
 ]
 
 

@@ -1,4 +1,4 @@
-"""How fast a training step is: forward, backward and optimizer, beside the plain computation and transformers.
+"""Benchmark of a training step (forward, backward, optimizer) against the plain computation and transformers.
 
-Needs torch and timm alone, so that `python -m mae_core.bench` runs on a GPU host that has no Ray.
+Needs only the library's dependencies, so that `python -m mae_core.bench` runs on a GPU host without Ray.
 """

@@ -1,4 +1,4 @@
-"""`python -m mae_core.bench`: `mae bench step` where neither Ray nor the command line's libraries are installed."""
+"""`python -m mae_core.bench`: `mae bench step` without Ray and the command line's libraries."""
 
 import argparse
 import ast
@@ -11,27 +11,28 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mae_core.bench.config import StepConfig
 from mae_core.bench.step import measure, table
+from mae_core.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints, a model at a time; exit status 2 for what the user can mend."""
+    """Measure and print one model after another; return exit status 2 for an error that the user can fix."""
     arguments = vars(_parser().parse_args(argv))
     as_json = arguments.pop("json")
     try:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         for found in measure(StepConfig(**fields)):
             print(json.dumps(found) if as_json else table(found), flush=True)
-    except ValueError as error:
+    except UserError as error:
         print(f"mae_core.bench: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    """A flag for every field of the config, explained by the field's docstring."""
+    """Build a parser with a flag per field of the config, explained by the field's docstring."""
     parser = argparse.ArgumentParser(prog="python -m mae_core.bench", description=StepConfig.__doc__)
-    parser.add_argument("--json", action="store_true", help="One JSON object a model, a line each.")
-    types, said = get_type_hints(StepConfig), _docstrings(StepConfig)
+    parser.add_argument("--json", action="store_true", help="One JSON object per model, one per line.")
+    types, helps = get_type_hints(StepConfig), _docstrings(StepConfig)
     for field in dataclasses.fields(StepConfig):
         kind, many = types[field.name], False
         if get_origin(kind) is tuple:
@@ -43,13 +44,13 @@ def _parser() -> argparse.ArgumentParser:
             choices=choices,
             nargs="*" if many else None,
             default=field.default,
-            help=f"{said[field.name]} [{field.default}]".replace("%", "%%"),
+            help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
         )
     return parser
 
 
 def _docstrings(cls: type) -> dict[str, Any]:
-    """What stands under each field of a dataclass."""
+    """Read the docstring below each field of a dataclass."""
     body = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(body, ast.ClassDef)
     return {

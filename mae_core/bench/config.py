@@ -1,4 +1,4 @@
-"""What is measured, and against what."""
+"""Options of the step benchmark."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,25 +8,25 @@ from mae_core.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 MIN_ROUNDS = 6
-"""Fewer pairs have no distribution-free 95 % interval of their median."""
+"""Fewer pairs give no distribution-free 95 % interval of the median."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """A training step of named models, timed in turn with the same step computed otherwise."""
+    """A training step of named models, timed in turns with other implementations of the same step."""
 
     model: tuple[str, ...] = ("vit_small_patch8",)
     """Encoders, vit_<size>_patch<px>, measured one after another."""
     image_px: int = 64
     """Height and width of the input."""
     batch: int = 32
-    """Masked images of one step."""
+    """Masked images per step."""
     precision: Precision = "float32"
-    """Autocast type of the forward pass; float16 with a loss scale."""
+    """Autocast type of the forward pass; float16 uses loss scaling."""
     plain_precision: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Autocast type of the plain computation."""
     mask_ratio: float = 0.75
-    """Share of patches that is hidden."""
+    """Share of patches that are hidden."""
     decoder_depth: int = 8
     """Blocks of the decoder."""
     decoder_width: int = 512
@@ -34,11 +34,11 @@ class StepConfig:
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     decoder_attention: Literal["self", "cross"] = "self"
-    """Decoder of ours; what it is compared with has the paper's (self)."""
+    """Attention of our decoder; the others have the paper's (self)."""
     predicted_share: float = 1.0
-    """Share of the hidden patches that ours predicts; what it is compared with predicts all."""
+    """Share of the hidden patches that ours predicts; the others predict all."""
     masks_per_image: int = 1
-    """Masks that ours learns from for each image; the batch counts masked images and must be a multiple."""
+    """Masks per image in ours; the batch counts masked images and must be a multiple."""
     compile: Literal["eager", "default", "reduce-overhead", "max-autotune"] = "eager"
     """torch.compile's mode for ours; reduce-overhead and max-autotune use CUDA graphs."""
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
@@ -48,19 +48,19 @@ class StepConfig:
     against: tuple[Literal["plain", "transformers"], ...] = ("plain", "transformers")
     """What ours is compared with: mae_core/plain.py in eager mode, and transformers' ViTMAE where it is installed."""
     images: str = ""
-    """Folder of images, read once before the clock starts; empty for random pixels."""
+    """Folder of images, read once before timing starts; empty for random pixels."""
     rounds: int = 30
-    """Rounds; in each, everything is timed once, in changing order."""
+    """Rounds; in each, everything is timed once, in rotating order."""
     steps_per_round: int = 1
-    """Steps that are timed together; more hide the launch of a GPU's first kernels."""
+    """Steps timed together; more hide the launch latency of a GPU's first kernels."""
     profile: int = 0
-    """Operations of ours to list by their share of the time, profiled after the rounds."""
+    """Number of our most expensive operations to list, profiled after the rounds."""
     clock: Literal["wall", "cpu"] = "wall"
-    """cpu: processor seconds of this process, for one thread (OMP_NUM_THREADS=1) of a machine that others use too."""
+    """cpu: CPU seconds of this process, for one thread (OMP_NUM_THREADS=1) on a shared machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     seed: int = 0
-    """Seed of weights, pixels and masks."""
+    """Seed of weights, images and masks."""
 
     def __post_init__(self) -> None:
         if self.rounds < MIN_ROUNDS:
@@ -73,14 +73,14 @@ class StepConfig:
                 f"try {max(1, self.masks_per_image) * max(1, self.batch // max(1, self.masks_per_image))}"
             )
         if self.clock == "cpu" and self.device == "cuda":
-            raise UserError("clock cpu does not see what a GPU does; try --clock wall")
+            raise UserError("clock cpu does not measure a GPU; try --clock wall")
         if not self.model:
             raise UserError("no model is named; try --model vit_small_patch8")
         for arch in self.model:
             self.of(arch)
 
     def of(self, arch: str) -> ModelConfig:
-        """The autoencoder with this encoder. Raises UserError where the sizes do not fit."""
+        """Build the config of the autoencoder with this encoder. Raises UserError if the sizes do not fit."""
         return ModelConfig(
             arch=arch,
             image_px=(self.image_px, self.image_px),
@@ -94,5 +94,5 @@ class StepConfig:
 
     @property
     def same_mathematics(self) -> bool:
-        """Whether ours computes the paper's loss, so that its value must be that of the plain computation."""
+        """Whether ours computes the paper's loss, so that its value must equal the plain computation's."""
         return self.decoder_attention == "self" and self.predicted_share == 1 and self.masks_per_image == 1

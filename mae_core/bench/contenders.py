@@ -1,4 +1,4 @@
-"""The same training step, computed in several ways: each a callable that does one step and returns its loss."""
+"""Implementations of the same training step; each runs one step and returns its loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,12 +39,12 @@ _BACKENDS = {
 
 @dataclass
 class Contender:
-    """One way to compute a step. Masks are drawn in each step, as in training."""
+    """One implementation of the step. Masks are drawn in each step, as in training."""
 
     name: str
     optimizer: torch.optim.Optimizer
     loss: Callable[[int], Tensor]
-    """The mean loss of the batch, by the number of the step."""
+    """Mean loss of the batch as a function of the step's number."""
     device: torch.device
     precision: Precision
     scaler: torch.amp.GradScaler
@@ -52,7 +52,7 @@ class Contender:
     num_steps: int = 0
 
     def step(self) -> Tensor:
-        """Forward, backward and optimizer; returns the loss before the update."""
+        """Run forward, backward and optimizer; return the loss before the update."""
         with self.around():
             dtype = getattr(torch, self.precision)
             with torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "float32"):
@@ -66,7 +66,7 @@ class Contender:
 
 
 def ours(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
-    """The fast path as it trains; compiled, and with its attention kernel, where the config says so."""
+    """Build the fast path as used in training, with the compilation and attention kernel of the config."""
     mae = build_mae(model, config.seed).to(images.device)
     if config.compile != "eager":
         mae.compile(mode=None if config.compile == "default" else config.compile, dynamic=False, fullgraph=True)
@@ -86,7 +86,7 @@ def ours(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
 
 
 def plain(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
-    """The paper as it is written (mae_core/plain.py), eager, with the same initial weights."""
+    """Build the reference implementation (mae_core/plain.py), eager, with the same initial weights."""
     paper = dataclasses.replace(model, decoder_attention="self", predicted_share=1.0)
     mae = build_mae(paper, config.seed).to(images.device)
     ids = torch.arange(len(images), device=images.device)
@@ -100,7 +100,7 @@ def plain(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
 
 
 def transformers(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
-    """transformers' ViTMAE of the same sizes, with its own weights and the same masks."""
+    """Build ViTMAE of transformers with the same sizes, its own weights and the same masks."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     paper, arch = dataclasses.replace(model, decoder_attention="self", predicted_share=1.0), parse_arch(model.arch)
@@ -132,7 +132,7 @@ def transformers(config: StepConfig, model: ModelConfig, images: Tensor) -> Cont
 
 
 def contenders(config: StepConfig) -> list[Callable[[StepConfig, ModelConfig, Tensor], Contender]]:
-    """What takes part: ours, and what it is compared with as far as it is installed."""
+    """List the implementations to time: ours, and the requested others that are installed."""
     found = [ours]
     if "plain" in config.against:
         found.append(plain)
@@ -142,7 +142,7 @@ def contenders(config: StepConfig) -> list[Callable[[StepConfig, ModelConfig, Te
 
 
 def input_images(config: StepConfig, device: torch.device) -> Float[Tensor, "batch channels height width"]:
-    """Normalised pixels: random ones, or the folder's images, again from the first where there are fewer."""
+    """Return normalized images: random ones, or the folder's, repeated if there are fewer than the batch."""
     side_px = config.image_px
     if not config.images:
         generator = torch.Generator().manual_seed(config.seed)

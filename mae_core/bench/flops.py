@@ -1,8 +1,8 @@
-"""How many operations a training step takes, counted from its matrix products.
+"""Number of floating-point operations of a training step, counted from its matrix products.
 
-A multiply-add counts two. Counted are linear layers and attention's two products, forward and backward (twice the
-forward, but for the patch embedding, whose input needs no gradient); norms, activations, softmax and optimizer are not.
-What a kernel computes again to save memory counts once.
+A multiply-add counts as two. Linear layers and the two products of attention are counted, forward and backward (twice
+the forward, except for the patch embedding, whose input needs no gradient). Norms, activations, softmax and optimizer
+are not counted. Recomputation inside a kernel is counted once.
 """
 
 import dataclasses
@@ -13,30 +13,30 @@ _MLP_RATIO = 4
 
 
 def step_flops(config: ModelConfig) -> int:
-    """Operations of one masked image in the fast path: nothing that the loss does not need."""
+    """Count the operations per masked image in the fast path, which computes only what the loss needs."""
     assert config.mask_token_in == "decoder", "mask tokens in the encoder are not counted"
-    shown, predicted = 1 + config.num_visible, config.num_predicted
-    everything = 1 + config.num_patches
+    encoded, predicted = 1 + config.num_visible, config.num_predicted
+    all_tokens = 1 + config.num_patches
     if config.decoder_attention == "cross":
-        blocks = config.decoder_depth * _block(predicted, shown, config.decoder_width)
+        blocks = config.decoder_depth * _block(predicted, encoded, config.decoder_width)
     else:
-        blocks = (config.decoder_depth - 1) * _block(everything, everything, config.decoder_width)
-        blocks += _block(predicted, everything, config.decoder_width)
+        blocks = (config.decoder_depth - 1) * _block(all_tokens, all_tokens, config.decoder_width)
+        blocks += _block(predicted, all_tokens, config.decoder_width)
     return _embedding(config, config.num_visible) + 3 * (_encoder(config) + blocks + _head(config, predicted))
 
 
 def plain_flops(config: ModelConfig) -> int:
-    """Operations of one masked image in mae_core/plain.py with the paper's decoder."""
+    """Count the operations per masked image in mae_core/plain.py with the paper's decoder."""
     paper = dataclasses.replace(config, decoder_attention="self", predicted_share=1.0)
-    everything = 1 + paper.num_patches
-    blocks = paper.decoder_depth * _block(everything, everything, paper.decoder_width)
-    return _embedding(paper, paper.num_patches) + 3 * (_encoder(paper) + blocks + _head(paper, everything))
+    all_tokens = 1 + paper.num_patches
+    blocks = paper.decoder_depth * _block(all_tokens, all_tokens, paper.decoder_width)
+    return _embedding(paper, paper.num_patches) + 3 * (_encoder(paper) + blocks + _head(paper, all_tokens))
 
 
 def _encoder(config: ModelConfig) -> int:
-    """Forward operations of the encoder's blocks and of the way into the decoder."""
-    arch, shown = parse_arch(config.arch), 1 + config.num_visible
-    return arch.depth * _block(shown, shown, arch.width) + _linear(shown, arch.width, config.decoder_width)
+    """Count forward operations of the encoder's blocks and of the projection to the decoder's width."""
+    arch, encoded = parse_arch(config.arch), 1 + config.num_visible
+    return arch.depth * _block(encoded, encoded, arch.width) + _linear(encoded, arch.width, config.decoder_width)
 
 
 def _embedding(config: ModelConfig, num_patches: int) -> int:
@@ -52,7 +52,7 @@ def _patch_values(config: ModelConfig) -> int:
 
 
 def _block(tokens: int, context: int, width: int) -> int:
-    """Forward operations of a block whose `tokens` attend to `context` tokens."""
+    """Count forward operations of a block whose `tokens` attend to `context` tokens."""
     attention = _linear(tokens, width, 2 * width) + _linear(context, width, 2 * width) + 4 * tokens * context * width
     return attention + 2 * _linear(tokens, width, _MLP_RATIO * width)
 

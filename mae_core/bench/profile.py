@@ -1,4 +1,4 @@
-"""Where the time of a step goes, operation by operation."""
+"""Profile of a step by operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ _STEPS = 3
 
 
 def most_expensive(step: Callable[[], object], count: int, device: torch.device) -> list[dict[str, Any]]:
-    """The `count` operations (kernels, on a GPU) that take most of a step's own time, each with its share."""
+    """List the `count` operations (kernels on a GPU) with the largest self time, each with its share of the step."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         for _ in range(_STEPS):

@@ -1,4 +1,4 @@
-"""One model's training step, measured beside others: numbers for machines, a table for people."""
+"""Measurement of a model's training step against others, as plain values and as a table."""
 
 import gc
 import platform
@@ -28,7 +28,7 @@ _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 @dataclass
 class _Entry:
-    """A contender, warmed up."""
+    """A contender after its warm-up."""
 
     contender: Contender
     first_loss: float
@@ -36,7 +36,7 @@ class _Entry:
 
 
 def measure(config: StepConfig) -> Iterator[dict[str, Any]]:
-    """For each model in turn, one object of plain values: rates, ratios, operation counts, memory."""
+    """Yield one object of plain values per model: rates, ratios, operation counts, memory."""
     for arch in config.model:
         yield _measure_model(config, arch)
         gc.collect()
@@ -73,7 +73,7 @@ def _measure_model(config: StepConfig, arch: str) -> dict[str, Any]:
 
 
 def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, possible: Times) -> dict[str, Any]:
-    """Images and operations a second, and what share the operations are of what a matrix product reaches."""
+    """Compute images/s, operations/s, and MFU: the share of the rate that a matrix product reaches."""
     flops = step_flops(model)
     images_per_s = config.batch / float(np.median(ours_s))
     most = float(np.median(possible))
@@ -89,7 +89,7 @@ def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, possible: Time
 
 
 def _ratios(times_s: dict[str, Times]) -> dict[str, Any]:
-    """How many times as fast ours is as each of the others; None for one that did not take part."""
+    """Compute the speed of ours relative to each of the others; None for one that was not timed."""
     found: dict[str, Any] = {}
     for name in ("plain", "transformers"):
         there = ratio(times_s[name], times_s["ours"]) if name in times_s else None
@@ -105,19 +105,19 @@ def _times(config: StepConfig, step_s: Times) -> dict[str, float]:
 
 def _device(config: StepConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda is not there; try --device cpu, or a host with a GPU")
+        raise UserError("device cuda is not available; try --device cpu, or a host with a GPU")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if config.device == "auto" else config.device)
 
 
 def _warmed(contender: Contender, device: torch.device) -> _Entry:
-    """The contender after a few steps (compilation, autotuning and the optimizer's state are behind it)."""
+    """Run a few steps (compilation, autotuning, optimizer state), then measure peak memory on a GPU."""
     first_loss = float(contender.step())
     for _ in range(_WARM_UP_STEPS):
         contender.step()
     if device.type != "cuda":
         return _Entry(contender, first_loss, None)
-    # What others hold is not this one's: their weights, gradients and moments stay where they are meanwhile.
+    # Count this contender's memory only: the weights, gradients and moments of the others stay allocated.
     own = sum(p.numel() * p.element_size() for g in contender.optimizer.param_groups for p in g["params"])
     own += sum(v.numel() * v.element_size() for s in contender.optimizer.state.values() for v in s.values())
     before = torch.cuda.memory_allocated(device)
@@ -127,7 +127,7 @@ def _warmed(contender: Contender, device: torch.device) -> _Entry:
 
 
 def _check_losses(config: StepConfig, entries: list[_Entry]) -> None:
-    """Ours and the plain computation agree to rounding, where they are the same mathematics."""
+    """Check that ours and the plain computation agree to rounding if they are mathematically equal."""
     losses = {entry.contender.name: entry.first_loss for entry in entries}
     if "plain" not in losses or not config.same_mathematics:
         return
@@ -145,7 +145,7 @@ def _steps(contender: Contender, num_steps: int) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and the threads that torch uses of it."""
+    """Return the GPU's name, or the processor's with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
@@ -154,7 +154,7 @@ def device_name(device: torch.device) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """One model's numbers as a person reads them."""
+    """Format one model's numbers as a table."""
     setting = found["setting"]
     lines = [
         f"{found['model']} at {setting['image_px']} px, batch {setting['batch']}, {setting['precision']}, "

@@ -1,4 +1,4 @@
-"""Times of several things measured in turn, so that what disturbs one disturbs all, and what they say."""
+"""Interleaved timing, so that a disturbance affects everything timed alike, and its statistics."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,22 +21,22 @@ def interleaved(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Float64[np.ndarray, "actions rounds"]:
-    """Seconds, by the clock, of every action in every round; each round begins with another action."""
+    """Time every action once per round, in seconds of the clock; each round starts with another action."""
     found = np.zeros((len(actions), rounds))
-    for turn in range(rounds):
-        for place in range(len(actions)):
-            index = (turn + place) % len(actions)
+    for number in range(rounds):
+        for offset in range(len(actions)):
+            index = (number + offset) % len(actions)
             _settle(device)
             begin_s = clock()
             actions[index]()
             _settle(device)
-            found[index, turn] = clock() - begin_s
+            found[index, number] = clock() - begin_s
     return found
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long a thing took as another, and the 95 % interval of the median of the paired ratios."""
+    """Ratio of two durations, with the 95 % interval of the median of the paired ratios."""
 
     of_medians: float
     low: float
@@ -44,13 +44,13 @@ class Ratio:
 
 
 def ratio(times_s: NDArray[np.float64], base_s: NDArray[np.float64]) -> Ratio:
-    """times_s to base_s, measured in the same rounds."""
+    """Compute times_s / base_s, both measured in the same rounds."""
     low, high = median_interval(times_s / base_s)
     return Ratio(float(np.median(times_s) / np.median(base_s)), low, high)
 
 
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """A 95 % interval of the median by order statistics, whatever the distribution; needs six values."""
+    """Compute a distribution-free 95 % interval of the median from order statistics; needs six values."""
     num = len(values)
     ranked = np.sort(values)
     below, outside = 0.0, -1
@@ -62,14 +62,14 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def spread(times_s: NDArray[np.float64]) -> float:
-    """The distance between the quartiles, as a share of the median."""
+    """Compute the interquartile range as a share of the median."""
     low, middle, high = np.quantile(times_s, [0.25, 0.5, 0.75])
     return float((high - low) / middle)
 
 
 @dataclass(frozen=True)
 class MatrixMultiply:
-    """A product of two square matrices: the most that the device can do."""
+    """A product of two square matrices, as the highest rate that the device reaches in practice."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -78,7 +78,7 @@ class MatrixMultiply:
     def fastest(
         cls, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
     ) -> "MatrixMultiply":
-        """The one, of several sizes, that runs at the highest rate here."""
+        """Choose the size that runs at the highest rate on this device."""
         sides = _CUDA_SIDES if device.type == "cuda" else _CPU_SIDES
         candidates = [cls(*torch.randn(2, side, side, device=device, dtype=dtype)) for side in sides]
         for candidate in candidates:
@@ -96,6 +96,6 @@ class MatrixMultiply:
 
 
 def _settle(device: torch.device) -> Any:
-    """All that the device was asked to do is done."""
+    """Wait until the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -141,5 +141,5 @@ def test_the_module_explains_its_flags_and_refuses_in_a_sentence(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Share of patches that is hidden. [0.75]" in shown
+    assert "Share of patches that are hidden. [0.75]" in shown
     assert "Precision" not in shown
