@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mae_core.errors import UserError
 from pipelines import registry, sample
@@ -31,7 +31,28 @@ from pipelines.prepare import prepare
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _PICTURED = 12
+_QUICK: dict[str, dict[str, Any]] = {
+    "demo_pretrain": {"epochs": 2, "optim.warmup_epochs": 1, "tracking.pictures_every_epochs": 2},
+    "demo_probe": {"epochs": 4, "eval_every_epochs": 4, "optim.warmup_epochs": 1},
+    "demo_finetune": {"epochs": 2, "eval_every_epochs": 2, "optim.warmup_epochs": 1},
+    "demo_scratch": {"epochs": 2, "eval_every_epochs": 2, "optim.warmup_epochs": 1},
+    "demo_sweep": {
+        "space": {"model.mask.ratio": [0.5, 0.75]},
+        "trials_per_group": 1,
+        "pretrain.epochs": 1,
+        "pretrain.optim.warmup_epochs": 0,
+        "probe.epochs": 2,
+        "probe.eval_every_epochs": 2,
+        "probe.optim.warmup_epochs": 0,
+        "finetune.epochs": 1,
+        "finetune.eval_every_epochs": 1,
+        "finetune.optim.warmup_epochs": 0,
+    },
+}
+"""What `--quick` changes of the presets."""
 _CONCURRENT_TRIALS = 2
 
 
@@ -65,7 +86,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
 
     log.info("2/6  pretraining a nano MAE with two DDP workers")
     where = {"output": str(out / "runs"), "data.uri": str(out / "prepared")}
-    pretrained = pretrain(with_overrides(load_preset(PretrainConfig, "demo_pretrain"), where), "demo_pretrain")
+    pretrained = pretrain(_preset(PretrainConfig, "demo_pretrain", config, where), "demo_pretrain")
     log.info("     registered as %s", pretrained["model"])
 
     log.info("3/6  probing, fine-tuning from the registry, training from scratch on the same labels")
@@ -73,9 +94,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
 
     log.info("4/6  sweeping mask ratio x decoder depth")
     dotted = {f"{part}.{key}": value for part in ("pretrain", "probe", "finetune") for key, value in where.items()}
-    swept = sweep(
-        with_overrides(load_preset(SweepConfig, "demo_sweep"), dotted | {"output": str(out / "runs")}), "demo_sweep"
-    )
+    swept = sweep(_preset(SweepConfig, "demo_sweep", config, dotted | {"output": str(out / "runs")}), "demo_sweep")
 
     log.info("5/6  drawing reconstructions of test images")
     pictured = ReconstructConfig(
@@ -104,26 +123,32 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
     }
 
 
+def _preset(cls: type[T], preset: str, config: DemoConfig, point: dict[str, Any]) -> T:
+    """Load a preset, shortened if the demo is quick, with the dotted fields of `point` replaced."""
+    return with_overrides(load_preset(cls, preset), (_QUICK[preset] if config.quick else {}) | point)
+
+
 def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str, Any]:
     """Top-1 on test, mean over seeds, of what starts from the registered model and of what does not."""
     tracking = registry.open_tracking("mae")
     scratch = f"random:{load_preset(PretrainConfig, 'demo_pretrain').model.arch}"
+    num_seeds = 1 if config.quick else config.seeds
     plans = [
         ("probe_mae", "demo_probe", model, 1),
-        ("probe_random", "demo_probe", scratch, config.seeds),
-        ("finetune_mae", "demo_finetune", model, config.seeds),
-        ("finetune_scratch", "demo_scratch", scratch, config.seeds),
+        ("probe_random", "demo_probe", scratch, num_seeds),
+        ("finetune_mae", "demo_finetune", model, num_seeds),
+        ("finetune_scratch", "demo_scratch", scratch, num_seeds),
     ]
     names: list[str] = []
     tasks: list[Task] = []
-    for measure, preset, backbone, num_seeds in plans:
-        for seed in range(num_seeds):
+    for measure, preset, backbone, times in plans:
+        for seed in range(times):
             point = where | {
                 "backbone": backbone,
                 "seed": seed,
                 "tracking.register": measure == "finetune_mae" and seed == 0,
             }
-            task = _task(with_overrides(load_preset(ClassifyConfig, preset), point), f"demo_{measure}-{seed}", tracking)
+            task = _task(_preset(ClassifyConfig, preset, config, point), f"demo_{measure}-{seed}", tracking)
             names.append(measure)
             tasks.append(task)
     outcomes = drive(tasks, "demo-classifiers", tracking, fresh=False)

@@ -77,3 +77,5 @@ class DemoConfig:
     """Folder for everything that the demo writes."""
     seeds: int = 3
     """Fine-tunings and trainings from scratch that are averaged."""
+    quick: bool = False
+    """Every part with a fraction of the training: checks an installation; its accuracies mean nothing."""

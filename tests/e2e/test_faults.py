@@ -1,6 +1,7 @@
-"""Pretraining through faults that are no clean deaths: a worker that stands still or gets no memory, more failures than
-are allowed, a gradient that is no number, and faults of all kinds at twenty random moments of one run. Kills alone are
-in test_resume.py.
+"""Pretraining through faults that are no clean deaths: a worker without memory, more failures than are allowed, a
+gradient that is not finite, and faults of all kinds at twenty random moments of one run.
+
+Kills, and a worker that hangs, are in test_resume.py.
 """
 
 import json
@@ -35,22 +36,7 @@ def undisturbed(place: Place) -> dict[str, str]:
     return place.weights("undisturbed")
 
 
-def test_a_worker_that_stands_still_is_noticed_and_changes_nothing(place: Place, undisturbed: dict[str, str]) -> None:
-    with started(place.command("still", **WIDE, compute={"stall_s": STALL_S}), place) as driver:
-        wait_for_step(place, "still", 9, driver)
-        still = random.SystemRandom().choice(ranks(driver))
-        still.suspend()
-        before = place.newest("still")
-        assert exit_status(driver) == 0, place.log
-        assert not still.is_running(), "the worker that stood still must be gone"
-    assert before < 90
-    result = place.run_folder("still").result()
-    assert result is not None
-    assert result["goodput"]["recovery"] > 0
-    assert place.run_folder("still").failures()[0].endswith("did not answer for compute.stall_s")
-    assert place.weights("still") == undisturbed
-
-
+@pytest.mark.long
 def test_more_failures_than_allowed_end_the_run_with_the_cause_and_a_checkpoint_that_goes_on(
     place: Place, undisturbed: dict[str, str]
 ) -> None:

@@ -4,7 +4,8 @@ Two workers are tried by `make test-long`, three by `make test`: DDP's buckets m
 micro-batches then needs placeholders.
 
 One run of each size is killed three times, since each start of a worker group costs seconds: one worker, then all
-workers (the driver starts both again), then the driver with everything it started (the same command goes on).
+workers (the driver starts both again), then the driver with everything it started (the same command goes on). Another
+run has a worker that hangs.
 """
 
 import json
@@ -16,7 +17,7 @@ import pytest
 
 from mae_core.state import unpack
 from tests.digest import tensors_digest
-from tests.e2e.driving import STEPS_PER_EPOCH, Place, ranks, started, wait_for_step
+from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, started, wait_for_step
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -28,6 +29,8 @@ pytestmark = [
 # More windows than a chapter of the feed has.
 EPOCHS = 15
 TOTAL = EPOCHS * STEPS_PER_EPOCH
+STALL_S = 30.0
+"""On a busy machine ranks may stand apart for longer than a few seconds without a fault."""
 
 
 def command(place: Place, num_workers: int, name: str) -> list[str]:
@@ -55,6 +58,24 @@ def test_a_run_that_was_killed_equals_one_that_was_not(place: Place, num_workers
     assert "resuming" in finished.stderr
     assert weights(place, name) == weights(place, wanted), f"killed after {steps}"
     check_mlflow(place, name, wanted)
+
+
+def test_a_hung_worker_is_noticed_and_changes_nothing(place: Place) -> None:
+    outcome(place, 3, "undisturbed-3")
+    still = {"num_workers": 3, "max_failures": 3, "stall_s": STALL_S}
+    with started(place.command("hung", epochs=EPOCHS, compute=still), place) as driver:
+        wait_for_step(place, "hung", 9, driver)
+        hung = random.SystemRandom().choice(ranks(driver))
+        hung.suspend()
+        before = place.newest("hung")
+        assert exit_status(driver) == 0, place.log
+        assert not hung.is_running(), "the worker that hung must be gone"
+    assert before < TOTAL
+    result = place.run_folder("hung").result()
+    assert result is not None
+    assert result["goodput"]["recovery"] > 0
+    assert place.run_folder("hung").failures()[0].endswith("did not answer for compute.stall_s")
+    assert weights(place, "hung") == weights(place, "undisturbed-3")
 
 
 def test_the_same_command_again_prints_the_finished_result_and_trains_nothing(place: Place) -> None:
