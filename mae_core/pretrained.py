@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -42,12 +43,18 @@ class Encoder(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "batch height width channels"], pool: Literal["avg", "token"] = "avg"
     ) -> Float[Tensor, "batch features"]:
-        """Embed images: the mean of the patch tokens, or the class token."""
-        return features(self.vit, pixels_to_input(images, self.normalization), pool)
+        """Embed images: the mean of the patch tokens, or the class token.
+
+        Raises UserError if the images do not have the model's size and channels.
+        """
+        return features(self.vit, _inputs(self, images), pool)
 
     def tokens(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch tokens features"]:
-        """Encode every patch: the class token first, then the patch tokens row by row."""
-        return encode(self.vit, pixels_to_input(images, self.normalization), None)
+        """Encode every patch: the class token first, then the patch tokens row by row.
+
+        Raises UserError if the images do not have the model's size and channels.
+        """
+        return encode(self.vit, _inputs(self, images), None)
 
 
 class Classifier(nn.Module):
@@ -65,8 +72,11 @@ class Classifier(nn.Module):
         return self.vit.patch_embed.proj.in_channels
 
     def forward(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
-        """Return the probability of each class, in the order of `classes`."""
-        return self.vit(pixels_to_input(images, self.normalization)).softmax(1)
+        """Return the probability of each class, in the order of `classes`.
+
+        Raises UserError if the images do not have the model's size and channels.
+        """
+        return self.vit(_inputs(self, images)).softmax(1)
 
 
 def load_encoder(folder: str | Path) -> Encoder:
@@ -75,7 +85,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     The folder holds `config.json` and `encoder.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "backbone")
-    return encoder_of(config, load_file(_file(folder, "encoder.safetensors")))
+    return encoder_of(config, _tensors(folder, "encoder.safetensors"))
 
 
 def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
@@ -85,7 +95,7 @@ def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
     """
     config = _config(folder, "backbone")
     mae = build_mae(_model_config(config["model"]), seed=0)
-    mae.load_state_dict(load_file(_file(folder, "mae.safetensors")))
+    mae.load_state_dict(_tensors(folder, "mae.safetensors"))
     return mae.eval(), _normalization(config)
 
 
@@ -95,7 +105,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     The folder holds `config.json` and `classifier.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "classifier")
-    return classifier_of(config, load_file(_file(folder, "classifier.safetensors")))
+    return classifier_of(config, _tensors(folder, "classifier.safetensors"))
 
 
 def encoder_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder:
@@ -120,8 +130,25 @@ def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     return Classifier(vit, classes, image_px, _normalization(config)).eval()
 
 
+def _inputs(
+    model: Encoder | Classifier, images: UInt8[Tensor, "batch height width channels"]
+) -> Float[Tensor, "batch channels height width"]:
+    """Normalize images for the model. Raises UserError if their size or channels are not the model's."""
+    (height_px, width_px), channels = model.image_px, model.channels
+    if images.shape[1:] != (height_px, width_px, channels):
+        raise UserError(
+            f"images are {' x '.join(map(str, images.shape[1:]))} (height, width, channels), but the model takes "
+            f"{height_px} x {width_px} x {channels}; resize or convert them"
+        )
+    return pixels_to_input(images, model.normalization)
+
+
 def _config(folder: str | Path, kind: str) -> dict[str, Any]:
-    config = json.loads(_file(folder, "config.json").read_bytes())
+    path = _file(folder, "config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); copy or download it again") from error
     found = config.get("kind") if isinstance(config, dict) else None
     if found != kind:
         raise UserError(f"{folder} holds a model of kind {found!r}, not a {kind}; give the folder of a {kind}")
@@ -133,6 +160,14 @@ def _file(folder: str | Path, name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{folder} has no {name}; give the export/ folder of a finished run, or download a version")
     return path
+
+
+def _tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
+    path = _file(folder, name)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}); copy or download it again") from error
 
 
 def _model_config(values: Mapping[str, Any]) -> ModelConfig:

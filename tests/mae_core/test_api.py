@@ -1,6 +1,7 @@
 """What `import mae_core` offers to other code."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -111,3 +112,18 @@ def test_a_folder_of_another_kind_is_refused_with_what_it_holds(backbone: Path, 
     (backbone / "encoder.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no encoder\.safetensors"):
         mae_core.load_encoder(backbone)
+
+
+@pytest.mark.parametrize("name", ["config.json", "encoder.safetensors"])
+def test_a_truncated_file_is_refused_by_its_name(backbone: Path, name: str) -> None:
+    (backbone / name).write_bytes((backbone / name).read_bytes()[:-1])
+    with pytest.raises(mae_core.UserError, match=rf"{re.escape(name)} is not .*; copy or download it again"):
+        mae_core.load_encoder(backbone)
+
+
+def test_images_of_another_size_are_refused_with_both_sizes(backbone: Path) -> None:
+    encoder = mae_core.load_encoder(backbone)
+    message = r"images are 24 x 16 x 1 \(height, width, channels\), but the model takes 16 x 24 x 1; resize"
+    for use in (encoder, encoder.tokens):
+        with pytest.raises(mae_core.UserError, match=message):
+            use(images(2).transpose(1, 2))
