@@ -171,7 +171,8 @@ def _tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
 
 
 def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    return ModelConfig(**{**values, "image_px": _size(values["image_px"]), "mask": MaskConfig(**values["mask"])})
+    mask = MaskConfig(**values.get("mask", {}))
+    return ModelConfig(**{**values, "image_px": _size(values["image_px"]), "mask": mask})
 
 
 def _normalization(config: Mapping[str, Any]) -> Normalization:

@@ -114,6 +114,13 @@ def test_a_folder_of_another_kind_is_refused_with_what_it_holds(backbone: Path, 
         mae_core.load_encoder(backbone)
 
 
+def test_options_that_a_config_lacks_have_their_defaults(backbone: Path) -> None:
+    values = json.loads((backbone / "config.json").read_text())
+    del values["model"]["mask"], values["model"]["target"]
+    (backbone / "config.json").write_text(json.dumps(values))
+    assert mae_core.load_encoder(backbone).config == CONFIG
+
+
 @pytest.mark.parametrize("name", ["config.json", "encoder.safetensors"])
 def test_a_truncated_file_is_refused_by_its_name(backbone: Path, name: str) -> None:
     (backbone / name).write_bytes((backbone / name).read_bytes()[:-1])
