@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mae_core.augment import pixels_to_input
 from mae_core.encoder import export_tensors
 from mae_core.state import model_tensors, pack
 
+README = Path(__file__).parents[2] / "README.md"
 CONFIG = mae_core.ModelConfig(
     arch="vit_pico_patch4", image_px=(16, 24), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=4
 )
@@ -134,3 +136,15 @@ def test_images_of_another_size_are_refused_with_both_sizes(backbone: Path) -> N
     for use in (encoder, encoder.tokens):
         with pytest.raises(mae_core.UserError, match=message):
             use(images(2).transpose(1, 2))
+
+
+@pytest.mark.slow
+def test_the_readme_s_example_runs(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "export").symlink_to(backbone)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert names["embeddings"].shape == (2, 64)
