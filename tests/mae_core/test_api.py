@@ -48,8 +48,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = mae_core.MaskedAutoEncoder
 
 
-def test_importing_the_package_and_its_configs_does_not_load_torch() -> None:
-    code = "import sys, mae_core, mae_core.config; mae_core.MaskConfig(); sys.exit('torch' in sys.modules)"
+def test_importing_the_package_its_configs_and_its_keys_does_not_load_torch() -> None:
+    modules = "mae_core, mae_core.config, mae_core.errors, mae_core.randomness"
+    code = f"import sys, {modules}; mae_core.MaskConfig(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

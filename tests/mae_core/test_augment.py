@@ -31,7 +31,7 @@ def boxes(config: AugmentConfig, height: int, width: int, num: int, **key: int) 
 
 
 @given(height=st.integers(1, 300), width=st.integers(1, 300), seed=st.integers(0, 2**63 - 1))
-def test_boxes_lie_within_the_image(height, width, seed):
+def test_crop_boxes_lie_within_the_image(height, width, seed):
     top, left, box_height, box_width = boxes(CONFIG, height, width, 8, seed=seed).T
     assert (np.minimum(top, left) >= 0).all()
     assert (np.minimum(box_height, box_width) >= 1).all()
@@ -40,7 +40,7 @@ def test_boxes_lie_within_the_image(height, width, seed):
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 90)])
-def test_boxes_follow_torchvisions_law(height, width):
+def test_crop_boxes_are_distributed_as_torchvisions(height, width):
     num = 3000
     ours = boxes(CONFIG, height, width, num)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_boxes_follow_torchvisions_law(height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10)])
-def test_where_no_attempt_fits_the_box_is_torchvisions_central_one(height, width):
+def test_if_no_attempt_fits_the_crop_box_is_torchvisions_central_one(height, width):
     config = AugmentConfig(scale=(1.0, 1.0))
     theirs = RandomResizedCrop.get_params(torch.zeros(1, height, width), [1.0, 1.0], list(config.aspect))
     assert (boxes(config, height, width, 4) == np.array(theirs)).all()
@@ -75,7 +75,7 @@ def test_a_box_and_a_flip_depend_on_their_key_and_not_on_their_batch():
         assert (flips(CONFIG, sample_ids=np.arange(4000), **{"seed": 0, "epoch": 0, **key}) != mirrored).any()
 
 
-def test_without_crop_and_flip_images_stay_whole():
+def test_without_crop_and_flip_the_box_is_the_entire_image():
     config = AugmentConfig(crop="none", flip=False)
     assert (boxes(config, 50, 70, 2) == [0, 0, 50, 70]).all()
     assert not flips(config, seed=0, epoch=0, sample_ids=np.arange(100)).any()
@@ -95,7 +95,7 @@ def test_rand_augment_depends_on_its_key_and_leaves_global_generators_alone(mode
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_become_normalised_input(channels):
+def test_pixels_to_input_normalizes_each_channel(channels):
     images = torch.randint(0, 256, (2, 5, 6, channels), dtype=torch.uint8)
     pixels = Normalization(mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels])
     mean, std = torch.tensor(pixels.mean), torch.tensor(pixels.std)
@@ -116,7 +116,7 @@ def erased(ids: torch.Tensor, prob: float = 0.25, **key: int) -> torch.Tensor:
     return erase(images, prob, sample_ids=ids, **{"seed": 0, "epoch": 0, **key})
 
 
-def test_erasing_strikes_its_share_of_images_with_a_box_of_normal_noise():
+def test_erasing_fills_a_box_with_normal_noise_in_its_share_of_images():
     found = erased(torch.arange(2000))
     struck = (found != 9).flatten(1).any(1)
     assert abs(struck.double().mean() - 0.25) < 5 * (0.25 * 0.75 / 2000) ** 0.5
@@ -153,7 +153,7 @@ def mixed(config: AugmentConfig, labels: torch.Tensor, step: int = 0, micro: int
 @pytest.mark.parametrize(
     "config", [AugmentConfig(mixup=0.8), AugmentConfig(cutmix=1.0), AugmentConfig(mixup=0.8, cutmix=1.0)]
 )
-def test_targets_say_how_much_of_each_image_there_is(config):
+def test_mixed_targets_equal_the_share_of_each_image(config):
     labels = torch.tensor([0, 1, 2, 3, 4, 5])
     for step in range(20):
         images, targets = mixed(config, labels, step)
@@ -184,7 +184,7 @@ def test_both_mixup_and_cutmix_are_used():
     assert 60 < cuts < 140
 
 
-def test_nothing_is_mixed_unless_asked():
+def test_without_mixup_and_cutmix_images_are_unchanged():
     images = torch.randn(2, 1, 4, 4)
     found, targets = mixup(images, torch.tensor([0, 1]), 2, AugmentConfig(), seed=0, step=0, micro=0)
     assert found is images

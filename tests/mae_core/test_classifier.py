@@ -12,7 +12,7 @@ ARCH = parse_arch("vit_pico_patch4")
 
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
-def test_a_loaded_classifier_sees_what_the_encoder_sees(pool):
+def test_a_classifier_with_an_encoders_weights_computes_its_features(pool):
     encoder = build_encoder(ARCH, (16, 24), 3)
     model = build_classifier(ARCH, (16, 24), 3, 7, ClassifierConfig(pool=pool)).eval()
     load_encoder_weights(model, export_tensors(encoder))
@@ -25,13 +25,13 @@ def test_a_loaded_classifier_sees_what_the_encoder_sees(pool):
     torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_mean_leaves_the_class_token_out():
+def test_average_pooling_leaves_the_class_token_out():
     model = build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(pool="avg"))
     tokens = torch.randn(2, 17, ARCH.width)
     torch.testing.assert_close(model.pool(tokens), tokens[:, 1:].mean(1))
 
 
-def test_the_head_starts_small():
+def test_the_classifiers_head_starts_small():
     model = build_classifier(ARCH, (16, 16), 3, 1000, ClassifierConfig(head_std=2e-5))
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert not model.head.bias.any()
@@ -44,7 +44,7 @@ def test_drop_path_rises_to_its_rate_in_the_last_block():
 
 
 @pytest.mark.parametrize("train_blocks", [0, 1, 4])
-def test_only_the_last_blocks_learn(train_blocks):
+def test_freeze_leaves_only_the_last_blocks_and_the_head_trainable(train_blocks):
     model = build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=train_blocks))
     learning = {name.rsplit(".", 1)[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     blocks = {int(name.split(".")[1]) for name in learning if name.startswith("blocks")}
@@ -54,12 +54,12 @@ def test_only_the_last_blocks_learn(train_blocks):
     )
 
 
-def test_more_blocks_than_there_are_is_refused():
+def test_freeze_refuses_more_blocks_than_the_encoder_has():
     with pytest.raises(ValueError, match=r"train_blocks 5 is above the encoder's 4 blocks; try 4"):
         build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=5))
 
 
-def test_another_image_size_keeps_its_own_positions():
+def test_encoder_weights_for_another_image_size_keep_the_models_positions():
     model = build_encoder(ARCH, (32, 16), 3)
     positions = model.pos_embed.clone()
     load_encoder_weights(model, export_tensors(build_encoder(ARCH, (16, 16), 3)))
@@ -80,7 +80,7 @@ def test_another_encoders_weights_are_refused(arch, channels, message):
         load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors)
 
 
-def test_incomplete_weights_are_refused():
+def test_incomplete_encoder_weights_are_refused():
     tensors = export_tensors(build_encoder(ARCH, (16, 16), 3))
     del tensors["blocks.0.norm1.weight"]
     with pytest.raises(ValueError, match=r"the weights lack 'blocks.0.norm1.weight' \(1 names differ\)"):

@@ -7,7 +7,7 @@ from mae_core.encoder import build_encoder, encode, export_tensors
 
 
 @pytest.mark.parametrize(("image_px", "channels"), [((16, 16), 3), ((8, 24), 1)])
-def test_with_nothing_hidden_it_equals_timms_forward_features(image_px, channels):
+def test_encode_without_a_mask_equals_timms_forward_features(image_px, channels):
     vit = build_encoder(parse_arch("vit_pico_patch4"), image_px, channels).eval()
     images = torch.randn(2, channels, *image_px)
     torch.testing.assert_close(encode(vit, images, None), vit.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -23,14 +23,14 @@ def test_timms_own_model_takes_the_weights_strictly():
     )
 
 
-def test_positions_are_saved_but_never_learnt():
+def test_positions_are_saved_but_not_trained():
     vit = build_encoder(parse_arch("vit_pico_patch4"), (16, 16), 3)
     assert not vit.pos_embed.requires_grad
     assert "pos_embed" in vit.state_dict()
     assert all(parameter.requires_grad for name, parameter in vit.named_parameters() if name != "pos_embed")
 
 
-def test_it_starts_from_xavier_with_the_patches_as_one_linear_layer():
+def test_the_encoder_starts_from_xavier_with_the_patch_embedding_as_a_linear_layer():
     vit = build_encoder(parse_arch("vit_small_patch16"), (32, 32), 3)
     for weight, fans in ((vit.patch_embed.proj.weight, 768 + 384), (vit.blocks[0].mlp.fc1.weight, 384 + 1536)):
         bound = (6 / fans) ** 0.5
@@ -41,7 +41,7 @@ def test_it_starts_from_xavier_with_the_patches_as_one_linear_layer():
 
 
 @pytest.mark.parametrize("size", ["pico", "nano", "tiny", "small", "base"])
-def test_sizes_have_the_papers_shapes(size):
+def test_encoder_sizes_have_the_papers_shapes(size):
     arch = parse_arch(f"vit_{size}_patch16")
     with torch.device("meta"):
         vit = build_encoder(arch, (32, 32), 3)

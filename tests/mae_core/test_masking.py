@@ -20,7 +20,7 @@ def masks(config: MaskConfig, grid=GRID, num=16, seed=0, epoch=0, view=0) -> Mas
     columns=st.integers(2, 14),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_counts_are_exact_and_visible_and_hidden_make_up_the_image(kind, ratio, rows, columns, seed):
+def test_mask_counts_are_exact_and_visible_and_hidden_make_up_the_image(kind, ratio, rows, columns, seed):
     mask = masks(MaskConfig(kind=kind, ratio=ratio), (rows, columns), num=3, seed=seed)
     visible = int(rows * columns * (1 - ratio))
     assert mask.visible_ids.shape == (3, visible)
@@ -31,7 +31,7 @@ def test_counts_are_exact_and_visible_and_hidden_make_up_the_image(kind, ratio, 
     assert (mask.hidden_ids.diff(dim=1) > 0).all()
 
 
-def test_the_count_is_truncated_as_the_reference_does():
+def test_the_visible_count_is_truncated_as_in_the_reference():
     assert masks(MaskConfig(ratio=0.8), (10, 10)).visible_ids.shape[1] == 19
     assert masks(MaskConfig(ratio=0.75)).visible_ids.shape[1] == 49
 
@@ -52,7 +52,7 @@ def test_random_masks_hide_every_patch_equally_often():
     assert (hidden - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
 
 
-def test_the_least_noise_stays_visible_and_ties_go_to_the_earlier():
+def test_patches_with_the_least_noise_stay_visible_and_ties_go_to_the_earlier():
     mask = mask_from_noise(torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.0]]), 2)
     assert mask.visible_ids.tolist() == [[1, 3]]
     assert mask.hidden_ids.tolist() == [[0, 2, 4]]
@@ -76,14 +76,14 @@ def test_block_masks_reach_every_patch_though_like_beits_they_favour_the_middle(
 
 
 @pytest.mark.parametrize(("ratio", "cell", "grid"), [(0.75, 2, (4, 6)), (0.8889, 3, (9, 9))])
-def test_a_grid_mask_shows_one_patch_a_cell(ratio, cell, grid):
+def test_a_grid_mask_shows_one_patch_per_cell(ratio, cell, grid):
     mask = masks(MaskConfig(kind="grid", ratio=ratio), grid)
     shown = ~mask.is_hidden().reshape(-1, grid[0] // cell, cell, grid[1] // cell, cell)
     assert (shown.sum(dim=(2, 4)) == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["random", "block", "grid"])
-def test_the_predicted_are_some_of_the_hidden_and_chosen_anew(kind):
+def test_predicted_patches_are_hidden_and_chosen_anew_each_epoch(kind):
     config = ModelConfig(mask=MaskConfig(kind=kind), predicted_share=1 / 3)
     ids = torch.arange(8)
     mask = training_masks(config, seed=0, epoch=0, sample_ids=ids)
@@ -96,14 +96,14 @@ def test_the_predicted_are_some_of_the_hidden_and_chosen_anew(kind):
         assert (training_masks(config, sample_ids=ids, **other).predicted_ids != mask.predicted_ids).any(dim=1).all()
 
 
-def test_the_predicted_are_hidden_patches_equally_often():
+def test_every_hidden_patch_is_predicted_equally_often():
     config = ModelConfig(mask=MaskConfig(kind="grid"), predicted_share=1 / 3)
     mask = training_masks(config, seed=0, epoch=0, sample_ids=torch.arange(4000))
     share = torch.zeros(4000, 196).scatter_(1, mask.predicted_ids, 1.0).mean(0)[mask.hidden_ids[0].sort().values]
     assert (share - 1 / 3).abs().max() < 5 * (2 / 9 / 4000) ** 0.5
 
 
-def test_further_views_follow_the_first_and_are_other_masks():
+def test_masks_of_further_views_follow_the_first_and_differ():
     config, ids = ModelConfig(predicted_share=0.5), torch.arange(4)
     one = training_masks(config, seed=0, epoch=0, sample_ids=ids)
     three = training_masks(config, seed=0, epoch=0, sample_ids=ids, masks_per_image=3)
@@ -121,6 +121,6 @@ def test_further_views_follow_the_first_and_are_other_masks():
         ({"decoder_attention": "cross", "mask_token_in": "encoder"}, "try mask_token_in decoder"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(fields, said):
+def test_inconsistent_model_configs_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         ModelConfig(**fields)

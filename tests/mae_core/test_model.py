@@ -39,13 +39,13 @@ def test_loss_does_not_depend_on_how_visible_patches_are_predicted():
     torch.testing.assert_close(constant(changed, mask), constant(images, mask))
 
 
-def test_a_sample_is_independent_of_its_batch():
+def test_a_samples_loss_does_not_depend_on_its_batch():
     mae, images, mask = case()
     alone = mae(images[1:2], Mask(mask.visible_ids[1:2], mask.hidden_ids[1:2]))
     torch.testing.assert_close(alone, mae(images, mask)[1:2])
 
 
-def test_the_seed_decides_the_weights_and_leaves_torch_alone():
+def test_the_seed_decides_the_initial_weights_and_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
     first, second, other = (tensors_digest(build_mae(CONFIG, seed).state_dict()) for seed in (0, 0, 1))
     assert first == second != other
@@ -87,7 +87,7 @@ def test_reconstructions_keep_visible_patches_show_all_hidden_ones_and_leak_none
     assert torch.equal(elsewhere, restored)
 
 
-def test_reconstructions_of_normalised_pixels_return_to_the_scale_of_the_visible_ones():
+def test_reconstructions_of_normalized_pixels_have_the_scale_of_the_visible_ones():
     mae, _, mask = case()
     flat = torch.full((3, 3, 16, 24), 2.5)
     torch.testing.assert_close(mae.reconstruct(flat, mask)[1], flat, rtol=0, atol=0.02)
@@ -110,7 +110,7 @@ for epoch in range(2):
 
 
 @pytest.mark.slow
-def test_it_compiles_once_and_without_a_break():
+def test_the_model_compiles_once_without_a_graph_break():
     # In a process of its own, since dynamo cannot trace the shape checks that are on here.
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
 

@@ -20,7 +20,7 @@ def settings_by_name(model: nn.Module, weight_decay: float, layer_decay: float) 
     }
 
 
-def test_rates_fall_from_the_head_to_the_patches():
+def test_layer_decay_lowers_rates_from_the_head_to_the_patch_embedding():
     model = build_classifier(ARCH, (16, 16), 3, 10, ClassifierConfig())
     found = settings_by_name(model, 0.05, 0.5)
     assert found["head.weight"] == (1.0, 0.05)
@@ -32,7 +32,7 @@ def test_rates_fall_from_the_head_to_the_patches():
     assert found["cls_token"] == (0.5 ** (ARCH.depth + 1), 0.0)
 
 
-def test_only_matrices_decay_and_only_what_learns_is_there():
+def test_only_matrices_decay_and_only_trainable_parameters_are_grouped():
     mae = build_mae(ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_width=32, decoder_heads=4), 0)
     found = settings_by_name(mae, 0.05, 1.0)
     assert found.keys() == {name for name, parameter in mae.named_parameters() if parameter.requires_grad}
@@ -65,7 +65,7 @@ def lars_step(parameter: torch.Tensor, gradient: torch.Tensor, **options: float)
     return parameter.detach()
 
 
-def test_lars_steps_are_as_long_as_the_weights_say_whatever_the_gradients_length():
+def test_the_length_of_a_lars_step_depends_on_the_weights_norm_and_not_on_the_gradients():
     weight, gradient = torch.randn(4, 3), torch.randn(4, 3)
     steps = [weight - lars_step(weight, scale * gradient, lr=0.5) for scale in (1.0, 1000.0)]
     for step in steps:

@@ -28,12 +28,12 @@ def test_a_patch_is_read_row_by_row_with_its_channels_last():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_gathering_patches_equals_gathering_from_all_patches(memory_format):
+def test_gather_patches_equals_gather_of_patchify(memory_format):
     images = torch.randn(3, 3, 12, 20).to(memory_format=memory_format)
     ids = torch.rand(3, 15).argsort(1)[:, :6]
     assert torch.equal(gather_patches(images, ids, 4), gather(patchify(images, 4), ids))
 
 
-def test_an_indivisible_side_is_refused_with_the_nearest_that_works():
+def test_an_indivisible_image_side_is_refused_with_the_nearest_that_works():
     with pytest.raises(ValueError, match="image side 230px is not a multiple of patch 16px; try 224px"):
         patchify(torch.zeros(1, 3, 230, 224), 16)

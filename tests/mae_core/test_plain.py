@@ -65,7 +65,7 @@ def test_loss_and_every_gradient_equal_the_plain_computation(config, seed):
 
 
 @pytest.mark.parametrize(("attention", "share"), [("self", 1.0), ("self", 0.3), ("cross", 1.0), ("cross", 0.3)])
-def test_in_float64_they_are_equal_to_twelve_digits(attention, share):
+def test_in_float64_fast_and_plain_loss_are_equal_to_twelve_digits(attention, share):
     config = ModelConfig(
         arch="vit_pico_patch4",
         image_px=(16, 24),
@@ -82,7 +82,7 @@ def test_in_float64_they_are_equal_to_twelve_digits(attention, share):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_predictions_equal_whatever_the_memory_format(memory_format):
+def test_predictions_do_not_depend_on_the_memory_format(memory_format):
     config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_depth=1, decoder_width=32, decoder_heads=4)
     mae = loud(build_mae(config, 0))
     images = torch.randn(2, 3, 16, 16).to(memory_format=memory_format)
@@ -114,7 +114,7 @@ def test_predicting_some_patches_is_predicting_all_and_dropping_the_rest(attenti
     )
 
 
-def test_a_mask_token_that_asks_alone_does_not_see_the_others():
+def test_with_cross_attention_mask_tokens_do_not_attend_to_each_other():
     config = ModelConfig(
         arch="vit_pico_patch4",
         image_px=(16, 24),

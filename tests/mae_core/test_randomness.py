@@ -21,7 +21,7 @@ int64s = st.integers(-(2**63), 2**63 - 1)
 
 
 @pytest.mark.parametrize(("key", "bits"), VECTORS)
-def test_the_committed_vectors_hold(key, bits):
+def test_hashes_equal_the_committed_vectors(key, bits):
     seed, purpose, *counters = key
     assert int(hash64_numpy(seed, purpose, *counters)) == bits
     assert int(hash64(seed, purpose, *counters)) % 2**64 == bits
@@ -40,7 +40,7 @@ def test_torch_numpy_and_python_agree_bit_for_bit(seed, purpose, counters):
     assert uniform(seed, purpose, *counters).item() == uniform_numpy(seed, purpose, *counters).item()
 
 
-def test_counters_broadcast():
+def test_counters_of_a_key_broadcast():
     ids, places = torch.arange(5)[:, None], torch.arange(7)
     table = hash64(3, Purpose.MASK, 1, ids, 0, places)
     assert table.shape == (5, 7)

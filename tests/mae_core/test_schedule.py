@@ -12,7 +12,7 @@ from mae_core.schedule import Schedule, apply_lr, peak_lr
     warmup=st.integers(0, 50),
     cosine=st.integers(1, 200),
 )
-def test_it_rises_in_a_line_to_its_peak_and_falls_in_half_a_cosine_to_its_minimum(peak, share, warmup, cosine):
+def test_the_rate_rises_linearly_to_its_peak_and_falls_in_half_a_cosine_to_its_minimum(peak, share, warmup, cosine):
     schedule = Schedule(peak_lr=peak, min_lr=share * peak, warmup_steps=warmup, total_steps=warmup + cosine)
     rates = [schedule.lr(step) for step in range(warmup + cosine + 1)]
     assert rates[warmup] == pytest.approx(peak)
@@ -26,7 +26,7 @@ def test_the_papers_rate_for_pretraining():
     assert peak_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
 
 
-def test_groups_learn_at_their_own_share():
+def test_apply_lr_scales_the_rate_of_each_group():
     tensors = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": tensors[:1], "lr_scale": 0.25}, {"params": tensors[1:]}], lr=1.0)
     apply_lr(optimizer, 0.8)

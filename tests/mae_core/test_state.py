@@ -23,7 +23,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
-def test_resuming_from_bytes_equals_never_having_stopped(name):
+def test_training_resumed_from_bytes_equals_uninterrupted_training(name):
     model = network()
     optimizer = build_optimizer(model, OptimConfig(name=name), 0.1)
     train(model, optimizer, range(3))
@@ -72,7 +72,7 @@ TENSORS = {
 }
 
 
-def test_unpack_undoes_pack_whatever_the_types():
+def test_unpack_undoes_pack_for_every_dtype():
     content = pack(TENSORS)
     found = unpack(content)
     assert found.keys() == TENSORS.keys()
@@ -83,7 +83,7 @@ def test_unpack_undoes_pack_whatever_the_types():
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", pack(TENSORS)[:-1], b"\xff" * 64, b"\x80\x04K\x01."])
-def test_anything_else_is_refused(content):
+def test_unpack_refuses_anything_but_a_complete_safetensors_file(content):
     with pytest.raises(ValueError, match=r"not a complete safetensors file"):
         unpack(content)
 

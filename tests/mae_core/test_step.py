@@ -25,7 +25,7 @@ def test_placeholders_change_neither_loss_nor_gradients():
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
-def test_micro_batches_add_up_to_their_batch():
+def test_losses_of_micro_batches_add_up_to_the_batchs():
     mae, images = build_mae(CONFIG, 0), torch.randn(4, 3, 16, 16)
 
     def loss(part: slice) -> torch.Tensor:
@@ -64,14 +64,14 @@ def test_several_crops_of_an_image_each_have_masks_of_their_own():
     torch.testing.assert_close(found, torch.stack(expected).mean())
 
 
-def test_cross_entropy_is_torchs_summed_by_weight():
+def test_classify_loss_is_torchs_cross_entropy_summed_by_weight():
     logits, targets = torch.randn(4, 5), torch.rand(4, 5).softmax(1)
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
     expected = nn.functional.cross_entropy(logits, targets, reduction="none")[[0, 2, 3]].sum()
     torch.testing.assert_close(classify_loss(logits, targets, weights), expected)
 
 
-def test_the_average_moves_towards_the_model():
+def test_ema_update_moves_the_average_towards_the_model():
     model = nn.BatchNorm1d(3)
     ema = copy.deepcopy(model).requires_grad_(False)
     nn.init.constant_(model.weight, 2.0)

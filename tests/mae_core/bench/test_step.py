@@ -24,7 +24,7 @@ def small_products(monkeypatch):
     monkeypatch.setattr(timing, "_CPU_SIDES", (64,))
 
 
-def test_an_object_a_model_with_what_is_promised_and_a_table():
+def test_measure_yields_consistent_values_per_model_and_a_table():
     found = list(measure(dataclasses.replace(TINY, model=("vit_pico_patch4", "vit_pico_patch8"))))
     assert [f["model"] for f in found] == ["vit_pico_patch4", "vit_pico_patch8"]
     for values in found:
@@ -53,14 +53,14 @@ def test_an_object_a_model_with_what_is_promised_and_a_table():
         {"attention": "math", "optimizer": "foreach", "clock": "cpu", "steps_per_round": 2},
     ],
 )
-def test_every_setting_runs(fields):
+def test_every_step_setting_runs(fields):
     (found,) = measure(dataclasses.replace(TINY, against=("plain",), **fields))
     assert found["ratio_vs_transformers"] is None
     assert found["ratio_vs_plain"] > 0
     assert found["setting"].items() >= fields.items()
 
 
-def test_a_profile_says_where_the_time_goes():
+def test_the_profile_ranks_operations_by_share_of_the_step():
     (found,) = measure(dataclasses.replace(TINY, against=(), profile=4))
     shares = [entry["share"] for entry in found["profile"]]
     assert len(shares) == 4
@@ -69,20 +69,20 @@ def test_a_profile_says_where_the_time_goes():
     assert f"{shares[0]:.1%}  {found['profile'][0]['operation']}" in table(found)
 
 
-def test_a_computation_that_differs_is_refused(monkeypatch):
+def test_a_loss_that_differs_from_the_plain_one_is_refused(monkeypatch):
     real = contenders.plain_loss
     monkeypatch.setattr(contenders, "plain_loss", lambda *given: 1.001 * real(*given))
     with pytest.raises(RuntimeError, match="differs from the plain"):
         list(measure(TINY))
 
 
-def test_without_transformers_its_ratio_is_left_open(monkeypatch):
+def test_without_transformers_its_ratio_is_none(monkeypatch):
     monkeypatch.setattr(contenders, "find_spec", lambda name: None)
     (found,) = measure(TINY)
     assert found["ratio_vs_transformers"] is found["ratio_vs_transformers_interval"] is None
 
 
-def test_images_of_a_folder_are_what_is_seen(tmp_path):
+def test_a_folder_of_images_becomes_the_input_batch(tmp_path):
     for shade in (0, 255):
         Image.new("RGB", (20, 30), (shade,) * 3).save(tmp_path / f"{shade}.png")
     images = contenders.input_images(dataclasses.replace(TINY, images=str(tmp_path)), torch.device("cpu"))
@@ -104,7 +104,7 @@ def test_images_of_a_folder_are_what_is_seen(tmp_path):
         ({"clock": "cpu", "device": "cuda"}, "try --clock wall"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(fields, said):
+def test_step_settings_that_cannot_be_measured_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         StepConfig(**fields)
 
@@ -121,21 +121,21 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_it_runs_where_nothing_but_torch_and_timm_is_installed():
+def test_the_bench_module_runs_without_the_pipeline_extra():
     words = [*SIZES.split(), "--json", "--rounds", "6", "--against", "plain"]
     done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ratio_vs_plain"] > 0
 
 
-def test_the_module_prints_a_line_of_json_or_a_table(capsys):
+def test_the_bench_module_prints_a_line_of_json_or_a_table(capsys):
     assert main([*SIZES.split(), "--rounds", "6", "--against", "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["setting"]["against"] == ["plain"]
     assert main([*SIZES.split(), "--rounds", "6", "--against"]) == 0
     assert "vit_pico_patch4 at 16 px, batch 4" in capsys.readouterr().out
 
 
-def test_the_module_explains_its_flags_and_refuses_in_a_sentence(capsys):
+def test_the_bench_module_explains_its_flags_and_refuses_in_a_sentence(capsys):
     assert main([*SIZES.split(), "--rounds", "2"]) == 2
     assert capsys.readouterr().err == "mae_core.bench: rounds 2 give no 95 % interval; try 6 or more\n"
     with pytest.raises(SystemExit):
