@@ -1,7 +1,10 @@
-"""MLflow's one door: runs, metrics, model versions and the way back from them. Importing it does not import mlflow."""
+"""The only package that imports MLflow: runs, metrics, model versions and their lineage.
+
+Importing this package does not import mlflow, which takes seconds.
+"""
 
 from pipelines.registry.models import register_backbone, register_classifier
-from pipelines.registry.patience import TrackingUnreachable
+from pipelines.registry.outages import TrackingUnreachable
 from pipelines.registry.points import Point
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking

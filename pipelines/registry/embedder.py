@@ -1,7 +1,7 @@
-"""The model file that MLflow packages: images become embeddings, or labels where a head was trained; nothing is masked.
+"""Model code that MLflow packages: embed images, or predict labels if the model has a trained head. Nothing is masked.
 
-MLflow runs this file by itself, on machines that have neither Ray nor this package, beside copies of mae_core and of
-pipelines/images/decode.py (as mae_decode.py), so that an image is seen as in evaluation.
+MLflow runs this file alone, on machines that have neither Ray nor this package. It is packaged with copies of mae_core
+and of pipelines/images/decode.py (as mae_decode.py), so that preprocessing equals that of evaluation.
 """
 
 import json
@@ -16,13 +16,13 @@ _BATCH = 64
 
 
 class Embedder(mlflow.pyfunc.PythonModel):
-    """Encoded images (bytes of JPEG, PNG, WebP, ...) become one row each.
+    """Map encoded images (bytes of JPEG, PNG, WebP, ...) to one table row each.
 
-    A backbone gives columns 0, 1, ... with the mean of the patch tokens; a classifier gives `label` and `score`.
+    A backbone returns columns 0, 1, ... with the mean of the patch tokens; a classifier returns `label` and `score`.
     """
 
     def load_context(self, context: Any) -> None:
-        """The network is in memory, read from safetensors and JSON."""
+        """Load the network from safetensors and JSON."""
         from safetensors.torch import load_file
 
         from mae_core.pretrained import classifier_of, encoder_of
@@ -39,7 +39,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """One row for each image in the first column. Raises ValueError that says which image cannot be read."""
+        """Return one row per image of the first column. Raises ValueError that names the image that cannot be read."""
         import numpy as np
         import torch
 
@@ -55,7 +55,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
         return pd.DataFrame({"label": [self.classes[i] for i in best], "score": [r[i] for r, i in zip(outputs, best)]})
 
     def _read(self, encoded: list[bytes], start: int) -> Any:
-        """The images from `start` on, as many as fit one batch, as the network takes them."""
+        """Decode and crop one batch of images, starting at index `start`, to the network's input."""
         import numpy as np
         import torch
         from mae_decode import decode, evaluation_view  # pyright: ignore[reportMissingImports]
@@ -65,7 +65,9 @@ class Embedder(mlflow.pyfunc.PythonModel):
             try:
                 views.append(evaluation_view(decode(content, self.network.channels), self.network.image_px))
             except ValueError as error:
-                raise ValueError(f"image {i} cannot be read ({error}); send a whole JPEG, PNG or WebP file") from None
+                raise ValueError(
+                    f"image {i} cannot be read ({error}); send a complete JPEG, PNG or WebP file"
+                ) from None
         return torch.from_numpy(np.stack(views))
 
 

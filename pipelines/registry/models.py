@@ -1,4 +1,4 @@
-"""A run's weights become a model version: everything is uploaded and verified before any name points to it."""
+"""Register a run's weights as a model version: upload and verify everything, then move the alias."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mae_core
 from mae_core.errors import UserError
-from pipelines.registry.patience import patiently
+from pipelines.registry.outages import retry
 from pipelines.registry.runs import Run
 from pipelines.registry.versions import PARENT_TAG, SHA256_TAG, ModelRef, check_file_name, ref_of, sha256_of
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 ALIAS = "candidate"
-"""Alias of the newest version that finished."""
+"""Alias of the newest complete version."""
 Content = bytes | Path
 _BACKBONE = ("encoder.safetensors", "mae.safetensors", "config.json")
 _CLASSIFIER = ("classifier.safetensors", "config.json")
@@ -33,10 +33,10 @@ _REQUIREMENTS = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "safetensor
 def register_backbone(
     run: Run, files: dict[str, Content], model_name: str, *, description: str = "", tags: dict[str, str] | None = None
 ) -> ModelRef:
-    """A new version of the model, complete, with alias @candidate; the same files of the same run register once.
+    """Register a complete new version of the model and move alias @candidate to it.
 
-    `files` needs encoder.safetensors, mae.safetensors and config.json; manifest.json and reconstructions.png may be
-    among them.
+    Idempotent: the same files of the same run register once. `files` must hold encoder.safetensors, mae.safetensors and
+    config.json; manifest.json and reconstructions.png are optional. Raises UserError for a missing or unexpected file.
     """
     _check(files, _BACKBONE)
     return _register(run, files, model_name, description, {"mae.kind": "backbone", **(tags or {})})
@@ -51,24 +51,25 @@ def register_classifier(
     description: str = "",
     tags: dict[str, str] | None = None,
 ) -> ModelRef:
-    """A new version of `<backbone>-classifier`, or of the given name, that says which backbone it came from.
+    """Register a new version of `<backbone>-classifier`, or of `model_name`, tagged with the backbone it came from.
 
-    Classes and preprocessing of config.json are tags too. Without a backbone (trained from scratch) a name is needed.
+    Classes and preprocessing are copied from config.json into tags. Without a backbone (training from scratch),
+    `model_name` is required.
     """
     _check(files, _CLASSIFIER)
     if not (model_name or backbone):
         raise UserError("a classifier trained from scratch has no backbone to be named after; set tracking.name")
     config = json.loads(_read(files["config.json"]))
-    said = {key: json.dumps(config[key])[:5000] for key in ("classes", "image_px", "pixels") if key in config}
+    described = {key: json.dumps(config[key])[:5000] for key in ("classes", "image_px", "pixels") if key in config}
     if backbone is not None:
-        said[PARENT_TAG] = backbone.uri
+        described[PARENT_TAG] = backbone.uri
     name = model_name or f"{backbone.name}-classifier"  # pyright: ignore[reportOptionalMemberAccess]
-    return _register(run, files, name, description, {"mae.kind": "classifier", **said, **(tags or {})})
+    return _register(run, files, name, description, {"mae.kind": "classifier", **described, **(tags or {})})
 
 
 def _register(run: Run, files: dict[str, Content], model_name: str, description: str, tags: dict[str, str]) -> ModelRef:
     if not model_name.strip() or set(model_name) & set("/:@"):
-        raise UserError(f"model name {model_name!r} is empty or holds one of / : @; try mae-vit_base_patch16")
+        raise UserError(f"model name {model_name!r} is empty or contains one of / : @; try mae-vit_base_patch16")
     with TemporaryDirectory(prefix="mae-register-") as scratch:
         paths = _stage(files, Path(scratch) / "files")
         tags = {**tags, **{f"{SHA256_TAG}{name}": sha256_of(path) for name, path in paths.items()}}
@@ -81,32 +82,32 @@ def _register(run: Run, files: dict[str, Content], model_name: str, description:
 
 
 def _upload(run: Run, paths: dict[str, Path], model_name: str, tags: dict[str, str], folder: Path) -> str:
-    """The files lie in MLflow as a logged model that is ready; returns its id."""
+    """Upload the files as a logged model and mark it ready; return its id."""
     from mlflow.entities import LoggedModelOutput
 
     client = run.client
-    # A logged model's name may hold fewer characters than a registered one's.
+    # A logged model's name allows fewer characters than a registered model's.
     plain_name = re.sub(r"[^\w-]", "-", model_name)
-    model = patiently(
+    model = retry(
         lambda: client.create_logged_model(
             run.experiment_id, name=plain_name, source_run_id=run.id, tags=tags, model_type=tags["mae.kind"]
         ),
         "the model",
     )
     _package(run, paths, model.model_id, model.artifact_location, folder)
-    patiently(lambda: client.log_model_artifacts(model.model_id, str(folder)), "the model's files")
-    patiently(lambda: client.finalize_logged_model(model.model_id, "READY"), "the model")
-    patiently(lambda: client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)]), "the model")
+    retry(lambda: client.log_model_artifacts(model.model_id, str(folder)), "the model's files")
+    retry(lambda: client.finalize_logged_model(model.model_id, "READY"), "the model")
+    retry(lambda: client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)]), "the model")
     return model.model_id
 
 
 def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, folder: Path) -> None:
-    """`folder` is an MLflow model from code: embedder.py, a copy of mae_core, and the files under artifacts/."""
+    """Write an MLflow "model from code" to `folder`: embedder.py, a copy of mae_core, and the files in artifacts/."""
     decoder = folder.with_name("mae_decode.py")
     shutil.copyfile(Path(__file__).parents[1] / "images" / "decode.py", decoder)
     with warnings.catch_warnings():
-        # MLflow warns of its own type hints while it is imported, and of the input example that we leave out, since
-        # it would be checked by loading the model, which costs more than all the rest.
+        # MLflow warns about its own type hints during import, and about the missing input example. We leave the example
+        # out because MLflow would load the model to check it, which costs more than everything else here.
         warnings.simplefilter("ignore", UserWarning)
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
@@ -117,7 +118,7 @@ def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, fol
             python_model=str(Path(__file__).with_name("embedder.py")),
             artifacts={name: str(path) for name, path in paths.items()},
             code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
-            # One unnamed column: a table, a list and an array of encoded images are all taken.
+            # One unnamed column accepts a table, a list or an array of encoded images.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS],
             mlflow_model=Model(artifact_path=location, model_uuid=model_id, run_id=run.id, model_id=model_id),
@@ -130,27 +131,27 @@ def _create_version(run: Run, name: str, model_id: str, description: str, tags: 
     from mlflow.exceptions import MlflowException
 
     try:
-        patiently(lambda: run.client.create_registered_model(name), "the model's name")
+        retry(lambda: run.client.create_registered_model(name), "the model's name")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
     def create() -> "ModelVersion":
-        # An answer may have been lost: a version with these files is the one that was asked for.
-        made = _same_version(run, name, tags)
-        if made is not None:
-            return made
+        # An earlier attempt may have succeeded while its response was lost.
+        existing = _same_version(run, name, tags)
+        if existing is not None:
+            return existing
         with _default_uri(run.client.tracking_uri):
             return run.client.create_model_version(
                 name, f"models:/{model_id}", run.id, tags=tags, description=description or None, model_id=model_id
             )
 
-    return patiently(create, "the model version")
+    return retry(create, "the model version")
 
 
 @contextmanager
 def _default_uri(uri: str) -> Iterator[None]:
-    """MLflow's process-wide default is `uri` meanwhile: a sqlite registry looks a model up in that, not in its own."""
+    """Make `uri` MLflow's process-wide default within the block: a sqlite registry looks models up there."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -164,24 +165,24 @@ def _default_uri(uri: str) -> Iterator[None]:
 
 
 def _same_version(run: Run, name: str, tags: dict[str, str]) -> "ModelVersion | None":
-    """The version that this run registered with the same files."""
+    """Return the version that this run registered with the same files, if any."""
     quoted = name.replace("'", "''")
-    found = patiently(
+    versions = retry(
         lambda: run.client.search_model_versions(f"name = '{quoted}' and run_id = '{run.id}'"), "the model"
     )
-    wanted = {key: value for key, value in tags.items() if key.startswith(SHA256_TAG)}
-    return next((v for v in found if wanted.items() <= dict(v.tags).items()), None)
+    digests = {key: value for key, value in tags.items() if key.startswith(SHA256_TAG)}
+    return next((v for v in versions if digests.items() <= dict(v.tags).items()), None)
 
 
 def _move_alias(run: Run, version: "ModelVersion") -> None:
-    """@candidate is this version, unless a newer one has it."""
-    aliases: dict[str, Any] = patiently(lambda: run.client.get_registered_model(version.name), "the model").aliases
+    """Point @candidate to this version, unless it already points to a newer one."""
+    aliases: dict[str, Any] = retry(lambda: run.client.get_registered_model(version.name), "the model").aliases
     if int(aliases.get(ALIAS, 0)) < int(version.version):
-        patiently(lambda: run.client.set_registered_model_alias(version.name, ALIAS, str(version.version)), "the alias")
+        retry(lambda: run.client.set_registered_model_alias(version.name, ALIAS, str(version.version)), "the alias")
 
 
 def _stage(files: dict[str, Content], folder: Path) -> dict[str, Path]:
-    """Every file lies in `folder` under its own name."""
+    """Write every file to `folder` under its own name."""
     folder.mkdir(parents=True)
     staged = {}
     for name, content in files.items():
@@ -193,14 +194,16 @@ def _stage(files: dict[str, Content], folder: Path) -> dict[str, Path]:
     return staged
 
 
-def _check(files: dict[str, Content], needed: tuple[str, ...]) -> None:
-    missing = [name for name in needed if name not in files]
+def _check(files: dict[str, Content], required: tuple[str, ...]) -> None:
+    missing = [name for name in required if name not in files]
     if missing:
-        raise UserError(f"a model version needs {', '.join(needed)}, but {', '.join(missing)} is missing")
+        raise UserError(f"a model version needs {', '.join(required)}, but {', '.join(missing)} is missing")
     for name in files:
         check_file_name(name)
         if not name.endswith(_SUFFIXES):
-            raise UserError(f"file {name!r} is of no kind that a model version holds; only {', '.join(_SUFFIXES)}")
+            raise UserError(
+                f"file {name!r} has a suffix that a model version does not allow; use {', '.join(_SUFFIXES)}"
+            )
 
 
 def _read(content: Content) -> bytes:

@@ -1,4 +1,4 @@
-"""Metric points on their way to MLflow: an outage delays them; it neither loses nor doubles any."""
+"""Send metric points to MLflow in the background: an outage delays points but neither loses nor duplicates any."""
 
 import logging
 import threading
@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mae_core.errors import UserError
-from pipelines.registry.patience import TrackingUnreachable, first_line, is_outage
+from pipelines.registry.outages import TrackingUnreachable, first_line, is_outage
 
 log = logging.getLogger(__name__)
 
 POINTS_PER_REQUEST = 1000
-"""MLflow's limit for one log_batch."""
+"""MLflow's limit for one `log_batch` request."""
 _LONGEST_PAUSE_S = 15.0
 
 
@@ -27,10 +27,10 @@ class Point(NamedTuple):
 
 
 class PointSender:
-    """A queue that a thread empties in order.
+    """A queue of points that a thread sends in order.
 
-    A batch leaves the queue only after MLflow took it. One that MLflow took while its answer was lost is sent again:
-    that changes nothing, since MLflow keeps one row for equal (key, timestamp, step, value).
+    A batch leaves the queue only after MLflow confirmed it. If MLflow stored a batch but its response was lost, the
+    batch is sent again. That is harmless: MLflow keeps one row per equal (key, timestamp, step, value).
     """
 
     def __init__(self, send: Callable[[list[Point]], None]) -> None:
@@ -43,11 +43,11 @@ class PointSender:
 
     @property
     def num_waiting(self) -> int:
-        """Points that MLflow has not confirmed."""
+        """Number of points that MLflow has not confirmed."""
         return len(self._queue)
 
     def add(self, points: Sequence[Point]) -> None:
-        """The points will be sent; returns at once. Raises the error with which MLflow refused an earlier point."""
+        """Queue the points and return at once. Raises the error with which MLflow refused an earlier point."""
         with self._changed:
             self._raise_refusal()
             self._queue.extend(points)
@@ -56,21 +56,21 @@ class PointSender:
                 self._thread.start()
             self._changed.notify_all()
 
-    def flush(self, patience_s: float) -> None:
-        """MLflow has every point. Raises TrackingUnreachable where it does not answer for `patience_s`."""
-        deadline_s = time.monotonic() + patience_s
+    def flush(self, limit_s: float) -> None:
+        """Wait until MLflow has every point. Raises TrackingUnreachable if that takes longer than `limit_s`."""
+        deadline_s = time.monotonic() + limit_s
         with self._changed:
             self._changed.notify_all()
             while self._queue and not self._error:
                 if not self._changed.wait(max(0.0, deadline_s - time.monotonic())) and time.monotonic() >= deadline_s:
                     raise TrackingUnreachable(
-                        f"MLflow did not answer for {patience_s:g} s and {len(self._queue)} metric points wait; start "
-                        "it and run the same command again: the run's folder still has them"
+                        f"MLflow did not respond for {limit_s:g} s and {len(self._queue)} metric points are waiting; "
+                        "start it and rerun the same command: the run folder still has them"
                     )
             self._raise_refusal()
 
     def close(self) -> None:
-        """The thread ends; points that still wait are dropped."""
+        """Stop the thread and drop the points that are still waiting."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -95,11 +95,11 @@ class PointSender:
                     self._refuse(error)
                     return
                 if not pause_s:
-                    log.warning("MLflow does not answer; metrics wait for it: %s", first_line(error))
+                    log.warning("MLflow does not respond; metric points are waiting: %s", first_line(error))
                 pause_s = min(2 * pause_s or 0.5, _LONGEST_PAUSE_S)
                 continue
             if pause_s:
-                log.warning("MLflow answers again; %d metric points are sent now", len(self._queue))
+                log.warning("MLflow responds again; sending %d metric points", len(self._queue))
             pause_s = 0.0
             with self._changed:
                 for _ in batch:

@@ -1,27 +1,24 @@
-"""One run of MLflow: parameters, points, pictures, files and an end, each written once whatever restarts."""
+"""One MLflow run: its parameters, points, files and status, each written once even if the driver restarts."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from mae_core.errors import UserError
-from pipelines.registry.patience import PATIENCE_S, patiently
+from pipelines.registry.outages import RETRY_LIMIT_S, retry
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.versions import ModelRef
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-    from PIL.Image import Image
 
     from pipelines.dataset.manifest import Manifest
 
@@ -34,7 +31,7 @@ _SAMPLE_EVERY_S = 10.0
 
 
 class Run:
-    """A run that exists. Made by `Tracking.run`."""
+    """An existing MLflow run. Create it with `Tracking.run`."""
 
     def __init__(self, client: "MlflowClient", *, id: str, name: str, experiment_id: str) -> None:
         self.client = client
@@ -45,78 +42,74 @@ class Run:
         self._machine: MachineSampler | None = None
 
     def start(self, config: dict[str, Any], dataset: "Manifest | None", dataset_uri: str) -> None:
-        """The run counts as running, has its parameters and its dataset, and samples this machine."""
-        known = patiently(lambda: self.client.get_run(self.id), "the run")
+        """Mark the run as running, log its parameters and dataset, and start sampling this machine's system metrics."""
+        known = retry(lambda: self.client.get_run(self.id), "the run")
         params = {k: v for k, v in flatten(config).items() if k not in known.data.params}
-        patiently(lambda: self.client.update_run(self.id, status="RUNNING"), "the run's start")
-        patiently(lambda: self._log_params(params), "parameters")
+        retry(lambda: self.client.update_run(self.id, status="RUNNING"), "the run's start")
+        retry(lambda: self._log_params(params), "parameters")
         if dataset is not None:
-            patiently(lambda: self._log_dataset(dataset, dataset_uri), "the dataset")
+            retry(lambda: self._log_dataset(dataset, dataset_uri), "the dataset")
         self._machine = MachineSampler(self, known.data._metric_objs)
 
     def last_steps(self) -> dict[str, int]:
-        """The last step of every metric that MLflow has."""
-        run = patiently(lambda: self.client.get_run(self.id), "the run")
-        # The one place where MLflow gives steps without the whole history of each metric.
+        """Return the last step of every metric that MLflow has."""
+        run = retry(lambda: self.client.get_run(self.id), "the run")
+        # The only API that returns steps without fetching the full history of each metric.
         return {metric.key: metric.step for metric in run.data._metric_objs}
 
     def log_points(self, points: Sequence[Point | tuple[str, float, int, int]]) -> None:
-        """The points (key, value, step, time in ms) will reach MLflow, each once; returns at once."""
+        """Queue points (key, value, step, time in ms), each to be stored once, and return at once."""
         self._points.add([Point(*point) for point in points])
 
     @property
     def num_waiting(self) -> int:
-        """Points that MLflow has not confirmed."""
+        """Number of points that MLflow has not confirmed."""
         return self._points.num_waiting
 
-    def flush(self, patience_s: float = PATIENCE_S) -> None:
-        """MLflow has every point. Raises TrackingUnreachable where it does not answer for `patience_s`."""
-        self._points.flush(patience_s)
-
-    def log_picture(self, picture: "Path | Image", name: str) -> None:
-        """The picture is an artifact of that relative name, such as reconstructions/epoch-10.png."""
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch) / PurePosixPath(name).name
-            if isinstance(picture, Path):
-                shutil.copyfile(picture, path)
-            else:
-                picture.save(path)
-            self.log_file(path, str(PurePosixPath(name).parent))
+    def flush(self, limit_s: float = RETRY_LIMIT_S) -> None:
+        """Wait until MLflow has every point. Raises TrackingUnreachable if that takes longer than `limit_s`."""
+        self._points.flush(limit_s)
 
     def log_file(self, path: Path, folder: str = "") -> None:
-        """The file is an artifact of the run in that relative folder."""
+        """Log the file as an artifact of the run in that relative folder.
+
+        Raises UserError for a folder outside the run.
+        """
         inside = PurePosixPath(folder)
         if inside.is_absolute() or ".." in inside.parts:
-            raise UserError(f"artifact folder {folder!r} leaves the run; try a relative one such as pictures")
-        where = None if str(inside) == "." else str(inside)
-        patiently(lambda: self.client.log_artifact(self.id, str(path), where), path.name)
+            raise UserError(f"artifact folder {folder!r} is outside the run; try a relative one such as pictures")
+        target = None if str(inside) == "." else str(inside)
+        retry(lambda: self.client.log_artifact(self.id, str(path), target), path.name)
 
     def log_model_input(self, ref: ModelRef) -> None:
-        """The run says which model version it started from."""
+        """Record which model version the run started from."""
         from mlflow.entities import LoggedModelInput
 
         models = [LoggedModelInput(ref.model_id)]
-        patiently(lambda: self.client.log_inputs(self.id, models=models), "the backbone")
+        retry(lambda: self.client.log_inputs(self.id, models=models), "the backbone")
         self.set_tags({"mae.backbone": ref.uri})
 
     def set_tags(self, tags: dict[str, str]) -> None:
-        """The run carries the tags."""
+        """Set tags on the run."""
         from mlflow.entities import RunTag
 
         if tags:
             entities = [RunTag(key, str(value)) for key, value in tags.items()]
-            patiently(lambda: self.client.log_batch(self.id, tags=entities), "tags")
+            retry(lambda: self.client.log_batch(self.id, tags=entities), "tags")
 
-    def finish(self, status: End = "FINISHED", patience_s: float = PATIENCE_S) -> None:
-        """Every point has arrived and the run has ended. Raises TrackingUnreachable where MLflow does not answer."""
+    def finish(self, status: End = "FINISHED", limit_s: float = RETRY_LIMIT_S) -> None:
+        """Wait until every point has arrived, then set the run's final status.
+
+        Raises TrackingUnreachable after `limit_s`.
+        """
         if self._machine is not None:
             self._machine.stop()
             self._machine = None
         try:
-            self._points.flush(patience_s)
+            self._points.flush(limit_s)
         finally:
             self._points.close()
-        patiently(lambda: self.client.set_terminated(self.id, status), "the run's end", patience_s)
+        retry(lambda: self.client.set_terminated(self.id, status), "the run's end", limit_s)
 
     def _send(self, batch: list[Point]) -> None:
         from mlflow.entities import Metric
@@ -152,9 +145,9 @@ class Run:
 
 
 class MachineSampler:
-    """A thread that gives the run this machine's CPU, memory, disk, network and GPU figures as system/... points.
+    """A thread that logs this machine's CPU, memory, disk, network and GPU figures as system/... points.
 
-    MLflow's own monitor ends with the first request that fails, so only its sampling is used.
+    It uses only the sampling of MLflow's own monitor, because that monitor stops at the first request that fails.
     """
 
     def __init__(self, run: Run, earlier: "Sequence[Metric]") -> None:
@@ -169,7 +162,7 @@ class MachineSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """The thread has ended and no sample follows."""
+        """Stop the thread and wait until it has ended."""
         self._stop.set()
         self._thread.join(timeout=self._every_s)
 
@@ -182,7 +175,7 @@ class MachineSampler:
             try:
                 self._run.log_points([(f"system/{k}", float(v), self._step, now_ms) for k, v in values.items()])
             except ValueError:
-                return  # refused for ever; whoever finishes the run is told
+                return  # MLflow refused a point for good; `Run.finish` raises that error
             self._step += 1
             self._stop.wait(self._every_s)
 
@@ -190,7 +183,7 @@ class MachineSampler:
 def first_tags(
     key: str, kind: Kind, dataset: "Manifest | None", parent: Run | None, tags: dict[str, str]
 ) -> dict[str, str]:
-    """Tags that a new run is made with; `mae.run_key` is what a restarted driver finds it by."""
+    """Return the tags of a new run. A restarted driver finds its run by `mae.run_key`."""
     found = {"mae.run_key": key, "mae.kind": kind, **commit_tags(), **tags}
     if dataset is not None:
         found["mae.dataset_digest"] = dataset.digest
@@ -200,7 +193,7 @@ def first_tags(
 
 
 def commit_tags() -> dict[str, str]:
-    """The commit of this code, and whether it was changed since; nothing where it is not a git checkout."""
+    """Return the commit of this code and whether it has uncommitted changes; empty if this is not a git checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return {}
@@ -213,7 +206,7 @@ def commit_tags() -> dict[str, str]:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and short strings, without passwords in addresses; what exceeds MLflow's limits is cut."""
+    """Flatten a config to dotted keys and strings, without passwords in URLs, truncated to MLflow's limits."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         dotted = f"{prefix}{key}"
@@ -232,7 +225,7 @@ def _short_key(dotted: str) -> str:
 
 
 def _shown(uri: str) -> str:
-    """The text without user, password and query of the addresses in it."""
+    """Return the text without user, password and query string of any URL in it."""
     return re.sub(r"(\w://)(?:[^/@\s]*@)?([^?\s\"]*)(\?[^\s\"]*)?", r"\1\2", uri)
 
 

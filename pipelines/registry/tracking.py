@@ -1,4 +1,4 @@
-"""Which MLflow is used, whether it answers, and the runs of one experiment in it."""
+"""Find the MLflow to use, check that it responds, and find or create runs of one experiment in it."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mae_core.errors import UserError
-from pipelines.registry.patience import TrackingUnreachable, first_line, patiently, without_credentials
+from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
 from pipelines.registry.runs import Kind, Run, first_tags
 from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pipelines.dataset.manifest import Manifest
 
 _ENVIRONMENT = {
-    # MLflow's own 7 retries with growing pauses take minutes; the repeating is ours (patience.py).
+    # MLflow's own 7 retries with exponential backoff take minutes; outages.py retries instead.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    # stdout belongs to results, and a progress bar to the terminal of whoever asked for one.
+    # stdout is for results. MLflow's progress bars are not wanted anywhere.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -36,22 +36,22 @@ _NAME = re.compile(r"[A-Za-z0-9][\w./@=+,-]{0,199}")
 
 @dataclass(frozen=True)
 class Tracking:
-    """One experiment of an MLflow that answered. Make it with `open_tracking`."""
+    """One experiment of an MLflow that responds. Create it with `open_tracking`."""
 
     uri: str
-    """Tracking and registry URI; may hold a password, so show `shown` instead."""
+    """Tracking and registry URI. It may contain a password, so print `shown` instead."""
     experiment: str
     experiment_id: str
     client: "MlflowClient"
 
     @property
     def shown(self) -> str:
-        """The URI without credentials."""
+        """URI without credentials."""
         return without_credentials(self.uri)
 
     @property
     def ui_command(self) -> str:
-        """What a person does to see the runs: a command for a local file, an address for a server."""
+        """How to see the runs: a command for a local file, a URL to open for a server."""
         if self.uri.startswith("sqlite:"):
             return f"mlflow ui --backend-store-uri {self.uri}"
         return f"open {self.shown}/#/experiments/{self.experiment_id}"
@@ -68,16 +68,16 @@ class Tracking:
         parent: Run | None = None,
         key: str = "",
     ) -> Run:
-        """The experiment's run of that key (its name where none is given), made where there is none, and running.
+        """Find the experiment's run with this key (default: its name), or create it; mark it as running.
 
-        A driver that was killed and started again says the same key and gets the same run, whose parameters stay those
-        of the first start. Training that starts anew needs a new key: an old run's points would be taken for its own.
+        A restarted driver passes the same key and gets the same run, which keeps the parameters of its first start.
+        Training from step 0 needs a new key, or the points of the old run would count as its own.
         """
         check_run_name(name)
         found = self.find_run(key or name)
         if found is None:
             made = first_tags(key or name, kind, dataset, parent, tags or {})
-            created = patiently(lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run")
+            created = retry(lambda: self.client.create_run(self.experiment_id, tags=made, run_name=name), "the run")
             found = self._of(created.info)
         else:
             found.set_tags(tags or {})
@@ -85,8 +85,8 @@ class Tracking:
         return found
 
     def find_run(self, key: str) -> Run | None:
-        """The run that was started with that key, if any; nothing about it changes."""
-        runs = patiently(
+        """Return the run that was started with that key, if any, without changing it."""
+        runs = retry(
             lambda: self.client.search_runs(
                 [self.experiment_id],
                 f"tags.`mae.run_key` = '{key}'",
@@ -98,47 +98,55 @@ class Tracking:
         return self._of(runs[0].info) if runs else None
 
     def known_run(self, run_id: str) -> Run:
-        """The run of that id; nothing about it changes."""
-        return self._of(patiently(lambda: self.client.get_run(run_id), "the run").info)
+        """Return the run with that id without changing it."""
+        return self._of(retry(lambda: self.client.get_run(run_id), "the run").info)
 
     def _of(self, info: "RunInfo") -> Run:
         return Run(self.client, id=info.run_id, name=info.run_name or "", experiment_id=self.experiment_id)
 
     def resolve(self, model_uri: str) -> ModelRef:
-        """The version that models:/NAME@ALIAS or models:/NAME/VERSION means now. Raises UserError for none."""
+        """Return the version that models:/NAME@ALIAS or models:/NAME/VERSION means now.
+
+        Raises UserError if there is none.
+        """
         return resolve(self.client, model_uri)
 
     def fetch(self, ref: ModelRef, folder: Path) -> dict[str, Path]:
-        """The version's files in `folder`, by name, verified by sha256. Raises UserError that names a wrong one."""
+        """Download the version's files to `folder`, verified by sha256; return their paths by name.
+
+        Raises UserError that names a file with other content.
+        """
         return fetch(self.client, self.uri, ref, folder)
 
     def lineage(self, model_uri: str) -> list[Step]:
-        """From a model version back to the commit that pretrained its backbone."""
+        """Trace a model version back to the commit that pretrained its backbone."""
         return lineage(self.client, model_uri)
 
 
 def check_run_name(name: str) -> None:
-    """A run may be called so. Raises UserError where it may not."""
+    """Raise UserError if a run may not have this name."""
     if not _NAME.fullmatch(name):
-        raise UserError(f"run name {name!r} holds characters that a search cannot; try letters, digits, . _ / -")
+        raise UserError(
+            f"run name {name!r} contains characters that an MLflow search cannot; try letters, digits, . _ / -"
+        )
 
 
 def open_tracking(experiment: str) -> Tracking:
-    """The experiment in the MLflow of MLFLOW_TRACKING_URI, or else in ./mae-mlflow; it exists and answers.
+    """Open the experiment in the MLflow of MLFLOW_TRACKING_URI, or in ./mae-mlflow; create it if it does not exist.
 
-    Raises TrackingUnreachable, a UserError, within about ten seconds where the server does not answer.
+    Raises TrackingUnreachable, a UserError, within about ten seconds if the server does not respond.
     """
     uri = tracking_uri()
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # outages are told once, by patience.py
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # outages.py logs outages, once
     if not uri.startswith("sqlite:"):
         _probe(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    # Whoever imported mlflow before us had it read another level from the environment.
+    # If mlflow was imported earlier, it read its log level before we set the variable.
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
@@ -146,7 +154,7 @@ def open_tracking(experiment: str) -> Tracking:
         experiment_id = found.experiment_id if found else _create_experiment(client, uri, experiment)
     except (MlflowException, OSError) as error:
         raise TrackingUnreachable(
-            f"MLflow at {without_credentials(uri)} cannot be used: {first_line(error)}; look at its log, "
+            f"MLflow at {without_credentials(uri)} cannot be used: {first_line(error)}; check its log, "
             "or unset MLFLOW_TRACKING_URI to use a local file"
         ) from error
     if found and found.lifecycle_stage != "active":
@@ -158,7 +166,10 @@ def open_tracking(experiment: str) -> Tracking:
 
 
 def tracking_uri() -> str:
-    """The MLflow that would be used: a server's address, or a sqlite file's absolute path. Nothing is contacted."""
+    """Return the URI of the MLflow to use: a server's URL, or a sqlite file's absolute path. Contacts nothing.
+
+    Raises UserError if MLFLOW_TRACKING_URI is neither.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not given:
         return f"sqlite:///{Path.cwd() / 'mae-mlflow' / 'mlflow.db'}"
@@ -168,12 +179,12 @@ def tracking_uri() -> str:
         return given.rstrip("/")
     raise UserError(
         f"MLFLOW_TRACKING_URI {without_credentials(given)!r} is neither a server nor a sqlite file; try "
-        "http://HOST:5000 of an `mlflow server` (on Postgres if you like), or sqlite:////absolute/path/mlflow.db"
+        "http://HOST:5000 of an `mlflow server` (its backend store may be Postgres), or sqlite:////absolute/path/mlflow.db"
     )
 
 
 def refuse_local_tracking(ray_address: str | None) -> None:
-    """MLflow is a server, or Ray is on this machine. Raises UserError for a sqlite file beside a remote cluster."""
+    """Raise UserError if MLflow is a local sqlite file while Ray runs on a remote cluster."""
     address = (ray_address or "").strip()
     host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
     if address in ("", "local") or host in ("localhost", "::1") or host.startswith("127."):
@@ -186,7 +197,7 @@ def refuse_local_tracking(ray_address: str | None) -> None:
 
 
 def _create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """A new experiment's id. A sqlite file keeps its artifacts in a folder beside it; a server knows its own place."""
+    """Create an experiment; return its id. A sqlite file gets an artifacts folder next to it; a server has its own."""
     from mlflow.exceptions import MlflowException
 
     location = None
@@ -195,15 +206,15 @@ def _create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
     try:
         return client.create_experiment(name, artifact_location=location)
     except MlflowException:
-        # Two drivers that start together both find none.
-        made = client.get_experiment_by_name(name)
-        if made is None:
+        # Another driver may have created it since we looked.
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
             raise
-        return made.experiment_id
+        return existing.experiment_id
 
 
 def _probe(uri: str) -> None:
-    """The server has answered something that is not a server's failure."""
+    """Check that the server responds with a status below 500. Raises TrackingUnreachable otherwise."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -218,11 +229,11 @@ def _probe(uri: str) -> None:
             raise_on_status=False,
         )
         assert response is not None
-        answer = f"answers {response.status_code}" if response.status_code >= 500 else ""
+        failure = f"responds with {response.status_code}" if response.status_code >= 500 else ""
     except (MlflowException, OSError) as error:
-        answer = "does not answer" if "Max retries" in str(error) or "timeout" in str(error) else first_line(error)
-    if answer:
+        failure = "does not respond" if "Max retries" in str(error) or "timeout" in str(error) else first_line(error)
+    if failure:
         raise TrackingUnreachable(
-            f"MLflow at {without_credentials(uri)} {answer}; start it, correct MLFLOW_TRACKING_URI, "
+            f"MLflow at {without_credentials(uri)} {failure}; start it, correct MLFLOW_TRACKING_URI, "
             "or unset it to use a local file"
         )

@@ -1,4 +1,4 @@
-"""Model versions as others see them: resolved to a number, fetched and verified, and walked back to their origin."""
+"""Model versions: resolve a URI to a version, fetch and verify its files, trace its lineage."""
 
 import difflib
 import hashlib
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mae_core.errors import UserError
-from pipelines.registry.patience import patiently
+from pipelines.registry.outages import retry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """One version of one registered model; no alias can move it."""
+    """One version of one registered model. It does not change when an alias moves."""
 
     name: str
     version: int
     run_id: str
-    """The run that made it."""
+    """Run that created the version."""
     model_id: str
-    """MLflow's logged model, where the files are."""
+    """MLflow's logged model, which stores the files."""
     sha256: dict[str, str]
-    """Of each file, by name."""
+    """Hex digest of each file, by name."""
     tags: dict[str, str]
 
     @property
@@ -48,16 +48,19 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step on the way back from a model version."""
+    """One step of a model version's lineage."""
 
     kind: Literal["model version", "run", "dataset", "commit"]
     id: str
-    """models:/NAME/VERSION, a run's id, a dataset's digest or a commit."""
+    """A models:/NAME/VERSION URI, a run id, a dataset digest or a commit."""
     facts: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
-    """The version that the URI means now. Raises UserError that says which names, aliases or versions there are."""
+    """Return the version that the URI means now.
+
+    Raises UserError that lists the names, aliases or versions that exist.
+    """
     parts = _URI.fullmatch(model_uri)
     if parts is None:
         raise UserError(f"model {model_uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; try one of them")
@@ -76,7 +79,7 @@ def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
 
 
 def ref_of(version: "ModelVersion") -> ModelRef:
-    """The version as we see it. Raises UserError for one that was not registered by this project."""
+    """Convert MLflow's version to a ModelRef. Raises UserError if this project did not register it."""
     source = _SOURCE.fullmatch(version.source or "")
     prefix = len(SHA256_TAG)
     sha256 = {key[prefix:]: value for key, value in version.tags.items() if key.startswith(SHA256_TAG)}
@@ -96,21 +99,22 @@ def ref_of(version: "ModelVersion") -> ModelRef:
 
 
 def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path) -> dict[str, Path]:
-    """The version's files in `folder`, by name, each as its sha256 says; a file that is there already is kept.
+    """Download the version's files to `folder` and verify their sha256; return their paths by name.
 
-    Raises UserError that names a file with other content, and for files that lie where they have no business.
+    A file that is already there with the right content is kept. Raises UserError that names a file with other content,
+    or if the files are stored outside what the tracking server owns.
     """
-    location = patiently(lambda: client.get_logged_model(ref.model_id), ref.uri).artifact_location
+    location = retry(lambda: client.get_logged_model(ref.model_id), ref.uri).artifact_location
     check_location(location, tracking_uri, ref.uri)
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _fetch_file(location, tracking_uri, ref, name, folder) for name in sorted(ref.sha256)}
 
 
 def check_location(location: str, tracking_uri: str, what: str) -> None:
-    """Files at `location` may be read. Raises UserError for a place that the tracking server does not own.
+    """Raise UserError if files at `location` must not be read, because the tracking server does not own that place.
 
-    Whoever can write to an MLflow server can make a version point anywhere: to a file of this machine, or to an
-    address that only this machine reaches, such as a cloud's metadata service.
+    Anyone who can write to an MLflow server can make a version point anywhere: to a file on this machine, or to an
+    address that only this machine can reach, such as a cloud's metadata service.
     """
     parts, server = urlsplit(location), urlsplit(tracking_uri)
     is_file = parts.scheme in ("", "file")
@@ -121,13 +125,16 @@ def check_location(location: str, tracking_uri: str, what: str) -> None:
     )
     if not allowed or ".." in Path(unquote(parts.path)).parts or parts.query or parts.fragment:
         raise UserError(
-            f"files of {what} lie at {location!r}, outside what the tracking server owns; start the server with "
+            f"files of {what} are at {location!r}, outside what the tracking server owns; start the server with "
             "--serve-artifacts and register the model again"
         )
 
 
 def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
-    """Classifier version, fine-tune run, backbone version, pretrain run, dataset, commit; or a later part of these."""
+    """Trace a version: classifier version, fine-tune run, backbone version, pretrain run, dataset, commit.
+
+    For a backbone, the list starts at the backbone version.
+    """
     steps: list[Step] = []
     seen: set[str] = set()
     ref: ModelRef | None = resolve(client, model_uri)
@@ -136,7 +143,7 @@ def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
         seen.add(ref.uri)
         steps.append(Step(kind="model version", id=ref.uri, facts={f"sha256 {k}": v for k, v in ref.sha256.items()}))
         run_id = ref.run_id
-        run = patiently(lambda run_id=run_id: client.get_run(run_id), "the run")
+        run = retry(lambda run_id=run_id: client.get_run(run_id), "the run")
         tags = run.data.tags
         facts = {
             "name": run.info.run_name or "",
@@ -154,13 +161,13 @@ def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file_name(name: str) -> None:
-    """The name stays in its folder. Raises UserError for one that could leave it."""
+    """Raise UserError if the name could denote a path outside its folder."""
     if not _FILE_NAME.fullmatch(name):
         raise UserError(f"artifact name {name!r} is not a plain file name; try one such as encoder.safetensors")
 
@@ -174,14 +181,14 @@ def _fetch_file(location: str, tracking_uri: str, ref: ModelRef, name: str, fold
         return path
     source = f"{location.rstrip('/')}/artifacts/{name}"
     with TemporaryDirectory(dir=folder, prefix=".fetch-") as scratch:
-        download = patiently(
+        download = retry(
             lambda: download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri), name
         )
         found = sha256_of(Path(download))
         if found != expected:
             raise UserError(
-                f"{name} of {ref.uri} has sha256 {found[:12]}..., registered was {expected[:12]}...: it was changed or "
-                "damaged after registration; register the run again with `mae register`"
+                f"{name} of {ref.uri} has sha256 {found[:12]}... instead of the registered {expected[:12]}...: it was "
+                "changed or damaged after registration; register the run again with `mae register`"
             )
         Path(download).rename(path)
     return path
@@ -191,20 +198,18 @@ def _registered(client: "MlflowClient", name: str) -> "RegisteredModel":
     found = _or_none(lambda: client.get_registered_model(name))
     if found is not None:
         return found
-    known = sorted(
-        model.name for model in patiently(lambda: client.search_registered_models(max_results=100), "models")
-    )
+    known = sorted(model.name for model in retry(lambda: client.search_registered_models(max_results=100), "models"))
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"registered are {', '.join(known[:10]) or 'none'}"
+    hint = f"did you mean {near[0]}?" if near else f"registered models: {', '.join(known[:10]) or 'none'}"
     raise UserError(f"no registered model {name!r}; {hint}" + ("" if known else "; run `mae pretrain` first"))
 
 
 def _or_none(get: Callable[[], T]) -> T | None:
-    """What the registry has, or None where it has no such thing."""
+    """Return what the registry has, or None if it has no such object."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return patiently(get, "the model")
+        return retry(get, "the model")
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None

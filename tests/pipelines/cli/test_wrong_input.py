@@ -242,7 +242,7 @@ def test_mlflow_out_of_reach(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
         address = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         said = refusal(place, capsys, "pretrain", "--data.uri", uri, *SMALL)
-    assert "does not answer; start it, correct MLFLOW_TRACKING_URI, or unset it" in said
+    assert "does not respond; start it, correct MLFLOW_TRACKING_URI, or unset it" in said
     assert "secret" not in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense")
     assert "'nonsense' is neither a server nor" in refusal(place, capsys, "pretrain", "--data.uri", uri, *SMALL)
