@@ -21,7 +21,7 @@ from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, open_source
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
-from pipelines.storage.patience import StoreAwayError
+from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _user_error(error: BaseException) -> BaseException:
     """The storage's own error under Ray's wrapping, or the error itself."""
     inner: BaseException | None = error
     while inner is not None:
-        if type(inner) in (OSError, StoreAwayError, PermissionError, FileNotFoundError, UserError):
+        if type(inner) in (OSError, StoreUnavailableError, PermissionError, FileNotFoundError, UserError):
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
     return error

@@ -15,7 +15,7 @@ from typing import Any
 
 from mae_core.errors import UserError
 from pipelines.storage import Storage, open_storage
-from pipelines.storage.patience import briefly
+from pipelines.storage.retries import retry_at_most
 
 log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ class CheckpointStore:
                 log.info("checkpoint of step %d was committed before; that one stays", step)
                 break
         try:
-            with briefly(_TIDYING_S):
+            with retry_at_most(_TIDYING_S):
                 self._prune(retention)
         except OSError as error:
             log.warning("what need not stay beside the checkpoint of step %d is removed with the next: %s", step, error)

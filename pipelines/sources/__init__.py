@@ -14,7 +14,7 @@ from pipelines.images.decode import SUFFIXES
 from pipelines.sources import folders, imagenet, lists, tables, tars
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.reading import Place
-from pipelines.storage import Found, Storage, open_storage
+from pipelines.storage import ListedFile, Storage, open_storage
 from pipelines.storage.listing import FOLDER_LINK, LEAVES
 
 __all__ = ["SPLITS", "Entry", "Place", "Source", "open_source"]
@@ -81,19 +81,19 @@ def _of_file(folder: Storage, file: str) -> Source:
     return _of_tables(folder, [found])
 
 
-def _of_tables(storage: Storage, files: list[Found]) -> Source:
+def _of_tables(storage: Storage, files: list[ListedFile]) -> Source:
     """Parquet with images in it, or with their URIs."""
     if lists.is_list(storage, files[0].path):
         return lists.ParquetList(storage, [found.path for found in files])
     return tables.Tables(storage, files)
 
 
-def _only_file(folder: Storage, file: str) -> Found:
+def _only_file(folder: Storage, file: str) -> ListedFile:
     """The one file that the user named, which may be a link to anywhere."""
-    found = folder.look(file)
+    found = folder.stat(file)
     if found.fault == LEAVES:
         folder, name = _split(open_storage(os.path.realpath(folder.join(file))))
-        found = folder.look(name)._replace(path=file)
+        found = folder.stat(name)._replace(path=file)
     if found.fault:
         raise UserError(f"{folder.join(file)} cannot be read ({found.fault}); give the file itself")
     return found
@@ -121,7 +121,7 @@ def _of_folder(storage: Storage) -> Source:
     return _of_tables(storage, sorted(found))
 
 
-def _known(storage: Storage) -> Iterator[Found]:
+def _known(storage: Storage) -> Iterator[ListedFile]:
     """Files of the kinds that we know. What compressed archives and links to folders lead to is said to be left out."""
     num_links, link, num_archives, archive = 0, "", 0, ""
     for found in storage.files():
@@ -141,7 +141,7 @@ def _kind(path: str) -> str:
     return next((kind for kind, suffixes in _KINDS.items() if path.lower().endswith(suffixes)), "")
 
 
-def _only(kind: str, first: str, files: Iterable[Found], storage: Storage) -> Iterator[Found]:
+def _only(kind: str, first: str, files: Iterable[ListedFile], storage: Storage) -> Iterator[ListedFile]:
     for found in files:
         other = _kind(found.path)
         if other != kind:

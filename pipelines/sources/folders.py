@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pipelines.sources.entry import Entry, by_folder
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
-from pipelines.storage.listing import Found
+from pipelines.storage.listing import ListedFile
 
 
 class Folder:
@@ -13,7 +13,7 @@ class Folder:
 
     has_explicit_labels = False
 
-    def __init__(self, storage: Storage, files: Iterable[Found]) -> None:
+    def __init__(self, storage: Storage, files: Iterable[ListedFile]) -> None:
         self.place = Place(storage)
         self.classes: list[str] = []
         self._files = files

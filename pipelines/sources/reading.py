@@ -87,7 +87,7 @@ class Place:
             storage = open_storage(folder or "/")
         _check_inside(path)
         # Before it is opened: a pipe would be waited for, a device read for ever. A list may name links to anywhere.
-        fault = storage.look(path).fault if storage.is_local else ""
+        fault = storage.stat(path).fault if storage.is_local else ""
         if fault and not (self.takes_uris and fault == LEAVES):
             raise UserError(fault)
         return storage.read(path, MAX_IMAGE_BYTES)

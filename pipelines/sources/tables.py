@@ -16,7 +16,7 @@ from pipelines.sources.entry import Entry, split_by_name
 from pipelines.sources.parquet import open_table
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
-from pipelines.storage.listing import Found
+from pipelines.storage.listing import ListedFile
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category")
@@ -27,7 +27,7 @@ _MAX_EMPTY_ROWS = 2**20
 class Tables:
     """Images of some Parquet files; a file whose name says so (data/train-00000.parquet) is of that split."""
 
-    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
+    def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
         self._storage, self._files = storage, files
         with open_table(storage, files[0].path) as file:
             schema = file.schema_arrow
@@ -42,7 +42,7 @@ class Tables:
                 for entries in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
                     yield from entries
 
-    def _index(self, found: Found) -> list[Entry]:
+    def _index(self, found: ListedFile) -> list[Entry]:
         path = found.path
         with open_table(self._storage, path) as file:
             top = [column.split(".")[0] for column in (self.place.image_column, self._label_column) if column]
@@ -54,7 +54,7 @@ class Tables:
                 )
             return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
 
-    def _group(self, file: pq.ParquetFile, found: Found, group: int) -> Iterator[Entry]:
+    def _group(self, file: pq.ParquetFile, found: ListedFile, group: int) -> Iterator[Entry]:
         path = found.path
         about = file.metadata.row_group(group)
         columns = {about.column(i).path_in_schema: about.column(i) for i in range(about.num_columns)}

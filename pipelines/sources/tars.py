@@ -15,7 +15,7 @@ from pipelines.images.decode import SUFFIXES
 from pipelines.sources.entry import Entry, by_folder, split_by_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
-from pipelines.storage.listing import Found
+from pipelines.storage.listing import ListedFile
 
 _INDEX_THREADS = 4
 # Headers are this far apart in tars of small images, so that one request finds many of them.
@@ -30,7 +30,7 @@ _EXTENSIONS = (
 class Tars:
     """Images of some tar files; a file whose name says so (train-000.tar, val/000.tar) is of that split."""
 
-    def __init__(self, storage: Storage, files: Sequence[Found]) -> None:
+    def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
         self.place = Place(storage)
         self.classes: list[str] = []
         self.has_explicit_labels = False
@@ -43,7 +43,7 @@ class Tars:
                     self.has_explicit_labels |= has_labels
                     yield from entries
 
-    def _index(self, found: Found) -> tuple[list[Entry], bool]:
+    def _index(self, found: ListedFile) -> tuple[list[Entry], bool]:
         """The images of one file, and whether labels stand beside them."""
         images: list[_Image] = []
         labels: dict[str, str] = {}
@@ -69,7 +69,7 @@ class Tars:
             )
         return label
 
-    def _entry(self, found: Found, image: "_Image", labels: dict[str, str]) -> Entry:
+    def _entry(self, found: ListedFile, image: "_Image", labels: dict[str, str]) -> Entry:
         name = image.name.removeprefix("./")
         split, label, is_flat = by_folder(name)
         if labels:

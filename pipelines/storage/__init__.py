@@ -1,4 +1,4 @@
-"""A URI becomes a place to read and write: a folder of this machine, or a prefix of an S3 store."""
+"""Read and write files below a URI: a folder of this machine, or a prefix of an S3 store."""
 
 import errno
 import os
@@ -17,19 +17,19 @@ import pyarrow.fs as pafs
 
 from mae_core.errors import UserError
 from pipelines.storage import local, s3
-from pipelines.storage.errors import in_words
-from pipelines.storage.listing import Found, check_size
-from pipelines.storage.patience import patiently
+from pipelines.storage.errors import named_error
+from pipelines.storage.listing import ListedFile, check_size
 from pipelines.storage.ranges import Ranges
+from pipelines.storage.retries import retry
 
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 
 def open_storage(uri: str | Path) -> "Storage":
-    """The place that a local path, file:// or s3:// URI names; it need not exist yet.
+    """Open the storage that a local path, file:// or s3:// URI names; it need not exist yet.
 
     S3 credentials come from the usual chain (environment, ~/.aws, instance role), the endpoint from AWS_ENDPOINT_URL.
-    Raises UserError for an empty URI, another scheme, or credentials within the URI.
+    Raises UserError for an empty URI, another scheme, or credentials in the URI.
     """
     text = str(uri).strip()
     if not text:
@@ -39,7 +39,7 @@ def open_storage(uri: str | Path) -> "Storage":
     parts = urlsplit(text)
     if parts.username or parts.password or parts.query:
         raise UserError(
-            f"{parts.scheme}:// URI carries credentials or options; leave them out and set AWS_ACCESS_KEY_ID and "
+            f"{parts.scheme}:// URI contains credentials or options; remove them and set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY in the environment"
         )
     if parts.scheme == "file":
@@ -51,7 +51,10 @@ def open_storage(uri: str | Path) -> "Storage":
 
 
 def storage_of(file: str) -> tuple["Storage", str]:
-    """Where a file lies and its name there, by its path or URI. Raises UserError for one without a name."""
+    """Split a file's path or URI into the storage that holds it and its name there.
+
+    Raises UserError if it has no name.
+    """
     text = file.strip() if "://" in file else str(Path(file).expanduser().absolute())
     folder, _, name = text.rpartition("/")
     if not name or folder.endswith(":/"):
@@ -61,7 +64,10 @@ def storage_of(file: str) -> tuple["Storage", str]:
 
 @dataclass(frozen=True)
 class Storage:
-    """A place by its absolute URI, all that a pickle of it holds; paths are relative to it and cannot leave it."""
+    """A folder or S3 prefix, given by its absolute URI. Paths are relative to it and cannot leave it.
+
+    A pickle holds only the URI.
+    """
 
     uri: str
 
@@ -70,13 +76,14 @@ class Storage:
         return not self.uri.startswith("s3://")
 
     def join(self, path: str) -> str:
-        """The URI of a path within."""
+        """Return the URI of a path within this storage."""
         return f"{self.uri.rstrip('/')}/{_checked(path, self.uri)}" if path else self.uri
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """All bytes of a file. Raises FileNotFoundError or PermissionError that name it.
+        """Read all bytes of a file.
 
-        Raises UserError for more than `max_bytes`, before they are in memory.
+        Raises FileNotFoundError or PermissionError that name the file, and UserError if it is larger than `max_bytes`,
+        before reading it into memory.
         """
         with self._named_errors("read", path):
             if not self.is_local:
@@ -86,7 +93,7 @@ class Storage:
                 return file.read()
 
     def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
-        """So many bytes of a file from `offset` on; fewer only where it ends."""
+        """Read `num_bytes` bytes of a file from `offset`; fewer only at its end."""
         with self._named_errors("read", path):
             if not self.is_local:
                 return s3.read_range(self._key(path), offset, num_bytes)
@@ -95,7 +102,7 @@ class Storage:
                 return file.read(num_bytes)
 
     def write(self, path: str, content: bytes) -> None:
-        """The file holds exactly these bytes and is durable; readers saw the old content or the new, never a part."""
+        """Write the file atomically and durably: a reader sees the old content or the new, never a part."""
         with self._named_errors("write", path):
             if self.is_local:
                 with local.atomic_file(Path(self.join(path))) as file:
@@ -104,9 +111,10 @@ class Storage:
             s3.write(self._key(path), content)
 
     def write_new(self, path: str, content: bytes) -> bool:
-        """Whether the file holds exactly these bytes; one that was there before is left as it is, whoever wrote it.
+        """Create the file if it does not exist; return whether it now holds exactly these bytes.
 
-        Of several that write at once, one wins, and the others are told (unless they wrote the same).
+        An existing file is never changed. Of several concurrent writers one wins; the others get False, unless they
+        wrote the same bytes.
         """
         with self._named_errors("write", path):
             if not self.is_local:
@@ -120,60 +128,63 @@ class Storage:
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                     raise
-                # A file system without links, such as some network disks: the last of two writers wins.
+                # File systems without hard links, such as some network disks: the last of two writers wins.
                 if target.exists():
                     return target.read_bytes() == content
                 self.write(path, content)
             return True
 
     def is_empty(self) -> bool:
-        """Whether nothing is there, not even a hidden file; so too where the place does not exist."""
+        """Return whether the storage holds nothing, not even a hidden file, or does not exist."""
         with self._named_errors("list", ""):
             if self.is_local:
                 return not os.path.lexists(self.uri) or not any(Path(self.uri).iterdir())
             return next(s3.walk(self._key("")), None) is None
 
     def exists(self, path: str = "") -> bool:
-        """Whether a file (or, where the path is empty or a folder's, anything under it) is there."""
+        """Return whether the file exists. For a folder, or an empty path, return whether it holds anything."""
         with self._named_errors("read", path):
             if self.is_local:
                 return os.path.lexists(self.join(path))
             return self._info(path).type != pafs.FileType.NotFound
 
     def is_folder(self, path: str) -> bool:
-        """Whether the path names a folder, or a prefix of keys."""
+        """Return whether the path is a folder, or a prefix of keys."""
         if self.is_local:
             return Path(self.join(path)).is_dir()
         return self._info(path).type == pafs.FileType.Directory
 
     def list(self, prefix: str = "", suffix: str = "") -> list[tuple[str, int]]:
-        """Path and size of every file below the folder `prefix`, sorted by path; empty where there is no such folder.
+        """List path and size of every file below folder `prefix`, sorted by path; empty if there is no such folder.
 
-        Hidden files and folders below it, links to folders and links that leave the root are not listed.
+        Hidden files and folders, links to folders, and links that leave the root are not listed.
         """
         return sorted((path, size) for path, size in self.walk(prefix) if path.endswith(suffix))
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """What `list` has, in no particular order, as it is found: memory does not grow with the number of files.
+        """Yield what `list` returns, unsorted and incrementally: memory does not grow with the number of files.
 
-        A store's keys may be such that they cannot be read as paths: see `stays_inside`.
+        Keys of an object store need not be valid relative paths: see `stays_inside`.
         """
         yield from ((found.path, found.num_bytes) for found in self.files(prefix) if not found.fault)
 
-    def files(self, prefix: str = "") -> Iterator[Found]:
-        """What `walk` has, with versions, and with what must not be read: links that lead nowhere or out, devices."""
+    def files(self, prefix: str = "") -> Iterator[ListedFile]:
+        """Yield what `walk` yields, with versions, and also entries that must not be read.
+
+        Those are broken links, links out of the root, links to folders, and devices.
+        """
         with self._named_errors("list", prefix):
             yield from local.walk(self.uri, self.join(prefix)) if self.is_local else self._walk_s3(prefix)
 
-    def look(self, path: str) -> Found:
-        """What a listing would say of one file. Raises FileNotFoundError where there is none."""
+    def stat(self, path: str) -> ListedFile:
+        """Return the listing entry of one file. Raises FileNotFoundError if it does not exist."""
         with self._named_errors("read", path):
             if self.is_local:
-                return local.look(self.uri, _checked(path, self.uri))
-            return s3.look(self._key(path))._replace(path=path)
+                return local.stat(self.uri, _checked(path, self.uri))
+            return s3.stat(self._key(path))._replace(path=path)
 
     def delete(self, path: str) -> None:
-        """The file is gone, whether or not it was there."""
+        """Delete the file if it exists."""
         with self._named_errors("delete", path):
             if self.is_local:
                 Path(self.join(path)).unlink(missing_ok=True)
@@ -181,31 +192,31 @@ class Storage:
                 s3.delete(self._key(path))
 
     def delete_temporaries(self) -> None:
-        """What killed writers left half-written is gone; nobody may be writing. A store keeps no such files."""
+        """Delete temporary files that killed writers left behind. Nobody may be writing. An object store has none."""
         if self.is_local:
             for path in Path(self.uri).rglob(".*.tmp"):
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
     def delete_empty(self, path: str) -> None:
-        """Folders below and at the path that hold no file are gone; a store has none."""
+        """Delete folders without files at and below the path. An object store has none."""
         if self.is_local:
             for folder, _, _ in os.walk(self.join(path), topdown=False):
                 with suppress(OSError):
                     Path(folder).rmdir()
 
     def delete_tree(self) -> None:
-        """Everything in the place is gone, hidden files too."""
+        """Delete everything in the storage, hidden files included."""
         with self._named_errors("delete", ""):
             if self.is_local:
                 for entry in Path(self.uri).iterdir() if Path(self.uri).is_dir() else ():
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             elif self._info("").type == pafs.FileType.Directory:
-                patiently(lambda: s3.filesystem().delete_dir_contents(self._key(""), missing_dir_ok=True), self.uri)
+                retry(lambda: s3.filesystem().delete_dir_contents(self._key(""), missing_dir_ok=True), self.uri)
 
     @contextmanager
     def create(self, path: str) -> Iterator[IO[bytes]]:
-        """A file to write in sequence, which appears whole when the block ends, or not at all if it raises."""
+        """Open a file for sequential writing that appears complete when the block ends, or not at all if it raises."""
         with self._named_errors("write", path):
             if self.is_local:
                 with local.atomic_file(Path(self.join(path))) as file:
@@ -216,26 +227,26 @@ class Storage:
                 s3.write(self._key(path), file)
 
     def open_input(self, path: str) -> Any:
-        """A random-access file for pyarrow."""
+        """Open a random-access file for pyarrow."""
         with self._named_errors("read", path):
             if self.is_local:
                 return pafs.LocalFileSystem().open_input_file(self.join(path))
             return s3.open_input(self._key(path))
 
     def ranges(self, path: str) -> Ranges:
-        """A file whose parts are read one by one, by any number of threads."""
+        """Open a file for reading byte ranges from any number of threads."""
         with self._named_errors("read", path):
             local_file = pafs.LocalFileSystem().open_input_file
-            parts = local_file(self.join(path)) if self.is_local else s3.PatientParts(self._key(path))
+            parts = local_file(self.join(path)) if self.is_local else s3.RetryingParts(self._key(path))
             return Ranges(parts, partial(self._named_errors, "read", path))
 
     def _key(self, path: str) -> str:
         return self.join(path).removeprefix("s3://")
 
     def _info(self, path: str) -> pafs.FileInfo:
-        return patiently(lambda: s3.filesystem().get_file_info(self._key(path)), self.join(path))
+        return retry(lambda: s3.filesystem().get_file_info(self._key(path)), self.join(path))
 
-    def _walk_s3(self, prefix: str) -> Iterator[Found]:
+    def _walk_s3(self, prefix: str) -> Iterator[ListedFile]:
         root, start = self._key("") + "/", len(self._key(prefix)) + 1
         for found in s3.walk(self._key(prefix)):
             if not any(part.startswith(".") and part.strip(".") for part in found.path[start:].split("/")):
@@ -243,20 +254,20 @@ class Storage:
 
     @contextmanager
     def _named_errors(self, verb: str, path: str) -> Iterator[None]:
-        """What the store says becomes an error that names the URI and the remedy, and no credential."""
+        """Translate the storage's errors into ones that name the URI and the remedy, without credentials."""
         try:
             yield
         except OSError as error:
-            # One of another place, which was read from within the block.
+            # The error of another storage, which the block read, is already translated.
             if getattr(error, "is_named", False):
                 raise
-            told = in_words(error, verb, self.join(path), self.is_local)
-            told.is_named = True  # pyright: ignore[reportAttributeAccessIssue]
-            raise told from None
+            named = named_error(error, verb, self.join(path), self.is_local)
+            named.is_named = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise named from None
 
 
 def stays_inside(path: str) -> bool:
-    """Whether a relative path can only name something below where it starts."""
+    """Return whether a relative path can only denote something below its starting point."""
     return not (path.startswith("/") or "\0" in path or "//" in path or {"..", "."} & set(path.split("/")))
 
 

@@ -1,4 +1,4 @@
-"""What a disk or a store says of a failure, in a sentence of ours."""
+"""Translate errors of a disk or an S3 store into messages with a remedy."""
 
 from mae_core.errors import UserError
 
@@ -6,8 +6,8 @@ _MISSING = ("NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "HTTP status 404")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403", "INVALID_CLIENT")
 
 
-def in_words(error: OSError, verb: str, where: str, is_local: bool) -> Exception:
-    """The error that names the URI, what was to be done there and the remedy, and no credential."""
+def named_error(error: OSError, verb: str, where: str, is_local: bool) -> Exception:
+    """Return an error that names the URI, the operation and the remedy, and no credential."""
     text = str(error)
     if isinstance(error, PermissionError) or any(sign in text for sign in _DENIED):
         remedy = "check the folder's owner and mode" if is_local else "check the credentials and their policy"

@@ -1,4 +1,4 @@
-"""Parts of a file, read one by one, and the file that they make."""
+"""Read byte ranges of a file, and a file object on top of them."""
 
 import io
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Parts(Protocol):
-    """What pyarrow's files are, too."""
+    """A source of byte ranges; pyarrow's files satisfy this protocol."""
 
     def size(self) -> int: ...
 
@@ -15,20 +15,20 @@ class Parts(Protocol):
 
 
 class Ranges:
-    """Parts of one file, from any thread; nothing is held but where it is."""
+    """Byte ranges of one file, readable from any thread. Holds no data."""
 
     def __init__(self, parts: Parts, named_errors: Callable[[], AbstractContextManager[None]]) -> None:
         self._parts, self._named_errors = parts, named_errors
         self.num_bytes = parts.size()
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """So many bytes from `offset` on. Raises OSError where there are fewer."""
+        """Read exactly `num_bytes` bytes from `offset`. Raises OSError if there are fewer."""
         with self._named_errors():
-            return whole(self._parts.read_at(num_bytes, offset), num_bytes)
+            return check_length(self._parts.read_at(num_bytes, offset), num_bytes)
 
 
 class RangeFile(io.RawIOBase):
-    """A file that is read in sequence or at random, each read a part."""
+    """A random-access file; each read is one range request."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._size, self._position = parts, parts.size(), 0
@@ -47,7 +47,7 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> Any:
-        """So many bytes, fewer only where the file ends, as the parts come: bytes, or a view of what is there."""
+        """Read up to `size` bytes, fewer only at the end of the file; return bytes or a buffer."""
         wanted = max(0, self._size - self._position)
         wanted = wanted if size < 0 else min(size, wanted)
         if not wanted:
@@ -57,8 +57,8 @@ class RangeFile(io.RawIOBase):
         return found
 
 
-def whole(content: bytes, num_bytes: int) -> bytes:
-    """The content. Raises OSError where it is shorter than it should be."""
+def check_length(content: bytes, num_bytes: int) -> bytes:
+    """Return the content. Raises OSError if it is not `num_bytes` long."""
     if len(content) != num_bytes:
         raise OSError(f"short body: {len(content)} of {num_bytes} bytes")
     return content

@@ -1,8 +1,8 @@
-"""S3 under `storage.py`: one client a process and endpoint, asked with patience.
+"""S3: one client per process and endpoint, with retries.
 
-Small bodies go through pyarrow, which takes a tenth of a millisecond a request where boto3 takes two; large parts of
-files through boto3, which takes half of pyarrow's CPU time a byte; so do pages of a listing and conditional puts, which
-pyarrow does not have. A body that ends early is noticed, since sizes are known, and asked for again.
+Small objects go through pyarrow, which takes 0.1 ms per request where boto3 takes 2 ms. Large byte ranges go through
+boto3, which takes half of pyarrow's CPU time per byte. Listings by page and conditional puts also use boto3, because
+pyarrow has neither. Sizes are known, so a truncated body is detected and requested again.
 """
 
 import os
@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mae_core.errors import UserError
-from pipelines.storage.listing import Found, check_size
-from pipelines.storage.patience import patiently
-from pipelines.storage.ranges import RangeFile, whole
+from pipelines.storage.listing import ListedFile, check_size
+from pipelines.storage.ranges import RangeFile, check_length
+from pipelines.storage.retries import retry
 
 _ARROW_CODES = {
     "NoSuchBucket": "NO_SUCH_BUCKET",
@@ -30,36 +30,36 @@ _ARROW_CODES = {
     "NoCredentialsError": "ACCESS_DENIED",
 }
 _LIST_THREADS = 16
-# Levels of folders opened one after the other, so that what lies below them can be listed in parallel.
+# Folder levels listed serially, to find enough folders to list in parallel.
 _SERIAL_LEVELS = 2
 _MULTIPART_BYTES = 16 * 2**20
-# Where the two take the same time.
+# Range size at which pyarrow and boto3 take the same time.
 _LARGE_BYTES = 4 * 2**20
 
 
 def read(key: str, max_bytes: int | None = None) -> bytes:
-    """All bytes of an object. Raises UserError for more than `max_bytes`."""
+    """Read all bytes of an object. Raises UserError if it is larger than `max_bytes`."""
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
             check_size(file.size(), max_bytes)
-            return whole(file.read(), file.size())
+            return check_length(file.read(), file.size())
 
-    return patiently(act, f"s3://{key}")
+    return retry(act, f"s3://{key}")
 
 
 def read_range(key: str, offset: int, num_bytes: int) -> bytes:
-    """So many bytes from `offset` on, fewer only where the object ends."""
+    """Read `num_bytes` bytes from `offset`; fewer only at the end of the object."""
 
     def act() -> bytes:
         with filesystem().open_input_file(key) as file:
-            return whole(file.read_at(num_bytes, offset), max(0, min(num_bytes, file.size() - offset)))
+            return check_length(file.read_at(num_bytes, offset), max(0, min(num_bytes, file.size() - offset)))
 
-    return patiently(act, f"s3://{key}")
+    return retry(act, f"s3://{key}")
 
 
 def write(key: str, content: Any) -> None:
-    """The object holds the bytes, or what a seekable file holds from its start on."""
+    """Write bytes, or a seekable file from its start, to an object."""
 
     def act() -> None:
         with filesystem().open_output_stream(key) as stream:
@@ -70,45 +70,46 @@ def write(key: str, content: Any) -> None:
             while part := content.read(_MULTIPART_BYTES):
                 stream.write(part)
 
-    patiently(act, f"s3://{key}")
+    retry(act, f"s3://{key}")
 
 
 def write_new(key: str, content: bytes) -> bool:
-    """Whether the object holds these bytes; one that was there already is left as it is (If-None-Match: *)."""
+    """Create the object if it does not exist (If-None-Match: *); return whether it now holds these bytes."""
     bucket, _, name = key.partition("/")
     try:
-        _ask("put_object", f"s3://{key}", Bucket=bucket, Key=name, Body=content, IfNoneMatch="*")
+        _request("put_object", f"s3://{key}", Bucket=bucket, Key=name, Body=content, IfNoneMatch="*")
     except FileExistsError:
-        # Ours, if an answer to an earlier attempt was lost on the way.
+        # The object may be our own, if the response to an earlier attempt was lost.
         return read(key) == content
     return True
 
 
 def delete(key: str) -> None:
-    """The object is gone, whether or not it was there.
+    """Delete the object if it exists.
 
-    By boto3: pyarrow's own is several requests, of which a later one fails where an earlier one has done its work.
+    Uses boto3: pyarrow's delete makes several requests, and a later one fails if an earlier one has already deleted the
+    object.
     """
     bucket, _, name = key.partition("/")
-    _ask("delete_object", f"s3://{key}", Bucket=bucket, Key=name)
+    _request("delete_object", f"s3://{key}", Bucket=bucket, Key=name)
 
 
 def open_input(key: str) -> pa.PythonFile:
-    """A random-access file for pyarrow that outlives a store's absence."""
-    return pa.PythonFile(RangeFile(PatientParts(key)), mode="r")
+    """Open a random-access file for pyarrow that survives outages of the store."""
+    return pa.PythonFile(RangeFile(RetryingParts(key)), mode="r")
 
 
-def look(key: str) -> Found:
-    """What a listing says of one object."""
+def stat(key: str) -> ListedFile:
+    """Return the listing entry of one object."""
     bucket, _, name = key.partition("/")
-    found = _ask("head_object", f"s3://{key}", needs="ContentLength", Bucket=bucket, Key=name)
-    return Found(key, found["ContentLength"], found.get("ETag", "").strip('"'))
+    found = _request("head_object", f"s3://{key}", needs="ContentLength", Bucket=bucket, Key=name)
+    return ListedFile(key, found["ContentLength"], found.get("ETag", "").strip('"'))
 
 
-def walk(prefix: str) -> Iterator[Found]:
-    """Every object below a folder by its key (with its bucket), in no particular order.
+def walk(prefix: str) -> Iterator[ListedFile]:
+    """Yield every object below a folder, by key (with its bucket), in no particular order.
 
-    Folders are listed in parallel, page by page, so that memory is that of a few pages.
+    Folders are listed in parallel, page by page, so memory holds only a few pages.
     """
     bucket, _, folder = prefix.partition("/")
     bases = [f"{folder}/" if folder else ""]
@@ -121,23 +122,23 @@ def walk(prefix: str) -> Iterator[Found]:
         if len(bases) >= _LIST_THREADS:
             break
     with ThreadPoolExecutor(_LIST_THREADS) as pool:
-        # In groups, since a page that was asked for is held until it is taken.
+        # In groups, because a requested page stays in memory until it is consumed.
         for start in range(0, len(bases), _LIST_THREADS):
             pages = [_pages(bucket, base) for base in bases[start : start + _LIST_THREADS]]
             while pages:
-                taken = list(pool.map(lambda page: next(page, None), pages))
-                yield from (item for page in taken for item in page or ())
-                pages = [rest for rest, page in zip(pages, taken) if page is not None]
+                fetched = list(pool.map(lambda page: next(page, None), pages))
+                yield from (item for page in fetched for item in page or ())
+                pages = [rest for rest, page in zip(pages, fetched) if page is not None]
 
 
-def _pages(bucket: str, base: str) -> Iterator[list[Found]]:
+def _pages(bucket: str, base: str) -> Iterator[list[ListedFile]]:
     for page in _responses(bucket, base, ""):
         yield _objects(bucket, page)
 
 
-def _objects(bucket: str, page: dict[str, Any]) -> list[Found]:
+def _objects(bucket: str, page: dict[str, Any]) -> list[ListedFile]:
     return [
-        Found(f"{bucket}/{found['Key']}", found["Size"], found.get("ETag", "").strip('"'))
+        ListedFile(f"{bucket}/{found['Key']}", found["Size"], found.get("ETag", "").strip('"'))
         for found in page.get("Contents", ())
         if not found["Key"].endswith("/")
     ]
@@ -146,36 +147,36 @@ def _objects(bucket: str, page: dict[str, Any]) -> list[Found]:
 def _responses(bucket: str, base: str, delimiter: str) -> Iterator[dict[str, Any]]:
     more: dict[str, Any] = {"Bucket": bucket, "Prefix": base, "Delimiter": delimiter}
     while True:
-        page = _ask("list_objects_v2", f"s3://{bucket}/{base}", needs="IsTruncated", **more)
+        page = _request("list_objects_v2", f"s3://{bucket}/{base}", needs="IsTruncated", **more)
         yield page
         if not page["IsTruncated"]:
             return
         more["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _ask(
+def _request(
     operation: str,
     what: str,
     needs: str = "",
-    take: Callable[[dict[str, Any]], Any] = lambda answer: answer,
+    take: Callable[[dict[str, Any]], Any] = lambda response: response,
     **parameters: Any,
 ) -> Any:
-    """What `take` makes of boto3's answer; without one the answer.
+    """Send a boto3 request with retries; return what `take` makes of its response.
 
-    What either raises becomes OSError, its code spelled as pyarrow does, which storage.py knows. boto3 takes a body
-    that never came for an answer that says nothing, so that a listing would be empty: an answer without what every
-    whole one has is asked for again.
+    Errors of either become OSError with pyarrow's spelling of the code, which errors.py knows. boto3 parses an empty
+    body as a response without fields, which would turn a truncated listing into an empty one: a response that lacks the
+    field `needs` is requested again.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     def act() -> Any:
-        answer = getattr(client(), operation)(**parameters)
-        if needs and needs not in answer:
-            raise OSError(f"short body: an answer to {operation} without {needs}")
-        return take(answer)
+        response = getattr(client(), operation)(**parameters)
+        if needs and needs not in response:
+            raise OSError(f"short body: response to {operation} without {needs}")
+        return take(response)
 
     try:
-        return patiently(act, what)
+        return retry(act, what)
     except (ClientError, BotoCoreError) as error:
         code = error.response["Error"].get("Code", "") if isinstance(error, ClientError) else type(error).__name__
         if code in ("PreconditionFailed", "412"):
@@ -183,12 +184,12 @@ def _ask(
         raise OSError(f"AWS Error {_ARROW_CODES.get(code, code)}: {error}") from None
 
 
-class PatientParts:
-    """Parts of an object, from any thread; each is one request, asked again whatever happened to the connection."""
+class RetryingParts:
+    """Byte ranges of an object, readable from any thread. Each range is one request, retried on connection errors."""
 
     def __init__(self, key: str) -> None:
         self._key = key
-        self._file = patiently(lambda: filesystem().open_input_file(key), f"s3://{key}")
+        self._file = retry(lambda: filesystem().open_input_file(key), f"s3://{key}")
 
     def size(self) -> int:
         return self._file.size()
@@ -196,15 +197,15 @@ class PatientParts:
     def read_at(self, num_bytes: int, offset: int) -> bytes:
         if num_bytes >= _LARGE_BYTES:
             return _read_large(self._key, num_bytes, offset)
-        return patiently(lambda: whole(self._file.read_at(num_bytes, offset), num_bytes), f"s3://{self._key}")
+        return retry(lambda: check_length(self._file.read_at(num_bytes, offset), num_bytes), f"s3://{self._key}")
 
 
 def _read_large(key: str, num_bytes: int, offset: int) -> bytes:
     bucket, _, name = key.partition("/")
-    return _ask(
+    return _request(
         "get_object",
         f"s3://{key}",
-        take=lambda answer: whole(answer["Body"].read(), num_bytes),
+        take=lambda response: check_length(response["Body"].read(), num_bytes),
         Bucket=bucket,
         Key=name,
         Range=f"bytes={offset}-{offset + num_bytes - 1}",
@@ -212,18 +213,21 @@ def _read_large(key: str, num_bytes: int, offset: int) -> bytes:
 
 
 def endpoint() -> str | None:
-    """The store's address where it is not AWS."""
+    """Return the store's URL, or None for AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
 def filesystem() -> pafs.S3FileSystem:
-    """pyarrow's client of this process."""
+    """Return this process's pyarrow client."""
     return _filesystem_at(endpoint(), os.getpid())
 
 
 @lru_cache(maxsize=4)
 def _filesystem_at(address: str | None, pid: int) -> pafs.S3FileSystem:
-    """Small files are one PUT, since the stream opens only when it is written. Retries are ours: see `patiently`."""
+    """Create pyarrow's client. Retries are mostly left to `retry`.
+
+    Delayed opening makes a small file one PUT instead of a multipart upload.
+    """
     options: dict[str, Any] = {
         "allow_delayed_open": True,
         "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=3),
@@ -239,7 +243,7 @@ def _filesystem_at(address: str | None, pid: int) -> pafs.S3FileSystem:
 
 
 def client() -> Any:
-    """boto3's client of this process."""
+    """Return this process's boto3 client."""
     return _client_at(endpoint(), os.getpid())
 
 
@@ -255,7 +259,7 @@ def _client_at(address: str | None, pid: int) -> Any:
         read_timeout=60,
     )
     region = _region() if address else None
-    # A session of its own: the default one keeps the credentials that it first saw.
+    # A new session, because the default one keeps the first credentials that it read.
     return boto3.Session().client("s3", endpoint_url=address, config=config, region_name=region)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mae_core.state import parts
 from pipelines.runs.checkpoints import CheckpointStore, Retention
-from pipelines.storage.patience import patience
+from pipelines.storage.retries import retry_limit
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
         while True:
             try:
                 # The storage asks again by itself; not for longer than is left of our own patience.
-                with patience(max(0.0, deadline_s - time.monotonic())):
+                with retry_limit(max(0.0, deadline_s - time.monotonic())):
                     self._before()
                     self._store.commit(step, files, meta, self._retention)
                 return

@@ -153,5 +153,5 @@ def test_uploads_that_stay_refused_end_the_run_with_the_reason_and_the_checkpoin
     proxy.reset(0.0, "503")
     said = (tmp_path / "error").read_text()
     assert said.startswith(f"the checkpoint of step {2 * SAVE_EVERY} could not be written within 2 s (")
-    assert "the store gave no whole answer" in said
+    assert "the store gave no complete response" in said
     assert run.run.checkpoints.latest_step() == SAVE_EVERY

@@ -12,7 +12,7 @@ import pytest
 from pipelines import cli
 from pipelines.storage import open_storage
 from pipelines.storage import s3 as client
-from pipelines.storage.listing import Found
+from pipelines.storage.listing import ListedFile
 
 Png = Callable[[int], bytes]
 
@@ -146,7 +146,7 @@ def test_keys_that_are_no_paths_are_quarantined_without_a_request(
     def refused(*arguments: object) -> bytes:
         raise AssertionError(f"asked for {arguments}")
 
-    pages = [Found(f"bucket/source/{key}", 70) for key in KEYS]
+    pages = [ListedFile(f"bucket/source/{key}", 70) for key in KEYS]
     monkeypatch.setattr(client, "walk", lambda prefix: iter(pages))
     monkeypatch.setattr(client, "read", refused)
     monkeypatch.setattr("pipelines.storage.Storage.exists", lambda self, path="": not path)
