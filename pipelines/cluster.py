@@ -20,7 +20,7 @@ DATA_TASK_CPUS = 0.8
 """What a data task asks for: it waits for storage for about a fifth of its time, in which another one decodes."""
 
 DATA_TASK = "mae_data_task"
-"""Resource of an embedded Ray, for one data task more than may run at a time: two chapters of a feed must not need
+"""Resource of an embedded Ray, for one data task more than may run at a time: two executions of a feed must not need
 twice as many processes. A cluster may declare it, too, to say which nodes decode, and how many tasks at a time."""
 
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.

@@ -19,7 +19,7 @@ from pipelines.bench.config import RecipesConfig
 from pipelines.config import ClassifyConfig, load_preset
 from pipelines.dataset.manifest import read_manifest
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.storage import open_storage
 
@@ -63,7 +63,7 @@ def _encode(mae: MaskedAutoencoder, pixels: Normalization, recipe: ClassifyConfi
     )
     model = mae.config
     transform = Transform(train=False, image_px=model.image_px, channels=model.channels, augment=recipe.augment, seed=0)
-    segment = Segment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
+    segment = FeedSegment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
     found, labels = [], []
     for batch in _batches(segment):
         real = batch.weights > 0
@@ -72,7 +72,7 @@ def _encode(mae: MaskedAutoencoder, pixels: Normalization, recipe: ClassifyConfi
     return Table(torch.cat(found), torch.cat(labels))
 
 
-def _batches(segment: Segment) -> Iterator[MicroBatch]:
+def _batches(segment: FeedSegment) -> Iterator[MicroBatch]:
     for window in range(segment.num_windows):
         yield from window_micro_batches(segment, window)
 

@@ -24,9 +24,9 @@ from mae_core.config import AugmentConfig
 from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split, read_manifest, write_manifest
-from pipelines.feed.ingest import feed
+from pipelines.feed.driver import feed
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.prepare.shards import SCHEMA
 from pipelines.sources.entry import Entry
 from pipelines.sources.sorting import SortedEntries
@@ -122,7 +122,7 @@ def first_batches(num_images: int, epochs: int) -> None:
             train=True, image_px=(SIDE_PX, SIDE_PX), channels=1, augment=AugmentConfig(), seed=0
         )  # fmt: skip
         steps = epochs * plan.steps_per_epoch
-        segment = Segment(dataset_uri=name, plan=plan, transform=transform, first_step=0, last_step=steps)
+        segment = FeedSegment(dataset_uri=name, plan=plan, transform=transform, first_step=0, last_step=steps)
         laps.append(time.perf_counter())
         for _ in feed([replace(segment, last_step=min(steps, 16))], 1, max_tasks=2).micro_batches():
             pass  # workers are warm

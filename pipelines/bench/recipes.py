@@ -27,7 +27,7 @@ from pipelines.bench.linear import probe_accuracy
 from pipelines.config import ComputeConfig, PretrainConfig, load_preset
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.pretrain import open_dataset, pixels_of
-from pipelines.feed.segments import Segment
+from pipelines.feed.segments import FeedSegment
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.runs.jobs import PretrainJob, segments, train_plan
 from pipelines.storage import open_storage
@@ -117,7 +117,7 @@ def pretrain_for(
     }
 
 
-def _steps(segment: Segment) -> Iterator[tuple[int, list[MicroBatch]]]:
+def _steps(segment: FeedSegment) -> Iterator[tuple[int, list[MicroBatch]]]:
     """The micro-batches of step after step, without end."""
     endless = dataclasses.replace(segment, last_step=2**40)
     batches = (batch for window in count() for batch in window_micro_batches(endless, window))

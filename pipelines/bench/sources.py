@@ -29,9 +29,9 @@ from mae_core.config import AugmentConfig
 from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig, PrepareConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split, read_manifest, write_manifest
-from pipelines.feed.ingest import feed
+from pipelines.feed.driver import feed
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.prepare import prepare
 from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import Storage, open_storage
@@ -144,7 +144,7 @@ def read_shards(uri: str, window: int) -> None:
         index=Index.from_manifest(manifest, "train"), seed=0, batch=1024, micro_batch=64, num_workers=1, window=window
     )
     transform = Transform(train=True, image_px=(32, 32), channels=3, augment=AugmentConfig(), seed=0)
-    segment = Segment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
+    segment = FeedSegment(dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch)
     with (
         peaks(f"{manifest.split('train').num_bytes / 1e9:.2f} GB read in windows of {window} rows"),
         ray_session(compute),

@@ -16,7 +16,7 @@ from mae_core.errors import UserError
 from pipelines.cluster import DATA_TASK_CPUS
 from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import window_micro_batches
 
 MICRO_BATCH = 64
@@ -55,7 +55,7 @@ def write_images(images: Sequence[bytes], folder: Path, count: int) -> None:
             (folder / "all" / f"{number:07d}.png").write_bytes(content + comment)
 
 
-def segment_of(uri: str, manifest: Manifest) -> Segment:
+def segment_of(uri: str, manifest: Manifest) -> FeedSegment:
     plan = EpochPlan(
         index=Index.from_manifest(manifest, "train"),
         seed=0,
@@ -65,12 +65,12 @@ def segment_of(uri: str, manifest: Manifest) -> Segment:
         window=WINDOW_ROWS,
     )
     transform = Transform(train=True, image_px=_IMAGE_PX, channels=3, augment=AugmentConfig(), seed=0)
-    return Segment(
+    return FeedSegment(
         dataset_uri=uri, plan=plan, transform=transform, first_step=0, last_step=EPOCHS * plan.steps_per_epoch
     )
 
 
-def ways(stored: Segment, local: Segment, folder: Path, cores: int) -> dict[str, Callable[[], Iterator[Any]]]:
+def ways(stored: FeedSegment, local: FeedSegment, folder: Path, cores: int) -> dict[str, Callable[[], Iterator[Any]]]:
     return {
         "ray": lambda: _ray_batches(stored, cores),
         "dataloader": lambda: _dataloader_batches(folder, cores),
@@ -78,8 +78,8 @@ def ways(stored: Segment, local: Segment, folder: Path, cores: int) -> dict[str,
     }
 
 
-def _ray_batches(segment: Segment, cores: int) -> Iterator[Any]:
-    from pipelines.feed.ingest import feed
+def _ray_batches(segment: FeedSegment, cores: int) -> Iterator[Any]:
+    from pipelines.feed.driver import feed
 
     # One more than cores: see DATA_TASK_CPUS.
     yield from feed([segment], 1, cores + 1, DATA_TASK_CPUS).micro_batches()
@@ -118,7 +118,7 @@ def _loader(folder: Path, cores: int) -> Any:
     )
 
 
-def _bare_batches(segment: Segment, cores: int) -> Iterator[float]:
+def _bare_batches(segment: FeedSegment, cores: int) -> Iterator[float]:
     """The same windows, read from local shards and decoded by as many processes, with nothing behind them: the CPU
     seconds of every batch."""
     pool = _pool(cores)
@@ -144,7 +144,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _decode_window(segment: Segment, window: int) -> list[float]:
+def _decode_window(segment: FeedSegment, window: int) -> list[float]:
     stops = [time.process_time()]
     stops += [time.process_time() for _ in window_micro_batches(segment, segment.first_window + window)]
     return [b - a for a, b in pairwise(stops)]

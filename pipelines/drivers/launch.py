@@ -12,7 +12,7 @@ from uuid import uuid4
 from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
-from pipelines.feed.chapters import NUM_TURNS, announce, dataset_name
+from pipelines.feed.executions import NUM_DATASETS, dataset_name
 from pipelines.runs.failures import cause_of, witness
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Job, job_to_dict, remaining_segments, with_workers
@@ -56,7 +56,7 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
             ),
-            datasets={dataset_name(turn): _nothing for turn in range(NUM_TURNS)},
+            datasets={dataset_name(number): _nothing for number in range(NUM_DATASETS)},
             dataset_config=_feeds(jobs, run),
         )
         try:
@@ -91,20 +91,20 @@ def _feeds(jobs: list[Job], run: str) -> Any:
     """Ray Train's view of the feed: made anew, of what is left of the jobs, for each group of whatever size."""
     from ray.train import DataConfig
 
-    from pipelines.feed.ingest import Source, data_config, feed
+    from pipelines.feed.driver import Feed, data_config, feed
 
     class Feeds(DataConfig):
-        source: Source | None = None
+        feed: Feed | None = None
 
         def configure(
             self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
         ) -> Any:
             # Ray Train asks for the second dataset when the first is well under way, and other steps are left.
-            if self.source is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
-                self.source = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
-                announce(run, self.source.key)
-            if self.source:
-                names = {dataset_name(turn): dataset for turn, dataset in enumerate(self.source.datasets)}
+            if self.feed is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
+                self.feed = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
+                self.feed.channel.publish(run)
+            if self.feed:
+                names = {dataset_name(number): dataset for number, dataset in enumerate(self.feed.datasets)}
                 datasets = {name: names[name] for name in datasets}
             return data_config().configure(datasets, world_size, worker_handles, worker_node_ids, **more)
 

@@ -1,6 +1,6 @@
-"""What a row of the feed holds: several micro-batches of one rank, and which chapter may be begun by then.
+"""A block of the feed: several micro-batches of one rank as one row of a table, and which execution may start by then.
 
-Free of torch but where a row is read, since it would cost each of Ray Data's own processes two seconds.
+Loads torch only where a block is read, since it would cost each of Ray Data's own processes two seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,35 +16,39 @@ if TYPE_CHECKING:
 _TENSORS = ("images", "ids", "labels", "weights")
 _NUMBERS = ("step", "index")
 _NEXT = "next"
+"""The execution that may start, or 0."""
 
 
-def to_row(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], following: int) -> pa.Table:
-    """One row of lists, those of the micro-batches end to end, and the chapter that may be begun by then, or 0."""
+def to_block(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], next_execution: int) -> pa.Table:
+    """Pack micro-batches end to end into the lists of one row, with the execution that may start by then, or 0.
+
+    `images` is [micro-batches, crops * batch, height, width, channels], the memory that their images view.
+    """
     columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
     for name in _TENSORS[1:]:
         columns[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
     for name in _NUMBERS:
         columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
-    return pa.table({name: as_row(values) for name, values in columns.items()} | {_NEXT: [following]})
+    return pa.table({name: as_list(values) for name, values in columns.items()} | {_NEXT: [next_execution]})
 
 
-def next_chapter(row: pa.Table) -> int:
-    """The chapter that may be begun now, or 0."""
-    return row[_NEXT][0].as_py()
+def next_execution(block: pa.Table) -> int:
+    """Return the execution that may start now, or 0."""
+    return block[_NEXT][0].as_py()
 
 
-def as_row(values: NDArray[Any]) -> pa.LargeListArray:
-    """One row that is the list of these values, without a copy."""
+def as_list(values: NDArray[Any]) -> pa.LargeListArray:
+    """Return a column of one row, the list of these values, without a copy."""
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
 
 
-def from_row(row: pa.Table) -> Iterator["MicroBatch"]:
-    """The micro-batches of a row; their tensors are read-only views of it."""
+def from_block(block: pa.Table) -> Iterator["MicroBatch"]:
+    """Yield the micro-batches of a block; their tensors are read-only views of it."""
     import torch
 
     from pipelines.feed.windows import MicroBatch
 
-    arrays = {name: _list_of(row[name].chunks) for name in (*_TENSORS, *_NUMBERS, "shape")}
+    arrays = {name: _list_of(block[name].chunks) for name in (*_TENSORS, *_NUMBERS, "shape")}
     steps, indices, shape = (arrays[name].to_pylist() for name in (*_NUMBERS, "shape"))
     # DLPack, since from_numpy warns of memory that must not be written, as the object store's must not.
     tensors = {name: torch.from_dlpack(arrays[name]).reshape(len(steps), -1) for name in _TENSORS}
@@ -60,5 +64,5 @@ def from_row(row: pa.Table) -> Iterator["MicroBatch"]:
 
 
 def _list_of(chunks: list[Any]) -> Any:
-    """The values of a column's only row. Joining chunks copies, even a single one."""
+    """Return the values of a column's only row. Joining chunks copies, even a single one."""
     return (chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)).flatten()

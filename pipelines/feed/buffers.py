@@ -1,4 +1,4 @@
-"""Memory of the feed's rows, used again once they are gone: fresh pages cost a tenth of decoding into them."""
+"""Memory of the feed's blocks, reused once they are gone: fresh pages cost a tenth of decoding into them."""
 
 from collections import deque
 from math import prod
@@ -7,18 +7,18 @@ from weakref import finalize
 import numpy as np
 from numpy.typing import NDArray
 
-# Ray holds a row while the next is made.
-_ROWS_KEPT = 2
+# Ray holds a block while the next is made.
+_BUFFERS_KEPT = 2
 
 
-class RowMemory:
-    """Lends memory to one row at a time, from any thread; keeps that of the last two that came back."""
+class BlockBuffers:
+    """Lends memory to one block at a time, from any thread; keeps the last two buffers that came back."""
 
     def __init__(self) -> None:
-        self._free: deque[memoryview] = deque(maxlen=_ROWS_KEPT)
+        self._free: deque[memoryview] = deque(maxlen=_BUFFERS_KEPT)
 
     def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Pixels of that shape with anything in them; nobody else's until no array and no table views them."""
+        """Return an uninitialised array; its memory is not lent again while any array or table views it."""
         num_bytes = prod(shape)
         try:
             memory = self._free.popleft()

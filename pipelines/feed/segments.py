@@ -1,6 +1,6 @@
-"""What data tasks are to do, as it travels to them: steps of an epoch plan, and what becomes of every sample.
+"""What data tasks must do, as it travels to them: steps of an epoch plan, and how every sample is transformed.
 
-Free of torch, which Ray's own processes would load with it.
+Does not import torch, which Ray's own processes would load with it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pipelines.feed.plan import EpochPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """What happens to a sample on its way into a micro-batch; random only in training, keyed by the seed."""
+    """How a sample becomes part of a micro-batch; random only in training, keyed by the seed."""
 
     train: bool
     image_px: Size
@@ -25,7 +25,7 @@ class Transform:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class FeedSegment:
     """Steps [first_step, last_step) of a plan over one prepared dataset; steps count over all epochs."""
 
     dataset_uri: str
@@ -36,7 +36,7 @@ class Segment:
 
     @cached_property
     def row_groups(self) -> RowGroups:
-        """The reader of its shards, for all windows that this process reads."""
+        """Reader of the shards, shared by all windows that this process reads."""
         return RowGroups(self.dataset_uri)
 
     @property
@@ -52,7 +52,7 @@ class Segment:
 
     @property
     def micro_batch_bytes(self) -> int:
-        """Size of one micro-batch's pixels."""
+        """Size of one micro-batch's images."""
         height_px, width_px = self.transform.image_px
         return self.plan.micro_batch * self.transform.crops * height_px * width_px * self.transform.channels
 

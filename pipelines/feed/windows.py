@@ -19,7 +19,7 @@ from mae_core.errors import UserError
 from mae_core.randomness import Purpose, seed_of
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.images.crops import crop_into
 from pipelines.images.decode import Pixels, Scratch, decode, evaluation_view
 from pipelines.images.jpeg.partial_decode import decode_crop
@@ -73,7 +73,7 @@ class MicroBatch:
 class Window:
     """A window's samples, read, and the micro-batches of all ranks that they make, in the order of training."""
 
-    def __init__(self, segment: Segment, window: int) -> None:
+    def __init__(self, segment: FeedSegment, window: int) -> None:
         """`window` counts over all epochs of the segment."""
         plan = segment.plan
         self._transform, self._size = segment.transform, plan.micro_batch
@@ -105,7 +105,7 @@ class Window:
         return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
 
 
-def window_micro_batches(segment: Segment, window: int) -> Iterator[MicroBatch]:
+def window_micro_batches(segment: FeedSegment, window: int) -> Iterator[MicroBatch]:
     """Micro-batches of all ranks for one window, counted over all epochs of the segment."""
     opened = Window(segment, window)
     return (opened.micro_batch(number) for number in range(len(opened)))
@@ -201,7 +201,7 @@ class _Views:
                 weights[row] = 1
             except ValueError as error:
                 by_view[:, row] = 0
-                log.warning("sample %d counts for nothing: %s", samples.ids[place], error)
+                log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[place], error)
         return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
     def _see(self, place: int, images: Pixels) -> None:

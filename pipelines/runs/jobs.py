@@ -9,7 +9,7 @@ from mae_core.config import Normalization, Size
 from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage
 
@@ -155,7 +155,7 @@ def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[st
     return [*found, final]
 
 
-def segments(job: Job, first_step: int) -> list[Segment]:
+def segments(job: Job, first_step: int) -> list[FeedSegment]:
     """The job's remaining phases as segments of a feed."""
     manifest = read_manifest(open_storage(job.config.data.uri))
     plan = train_plan(job, manifest)
@@ -173,7 +173,7 @@ def segments(job: Job, first_step: int) -> list[Segment]:
     for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(manifest.splits)):
         train = phase.kind == "train"
         found.append(
-            Segment(
+            FeedSegment(
                 dataset_uri=job.config.data.uri,
                 plan=plan if train else read_plan(job, manifest, phase.split),
                 transform=transform if train else still,
@@ -184,12 +184,12 @@ def segments(job: Job, first_step: int) -> list[Segment]:
     return found
 
 
-def remaining_segments(jobs: list[Job]) -> list[Segment]:
+def remaining_segments(jobs: list[Job]) -> list[FeedSegment]:
     """Segments of all that is left of the jobs, by what their folders say now."""
     return [segment for job in jobs for segment in _remaining(job)]
 
 
-def _remaining(job: Job) -> list[Segment]:
+def _remaining(job: Job) -> list[FeedSegment]:
     folder = RunFolder(job.folder)
     return [] if folder.result() else segments(job, folder.checkpoints.latest_step())
 

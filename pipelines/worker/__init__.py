@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from pipelines.console import speak_up
-from pipelines.feed.chapters import announced, dataset_name
-from pipelines.feed.ingest import micro_batches
+from pipelines.feed.channel import FeedChannel
+from pipelines.feed.executions import dataset_name
+from pipelines.feed.rank import micro_batches
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Job, PretrainJob, job_from_dict, with_workers
 from pipelines.worker import finetuning, pretraining, probing
@@ -30,11 +31,11 @@ def work(config: dict[str, Any]) -> None:
     jobs = [job_from_dict(values) for values in config["jobs"]]
     rank = join_group(jobs[0].config.compute)
 
-    def shard(turn: int) -> Any:
-        return ray.train.get_dataset_shard(dataset_name(turn))
+    def iterator_of(dataset: int) -> Any:
+        return ray.train.get_dataset_shard(dataset_name(dataset))
 
-    shard(0)  # with it the feed is announced
-    feed = Feed(micro_batches(shard, announced(config["run"])))
+    iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
+    feed = Feed(micro_batches(iterator_of, FeedChannel.of_run(config["run"])))
     attempt = Attempt(**config["attempt"])
     for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
         try:

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.feed.blocks import as_row
-from pipelines.feed.buffers import RowMemory
+from pipelines.feed.blocks import as_list
+from pipelines.feed.buffers import BlockBuffers
 
 
 def address(pixels: np.ndarray) -> int:
@@ -13,7 +13,7 @@ def address(pixels: np.ndarray) -> int:
 
 
 def test_memory_that_is_gone_is_used_again() -> None:
-    memory = RowMemory()
+    memory = BlockBuffers()
     pixels = memory.take((3, 4, 5))
     assert pixels.shape == (3, 4, 5)
     assert pixels.flags.writeable
@@ -24,7 +24,7 @@ def test_memory_that_is_gone_is_used_again() -> None:
 
 @pytest.mark.parametrize("view", [lambda p: p[1:], lambda p: p.reshape(-1)[7:], lambda p: p.view(np.int8).T])
 def test_memory_in_view_is_left_alone(view: object) -> None:
-    memory = RowMemory()
+    memory = BlockBuffers()
     pixels = memory.take((4, 8))
     pixels[:] = 7
     kept = view(pixels)  # type: ignore[operator]
@@ -35,11 +35,11 @@ def test_memory_in_view_is_left_alone(view: object) -> None:
 
 
 def test_memory_of_a_table_is_left_alone_until_the_table_is_gone() -> None:
-    memory = RowMemory()
+    memory = BlockBuffers()
     pixels = memory.take((4, 8))
     pixels[:] = 7
     before = address(pixels)
-    table = pa.table({"images": as_row(pixels.reshape(-1))})
+    table = pa.table({"images": as_list(pixels.reshape(-1))})
     part = table.slice(0, 1)
     del pixels, table
     other = memory.take((4, 8))
@@ -50,7 +50,7 @@ def test_memory_of_a_table_is_left_alone_until_the_table_is_gone() -> None:
 
 
 def test_no_more_than_two_rows_are_kept_and_small_memory_serves_no_large_row() -> None:
-    memory = RowMemory()
+    memory = BlockBuffers()
     rows = [memory.take((10,)) for _ in range(5)]
     del rows
     assert len(memory._free) == 2

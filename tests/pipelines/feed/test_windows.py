@@ -16,7 +16,7 @@ from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, _values, window_micro_batches
 from pipelines.images.crops import crop_into
 from pipelines.images.decode import Scratch, decode, evaluation_view, inspect
@@ -65,15 +65,17 @@ def write_dataset(
 
 
 @pytest.fixture
-def make_segment(zoo: list, tmp_path: Path) -> Callable[..., Segment]:
+def make_segment(zoo: list, tmp_path: Path) -> Callable[..., FeedSegment]:
     contents = contents_of(zoo)
     manifest = write_dataset(tmp_path, contents, [inspect(content).orientation for content in contents])
 
-    def make(train: bool = True, augment: AugmentConfig | None = None, channels: int = 3, **numbers: int) -> Segment:
+    def make(
+        train: bool = True, augment: AugmentConfig | None = None, channels: int = 3, **numbers: int
+    ) -> FeedSegment:
         settings = {"batch": 12, "micro_batch": 4, "num_workers": 2, "window": 24, **numbers}
         first_step = settings.pop("first_step", 0)
         plan = EpochPlan(index=Index.from_manifest(manifest, "train"), seed=5, shuffle=train, **settings)
-        return Segment(
+        return FeedSegment(
             dataset_uri=str(tmp_path),
             plan=plan,
             transform=Transform(
@@ -86,7 +88,7 @@ def make_segment(zoo: list, tmp_path: Path) -> Callable[..., Segment]:
     return make
 
 
-def all_of(segment: Segment) -> Iterator[MicroBatch]:
+def all_of(segment: FeedSegment) -> Iterator[MicroBatch]:
     for window in range(segment.first_window, segment.first_window + segment.num_windows):
         yield from window_micro_batches(segment, window)
 
@@ -170,7 +172,7 @@ def test_a_sample_that_cannot_be_decoded_counts_for_nothing(
     write_dataset(tmp_path, contents, [inspect(content).orientation if content else 1 for content in contents])
     with caplog.at_level(logging.WARNING):
         found = list(all_of(make_segment()))
-    assert "sample 7 counts for nothing" in caplog.text
+    assert "sample 7 could not be decoded and gets weight 0" in caplog.text
     for batch, other in zip(found, expected, strict=True):
         assert torch.equal(batch.ids, other.ids)
         spoilt = batch.ids == 7

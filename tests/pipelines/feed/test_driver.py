@@ -13,10 +13,12 @@ import torch
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest
-from pipelines.feed.chapters import Chapters, dataset_name
-from pipelines.feed.ingest import data_config, feed, micro_batches, most_per_row
+from pipelines.feed.data_task import most_per_block
+from pipelines.feed.driver import data_config, feed
+from pipelines.feed.executions import Executions, dataset_name
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.segments import Segment, Transform
+from pipelines.feed.rank import micro_batches
+from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.prepare import prepare
 
@@ -34,7 +36,7 @@ def dataset(few: Path, ray4: None, tmp_path_factory: pytest.TempPathFactory) -> 
     return str(folder), prepare(str(few), str(folder), PrepareConfig(rows_per_shard=64, rows_per_group=16))
 
 
-def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, steps: tuple[int, int]) -> Segment:
+def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, steps: tuple[int, int]) -> FeedSegment:
     plan = EpochPlan(
         index=Index.from_manifest(manifest, "train" if train else "test"),
         seed=3,
@@ -46,7 +48,7 @@ def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, s
     )
     transform = Transform(train=train, image_px=(28, 28), channels=1, augment=AugmentConfig(), seed=4)
     first_step, last_step = steps
-    return Segment(
+    return FeedSegment(
         dataset_uri=uri,
         plan=plan,
         transform=transform,
@@ -55,7 +57,7 @@ def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, s
     )
 
 
-def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[Segment]:
+def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[FeedSegment]:
     """Training from the middle of an epoch through two more, an evaluation between, and a short rest of two crops."""
     rest = segment_of(uri, manifest, num_workers, train=True, steps=(25, 27))
     return [
@@ -65,21 +67,21 @@ def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[Segment]
     ]
 
 
-def consume(segments: list[Segment], num_workers: int, max_tasks: int | None = None) -> list[list[MicroBatch]]:
+def consume(segments: list[FeedSegment], num_workers: int, max_tasks: int | None = None) -> list[list[MicroBatch]]:
     """What each of the ranks gets."""
     found: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
     source, lock = feed(segments, num_workers, max_tasks), threading.Lock()
 
     @cache
-    def split(turn: int) -> Any:
-        return source.datasets[turn].streaming_split(num_workers, equal=True)
+    def split(number: int) -> Any:
+        return source.datasets[number].streaming_split(num_workers, equal=True)
 
     def read(rank: int) -> None:
-        def shard(turn: int) -> Any:
+        def shard(number: int) -> Any:
             with lock:
-                return split(turn)[rank]
+                return split(number)[rank]
 
-        found[rank].extend(micro_batches(shard, source.key))
+        found[rank].extend(micro_batches(shard, source.channel))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(num_workers)]
     for thread in threads:
@@ -89,7 +91,7 @@ def consume(segments: list[Segment], num_workers: int, max_tasks: int | None = N
     return found
 
 
-def expected_of(segments: list[Segment], rank: int) -> list[MicroBatch]:
+def expected_of(segments: list[FeedSegment], rank: int) -> list[MicroBatch]:
     """The same without Ray."""
     return [
         batch
@@ -116,14 +118,14 @@ def test_each_rank_gets_its_micro_batches_in_order(dataset: tuple[str, Manifest]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_chapters_follow_one_another(
+def test_executions_follow_one_another(
     dataset: tuple[str, Manifest], num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.feed.chapters._LEAST_TASKS", 1)
-    monkeypatch.setattr("pipelines.feed.chapters._TIMES", 2)
+    monkeypatch.setattr("pipelines.feed.executions._MIN_TASKS", 1)
+    monkeypatch.setattr("pipelines.feed.executions._MIN_ROUNDS", 2)
     segments = segments_of(*dataset, num_workers)
-    chapters = Chapters.of("", sum(segment.num_windows for segment in segments), 1)
-    assert len(chapters.tasks(2)), "each dataset should have its turn, and one of them another"
+    executions = Executions.of(sum(segment.num_windows for segment in segments), 1)
+    assert len(executions.tasks(2)), "each dataset should have its turn, and one of them another"
     found = consume(segments, num_workers, max_tasks=1)
     for rank in range(num_workers):
         assert_same(found[rank], expected_of(segments, rank))
@@ -141,10 +143,12 @@ def test_from_s3_equals_local(dataset: tuple[str, Manifest], few: Path, s3: str,
         assert_same(found[rank], expected_of(local, rank))
 
 
-def test_large_micro_batches_come_one_a_row(dataset: tuple[str, Manifest]) -> None:
+def test_large_micro_batches_come_one_a_block(dataset: tuple[str, Manifest]) -> None:
     segment = segment_of(*dataset, 1, train=True, steps=(0, 3))
     large = Transform(train=True, image_px=(512, 512), channels=3, augment=AugmentConfig(), seed=4)
-    segment = Segment(dataset_uri=segment.dataset_uri, plan=segment.plan, transform=large, first_step=0, last_step=3)
+    segment = FeedSegment(
+        dataset_uri=segment.dataset_uri, plan=segment.plan, transform=large, first_step=0, last_step=3
+    )
     found = consume([segment], 1)
     assert [(b.step, b.index) for b in found[0]] == [(step, i) for step in range(3) for i in range(3)]
     assert found[0][0].images.shape == (8, 512, 512, 3)
@@ -154,10 +158,10 @@ def test_large_micro_batches_come_one_a_row(dataset: tuple[str, Manifest]) -> No
     ("num_workers", "store_bytes", "most"),
     [(1, 2**40, 6), (7, 2**40, 6), (64, 2**40, 16), (1, 2**30, 3), (64, 2**30, 3), (1, 2**27, 1)],
 )
-def test_rows_are_larger_for_many_ranks_and_smaller_for_small_stores(
+def test_blocks_are_larger_for_many_ranks_and_smaller_for_small_stores(
     num_workers: int, store_bytes: int, most: int
 ) -> None:
-    assert most_per_row(64 * 224 * 224 * 3, num_workers, store_bytes) == most
+    assert most_per_block(64 * 224 * 224 * 3, num_workers, store_bytes) == most
 
 
 def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:
@@ -187,18 +191,18 @@ def test_ray_train_deals_the_same(dataset: tuple[str, Manifest], tmp_path: Path)
 
         import ray.train
 
-        from pipelines.feed.ingest import micro_batches
+        from pipelines.feed.rank import micro_batches
 
         rank = ray.train.get_context().get_world_rank()
         shard = ray.train.get_dataset_shard
-        seen = [(b.step, b.index) for b in micro_batches(lambda turn: shard(dataset_name(turn)), source.key)]
+        seen = [(b.step, b.index) for b in micro_batches(lambda number: shard(dataset_name(number)), source.channel)]
         (tmp_path / f"{rank}.json").write_text(json.dumps(seen))
 
     TorchTrainer(
         work,
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(storage_path=str(tmp_path / "train")),
-        datasets={dataset_name(turn): dataset for turn, dataset in enumerate(source.datasets)},
+        datasets={dataset_name(number): dataset for number, dataset in enumerate(source.datasets)},
         dataset_config=data_config(),
     ).fit()
     for rank in range(2):

@@ -1,0 +1,84 @@
+"""What the processes of a feed tell each other, through Ray's internal key-value store.
+
+    driver                     ranks                                data tasks
+      |                          |                                      |
+      | feed(): two datasets     |                                      |
+      | channel.publish(run) --->| get_dataset_shard() returns          |
+      |                          | FeedChannel.of_run(run)              |
+      |                          |                                      |
+      |                          | channel.select(0)                    |
+      |                          | iterate dataset 0 ------------------>| task_ids reads channel.selected(0)
+      |                          |                                      | tasks 0 .. size - 1 run
+      |                          |<----------- blocks of execution 0 ---|
+      |                          |                                      | last task: channel.report_all_started(0)
+      |                          |<-- a block of one of the last tasks: "execution 1 may start"
+      |                          | channel.all_started(0)?              |
+      |                          | channel.select(1)                    |
+      |                          | iterate dataset 1 ------------------>| task_ids reads channel.selected(1)
+      |                          |<-- rest of execution 0, then 1 ------|
+      |                          | ... datasets 0 and 1 in turn         |
+
+Two rules keep it safe.
+
+- Every rank selects an execution before it asks for the first block, and Ray Data starts the execution when all ranks
+  have asked. No rank can be an execution ahead: it would need blocks of one that the others have not asked for.
+- The next execution starts only after every task of the current one has started. Before that, its tasks could take all
+  CPUs, fill the object store with blocks that nobody takes yet, and hold these CPUs for ever.
+
+The store is a private API of Ray (`ray.experimental.internal_kv`); only `_put` and `_get` below use it.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipelines.feed.executions import NUM_DATASETS
+
+_NAMESPACE = b"mae-feed"
+
+T = TypeVar("T", int, str)
+
+
+@dataclass(frozen=True)
+class FeedChannel:
+    """The state that the driver, the data tasks and the ranks of one feed share."""
+
+    key: str
+    """Names the feed among all of the cluster."""
+
+    def publish(self, run: str) -> None:
+        """Make this the feed of a run; each new worker group gets a feed of its own."""
+        _put(run, "feed", self.key)
+
+    @classmethod
+    def of_run(cls, run: str) -> "FeedChannel":
+        """Return the channel that was published last for a run; its key is empty if there was none."""
+        return cls(_get(run, "feed", ""))
+
+    def select(self, execution: int) -> None:
+        """Make `execution` the one that its dataset runs when it is next iterated."""
+        _put(self.key, str(execution % NUM_DATASETS), execution)
+
+    def selected(self, dataset: int) -> int:
+        """Return the execution that a dataset is to run: at first, the one of its own number."""
+        return _get(self.key, str(dataset), dataset)
+
+    def report_all_started(self, execution: int) -> None:
+        """Record that the last task of an execution has started."""
+        _put(self.key, "all started", execution)
+
+    def all_started(self, execution: int) -> bool:
+        """Whether no task of the execution still waits for a CPU."""
+        return _get(self.key, "all started", -1) >= execution
+
+
+def _put(key: str, name: str, value: int | str) -> None:
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"{key}/{name}".encode(), str(value).encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def _get(key: str, name: str, default: T) -> T:
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    found = _internal_kv_get(f"{key}/{name}".encode(), namespace=_NAMESPACE)
+    return default if found is None else type(default)(found.decode())

@@ -1,0 +1,65 @@
+"""A rank's part of a feed: blocks become micro-batches, and the next execution starts in time."""
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import Queue
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pipelines.feed.blocks import from_block, next_execution
+from pipelines.feed.channel import FeedChannel
+from pipelines.feed.executions import NUM_DATASETS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipelines.feed.windows import MicroBatch
+
+_Blocks: TypeAlias = "Queue[pa.Table | BaseException | None]"
+
+
+def micro_batches(
+    iterator_of: Callable[[int], Any], channel: FeedChannel, *, prefetch: int = 2
+) -> Iterator["MicroBatch"]:
+    """Yield this rank's micro-batches as they become ready; their tensors must not be written to.
+
+    `iterator_of` returns this rank's iterator of a dataset of the feed. Data tasks start at once, not when the first
+    micro-batch is asked for, so that they work while the model is built.
+    """
+
+    def start(execution: int) -> _Blocks:
+        return _start(channel, execution, iterator_of, prefetch)
+
+    return _drain(channel, start(0), start)
+
+
+def _drain(channel: FeedChannel, blocks: _Blocks, start: Callable[[int], _Blocks]) -> Iterator["MicroBatch"]:
+    """Yield the micro-batches of one execution after another, each started as soon as the channel allows it."""
+    following: _Blocks | None = blocks
+    while following is not None:
+        blocks, following = following, None
+        while (block := blocks.get()) is not None:
+            if isinstance(block, BaseException):
+                raise block
+            execution = next_execution(block)
+            if execution and following is None and channel.all_started(execution - 1):
+                following = start(execution)
+            yield from from_block(block)
+
+
+def _start(channel: FeedChannel, execution: int, iterator_of: Callable[[int], Any], prefetch: int) -> _Blocks:
+    """Start an execution and return the queue in which a thread puts its blocks; None comes after the last."""
+    blocks: _Blocks = Queue(maxsize=1)
+
+    def pump() -> None:
+        try:
+            channel.select(execution)
+            iterator = iterator_of(execution % NUM_DATASETS)
+            for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
+                for i in range(table.num_rows):
+                    blocks.put(table.slice(i, 1))
+            blocks.put(None)
+        except BaseException as error:
+            blocks.put(error)
+
+    threading.Thread(target=pump, name=f"feed-{execution}", daemon=True).start()
+    return blocks

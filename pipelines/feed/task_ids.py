@@ -1,0 +1,45 @@
+"""A Ray Data source of task ids: one read task an id, as small as it can be.
+
+ray.data.range pickles three nested functions with every task: 1.7 ms of the driver each, where these take 0.6 ms.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipelines.feed.channel import FeedChannel
+from pipelines.feed.executions import Executions
+
+
+@dataclass(frozen=True)
+class _ReadId:
+    """Returns one block of one row, with the id in column `id`."""
+
+    id: int
+
+    def __call__(self) -> Iterable[pa.Table]:
+        return [pa.table({"id": [self.id]})]
+
+
+class TaskIds(Datasource):
+    """Task ids of an execution, a block each; which execution is looked up each time the dataset is executed."""
+
+    def __init__(self, executions: Executions, channel: FeedChannel, dataset: int) -> None:
+        super().__init__()
+        self._executions, self._channel, self._dataset = executions, channel, dataset
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Return no estimate, so that Ray splits nothing."""
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return one task an id, whatever parallelism is asked for."""
+        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
+        ids = self._executions.tasks(self._channel.selected(self._dataset))
+        reads: list[Callable[[], Iterable[pa.Table]]] = [_ReadId(id) for id in ids]
+        return [ReadTask(read, metadata) for read in reads]
