@@ -16,7 +16,7 @@ from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SweepConfig, identity, run_name, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.launch import launch
-from pipelines.drivers.pretrain import pretrain_task
+from pipelines.drivers.pretrain import published_pretrain_job
 from pipelines.errors import CommandFailed
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
@@ -169,8 +169,8 @@ def _register(winner: Trial, children: Any) -> str:
     config = winner.pretrain.config
     if not config.tracking.register:
         return ""
-    task = pretrain_task(config, "pretrain", read_manifest(open_storage(config.data.uri)))
-    return task.publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
+    published = published_pretrain_job(config, "pretrain", read_manifest(open_storage(config.data.uri)))
+    return published.publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
 
 
 def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:

@@ -12,9 +12,9 @@ from mae_core.config import patch_grid
 from mae_core.errors import UserError
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.classify import Start, classify_task, with_labelled_dataset
+from pipelines.drivers.classify import Start, published_classify_job, with_labelled_dataset
 from pipelines.drivers.launch import launch
-from pipelines.drivers.pretrain import pretrain_task, with_dataset
+from pipelines.drivers.pretrain import published_pretrain_job, with_dataset
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, Job, PretrainJob
 from pipelines.storage import Storage, open_storage
@@ -153,7 +153,7 @@ def _trial(config: SweepConfig, point: Point, folder: Storage) -> Trial:
     said_by = [identity(pretrain), *map(identity, classify.values()), manifest.digest]
     key = hashlib.sha256(json.dumps(said_by, sort_keys=True).encode()).hexdigest()[:12]
     home = folder.join(f"trials/{key}")
-    job = pretrain_task(dataclasses.replace(pretrain, output=home), "pretrain", manifest).job
+    job = published_pretrain_job(dataclasses.replace(pretrain, output=home), "pretrain", manifest).job
     assert isinstance(job, PretrainJob)
     try:
         jobs = {
@@ -173,6 +173,6 @@ def classify_job(config: ClassifyConfig, name: str, pretrained: PretrainJob, man
     start = Start(
         arch=model.arch, image_px=image_px, channels=model.channels, pixels=pretrained.pixels, ref=None, encoder=b""
     )
-    job = classify_task(config, name, start, manifest).job
+    job = published_classify_job(config, name, start, manifest).job
     assert isinstance(job, ClassifyJob)
     return dataclasses.replace(job, backbone=f"{pretrained.folder}/export")

@@ -66,13 +66,13 @@ def _pretrain(call: Invocation) -> dict[str, Any]:
 
 
 def _finetune(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.finetune import finetune
+    from pipelines.drivers.classify import finetune
 
     return finetune(call.config, call.preset or "finetune", fresh=call.fresh)
 
 
 def _probe(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.probe import probe
+    from pipelines.drivers.classify import probe
 
     return probe(call.config, call.preset or "probe", fresh=call.fresh)
 
@@ -90,7 +90,7 @@ def _reconstruct(call: Invocation) -> dict[str, Any]:
 
 
 def _register(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.pretrain import register
+    from pipelines.drivers.register import register
 
     return register(call.arguments[0], call.config)
 

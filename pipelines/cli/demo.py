@@ -23,8 +23,8 @@ from pipelines.config import (
     load_preset,
     with_overrides,
 )
-from pipelines.drivers.classify import classify_task, frozen, start_of, with_labelled_dataset
-from pipelines.drivers.drive import Task, drive
+from pipelines.drivers.classify import frozen, published_classify_job, start_of, with_labelled_dataset
+from pipelines.drivers.drive import PublishedJob, drive
 from pipelines.drivers.pretrain import pretrain
 from pipelines.pictures import reconstruct
 from pipelines.prepare import prepare
@@ -140,7 +140,7 @@ def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str,
         ("finetune_scratch", "demo_scratch", scratch, num_seeds),
     ]
     names: list[str] = []
-    tasks: list[Task] = []
+    jobs: list[PublishedJob] = []
     for measure, preset, backbone, times in plans:
         for seed in range(times):
             point = where | {
@@ -148,10 +148,12 @@ def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str,
                 "seed": seed,
                 "tracking.register": measure == "finetune_mae" and seed == 0,
             }
-            task = _task(_preset(ClassifyConfig, preset, config, point), f"demo_{measure}-{seed}", tracking)
+            published = _published_job(
+                _preset(ClassifyConfig, preset, config, point), f"demo_{measure}-{seed}", tracking
+            )
             names.append(measure)
-            tasks.append(task)
-    outcomes = drive(tasks, "demo-classifiers", tracking, fresh=False)
+            jobs.append(published)
+    outcomes = drive(jobs, "demo-classifiers", tracking, fresh=False)
     found: dict[str, Any] = {}
     for measure, *_ in plans:
         scores = [outcome["top1"] for name, outcome in zip(names, outcomes, strict=True) if name == measure]
@@ -161,10 +163,10 @@ def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str,
     return found
 
 
-def _task(config: ClassifyConfig, name: str, tracking: registry.Tracking) -> Task:
+def _published_job(config: ClassifyConfig, name: str, tracking: registry.Tracking) -> PublishedJob:
     config, manifest = with_labelled_dataset(config)
     config, ref = frozen(config, tracking)
-    return classify_task(config, name, start_of(config, ref, tracking, manifest), manifest)
+    return published_classify_job(config, name, start_of(config, ref, tracking, manifest), manifest)
 
 
 _ROWS = (

@@ -1,18 +1,18 @@
-"""What fine-tuning and probing share as drivers: a backbone from the registry, labelled images, a task."""
+"""`mae finetune` and `mae probe`: a registered backbone, or a random encoder, becomes an evaluated classifier."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from mae_core.config import ModelConfig, Normalization, Size, parse_arch, patch_grid
 from mae_core.errors import UserError
 from pipelines import registry
-from pipelines.config import ClassifyConfig, from_dict
+from pipelines.config import ClassifyConfig, from_dict, run_name
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.drive import Publish, Task, exported
+from pipelines.drivers.drive import Publish, PublishedJob, drive, exported
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob
@@ -32,6 +32,37 @@ class Start:
     ref: registry.ModelRef | None
     encoder: bytes
     """encoder.safetensors; empty for a random encoder."""
+
+
+def finetune(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+    """Fine-tune a backbone, or train from scratch; evaluate and register the classifier; return the run's outcome.
+
+    An interrupted run resumes and a finished one repeats its outcome. The backbone's alias is resolved first and
+    its version pinned, so a new champion means a new run. Raises UserError for wrong input, before anything is written.
+    """
+    return _run(config, "finetune", preset, fresh=fresh)
+
+
+def probe(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+    """Train a linear classifier on a backbone's frozen features; evaluate it and return the run's outcome.
+
+    Nothing is registered. Resumes and raises like `finetune`.
+    """
+    return _run(config, "probe", preset, fresh=fresh)
+
+
+def _run(config: ClassifyConfig, method: Literal["finetune", "probe"], preset: str, *, fresh: bool) -> dict[str, Any]:
+    if config.classifier.method != method:
+        raise UserError(
+            f"classifier.method is {config.classifier.method!r} but the function is {method}(); "
+            f"call {config.classifier.method}()"
+        )
+    config, manifest = with_labelled_dataset(config)
+    tracking = registry.open_tracking(config.tracking.experiment)
+    config, ref = frozen(config, tracking)
+    start = start_of(config, ref, tracking, manifest)
+    published = published_classify_job(config, run_name(config, preset, manifest.digest), start, manifest)
+    return drive([published], published.name, tracking, fresh=fresh)[0]
 
 
 def frozen(config: ClassifyConfig, tracking: registry.Tracking) -> tuple[ClassifyConfig, registry.ModelRef | None]:
@@ -104,8 +135,12 @@ def start_of(
     )
 
 
-def classify_task(config: ClassifyConfig, name: str, start: Start, manifest: Manifest) -> Task:
-    """The run as a task; publishing a fine-tuned classifier registers it unless the config says not to."""
+def published_classify_job(config: ClassifyConfig, name: str, start: Start, manifest: Manifest) -> PublishedJob:
+    """Return the run as a job to publish.
+
+    Publishing a fine-tuned classifier registers it, unless the config says not to. Raises UserError if more blocks
+    are to be trained than the encoder has.
+    """
     depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
     if train_blocks is not None and train_blocks > depth:
         raise UserError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
@@ -124,7 +159,9 @@ def classify_task(config: ClassifyConfig, name: str, start: Start, manifest: Man
     )
     method = config.classifier.method
     publish = _register(config, start) if method == "finetune" and config.tracking.register else _nothing
-    return Task(name=name, kind=method, job=job, manifest=manifest, publish=publish, backbone=start.ref, inputs=inputs)
+    return PublishedJob(
+        name=name, kind=method, job=job, manifest=manifest, publish=publish, backbone=start.ref, inputs=inputs
+    )
 
 
 def _register(config: ClassifyConfig, start: Start) -> Publish:

@@ -35,8 +35,8 @@ Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A job with its name, what it reads, and what is done with what it leaves."""
+class PublishedJob:
+    """A job with its run's name, its dataset, the files that it needs, and how its result is published."""
 
     name: str
     kind: registry.Kind
@@ -49,30 +49,32 @@ class Task:
     parent: registry.Run | None = None
 
 
-def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fresh: bool) -> list[dict[str, Any]]:
-    """The outcome of every task, in one worker group; finished ones are not run again.
+def drive(
+    jobs: Sequence[PublishedJob], group_name: str, tracking: registry.Tracking, *, fresh: bool
+) -> list[dict[str, Any]]:
+    """The outcome of every job, in one worker group; finished ones are not run again.
 
     A driver that was killed goes on where it stopped: training from the newest checkpoint, publishing by finding
     what was published. Raises RunFailed when the workers give up.
     """
     registry.refuse_local_tracking(ray_address())
-    for task in tasks:  # refuses what cannot be, before anything is written
-        registry.check_run_name(task.name)
-        train_plan(task.job, task.manifest)
-    folders = [RunFolder(task.job.folder) for task in tasks]
+    for published in jobs:  # refuses what cannot be, before anything is written
+        registry.check_run_name(published.name)
+        train_plan(published.job, published.manifest)
+    folders = [RunFolder(published.job.folder) for published in jobs]
     died_s = last_alive_s(folders[0].storage)
     runs: dict[int, registry.Run] = {}
-    for i, (task, folder) in enumerate(zip(tasks, folders, strict=True)):
+    for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
         if fresh:
             folder.clear()
-        key = claim(task.job, task.kind, task.manifest)
+        key = claim(published.job, published.kind, published.manifest)
         if folder.outcome() is None:
-            runs[i] = _start(task, folder, tracking, key)
+            runs[i] = _start(published, folder, tracking, key)
     try:
         with Pulse([folders[i].storage for i in runs]):
-            _train(tasks, runs, group, died_s)
+            _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
-                _finish(tasks[i], folders[i], run)
+                _finish(jobs[i], folders[i], run)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         for i, run in runs.items():
@@ -82,34 +84,34 @@ def drive(tasks: Sequence[Task], group: str, tracking: registry.Tracking, *, fre
     return [outcome for folder in folders if (outcome := folder.outcome()) is not None]
 
 
-def _train(tasks: Sequence[Task], runs: dict[int, registry.Run], group: str, died_s: float | None) -> None:
-    """The jobs of the tasks with these runs are finished, and what they spooled is in MLflow."""
-    unfinished = [i for i in runs if RunFolder(tasks[i].job.folder).result() is None]
+def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_name: str, died_s: float | None) -> None:
+    """The jobs with these runs are finished, and what they spooled is in MLflow."""
+    unfinished = [i for i in runs if RunFolder(jobs[i].job.folder).result() is None]
     with ExitStack() as stack:
         for i, run in runs.items():
-            stack.enter_context(_following(tasks[i], RunFolder(tasks[i].job.folder), run, shows=len(runs) == 1))
+            stack.enter_context(_following(jobs[i], RunFolder(jobs[i].job.folder), run, shows=len(runs) == 1))
         if unfinished:
-            stack.enter_context(ray_session(tasks[0].job.config.compute))
-            launch([tasks[i].job for i in unfinished], group, died_s)
+            stack.enter_context(ray_session(jobs[0].job.config.compute))
+            launch([jobs[i].job for i in unfinished], group_name, died_s)
 
 
-def _start(task: Task, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
+def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
     """The workers find what they need in the folder, and the MLflow run of that key is there."""
     _refuse_foreign(folder, key)
-    for path, content in task.inputs.items():
+    for path, content in published.inputs.items():
         folder.storage.write(path, content)
     run = tracking.run(
-        task.name,
-        task.kind,
-        to_dict(task.job.config),
-        tags={"mae.folder": task.job.folder},
-        dataset=task.manifest,
-        dataset_uri=task.job.config.data.uri,
-        parent=task.parent,
+        published.name,
+        published.kind,
+        to_dict(published.job.config),
+        tags={"mae.folder": published.job.folder},
+        dataset=published.manifest,
+        dataset_uri=published.job.config.data.uri,
+        parent=published.parent,
         key=key,
     )
-    if task.backbone is not None:
-        run.log_model_input(task.backbone)
+    if published.backbone is not None:
+        run.log_model_input(published.backbone)
     return run
 
 
@@ -151,27 +153,26 @@ def _resolved(job: Job) -> dict[str, Any]:
 
 
 @contextmanager
-def _following(task: Task, folder: RunFolder, run: registry.Run, *, shows: bool) -> Iterator[None]:
+def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *, shows: bool) -> Iterator[None]:
     """What the workers spool arrives in MLflow, and on the terminal, while the block runs."""
     with ExitStack() as stack:
         display = None
         if shows:
-            total = task.job.reading.epochs * train_plan(task.job, task.manifest).steps_per_epoch
-            display = stack.enter_context(ProgressDisplay(task.name, total))
+            total = published.job.reading.epochs * train_plan(published.job, published.manifest).steps_per_epoch
+            display = stack.enter_context(ProgressDisplay(published.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))
         yield
 
 
-def _finish(task: Task, folder: RunFolder, run: registry.Run) -> None:
-    """The model is registered, the run is finished, and the folder remembers the outcome."""
-    published = task.publish(run, folder)
+def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> None:
+    """Publish the job's result, close its MLflow run and write its outcome into the folder."""
+    added, result = published.publish(run, folder), folder.result() or {}
     run.finish("FINISHED")
-    if shares := (folder.result() or {}).get("goodput"):
-        log.info("%s: of its time %s", task.name, ", ".join(f"{share:.1%} {_SPENT[k]}" for k, share in shares.items()))
-    folder.remember(
-        {"run": task.name, "run_id": run.id, "folder": task.job.folder, **(folder.result() or {}), **published}
-    )
+    if shares := result.get("goodput"):
+        parts = ", ".join(f"{share:.1%} {_SPENT[kind]}" for kind, share in shares.items())
+        log.info("%s: of its time %s", published.name, parts)
+    folder.remember({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
 
 
 def exported(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:

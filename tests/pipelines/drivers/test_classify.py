@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
+from mae_core.errors import UserError
 from mae_core.state import unpack
 from pipelines.config import (
     CheckpointConfig,
@@ -45,7 +46,8 @@ class Pretrained:
 
 @pytest.fixture(scope="module")
 def pretrained(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
-    from pipelines.drivers.pretrain import pretrain, register
+    from pipelines.drivers.pretrain import pretrain
+    from pipelines.drivers.register import register
     from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("handoff")
@@ -101,7 +103,7 @@ def fetched(uri: str, folder: Path) -> dict[str, Path]:
 def test_a_finetune_needs_nothing_of_the_pretraining_run_but_the_registry(
     pretrained: Pretrained, tmp_path: Path
 ) -> None:
-    from pipelines.drivers.finetune import finetune
+    from pipelines.drivers.classify import finetune
     from pipelines.registry import open_tracking
 
     assert not open_storage(str(pretrained.folder / "runs" / "mae")).list()
@@ -161,7 +163,7 @@ def test_reconstructions_are_drawn_from_the_registry_alone(pretrained: Pretraine
 
 
 def test_a_probe_registers_nothing_and_a_repetition_prints_the_same(pretrained: Pretrained) -> None:
-    from pipelines.drivers.probe import probe
+    from pipelines.drivers.classify import probe
 
     config = classify(
         pretrained,
@@ -173,3 +175,12 @@ def test_a_probe_registers_nothing_and_a_repetition_prints_the_same(pretrained: 
     assert outcome["kind"] == "probe"
     assert "model" not in outcome
     assert probe(config, "probe") == outcome
+
+
+def test_a_config_of_the_other_method_is_refused() -> None:
+    from pipelines.drivers.classify import finetune, probe
+
+    with pytest.raises(UserError, match=r"method is 'finetune' but the function is probe\(\); call finetune\(\)"):
+        probe(ClassifyConfig(), "probe")
+    with pytest.raises(UserError, match=r"method is 'probe' but the function is finetune\(\); call probe\(\)"):
+        finetune(ClassifyConfig(classifier=ClassifierConfig(method="probe")), "finetune")

@@ -1,0 +1,77 @@
+"""`mae register`: a checkpoint of a pretraining run becomes a new version of a registered model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mae_core.config import Normalization
+from mae_core.errors import UserError
+from pipelines import registry
+from pipelines.config import PretrainConfig, RegisterConfig, from_dict, to_dict
+from pipelines.dataset.manifest import read_manifest
+from pipelines.drivers.drive import manifest_json, newest_picture
+from pipelines.runs.folder import RunFolder
+from pipelines.storage import open_storage
+
+
+def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
+    """The run's last checkpoint, or that of RUN@STEP, is a new version of the registered model.
+
+    Nothing but the run's folder is read: the dataset may be gone by now.
+    """
+    from pipelines.worker.export import backbone_files
+
+    folder, step = _checkpoint_named(run_and_step)
+    values, uri = folder.described(), folder.storage.uri
+    assert values is not None, "a folder without a run has no checkpoint to name"
+    checkpoint = folder.checkpoints.load(step)
+    run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
+    files: dict[str, bytes | Path] = dict(
+        backbone_files(
+            run_config.model, from_dict(Normalization, values["job"]["pixels"]), checkpoint.files["model.safetensors"]
+        )
+    )
+    manifest = read_manifest(open_storage(folder.storage.join("dataset")))
+    files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
+    name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
+    tags = {"mae.step": str(step)}
+    tracking = registry.open_tracking(config.experiment or run_config.tracking.experiment)
+    run = tracking.find_run(values["id"])
+    if run is not None:
+        ref = registry.register_backbone(run, files, name, tags=tags)
+        return {"model": ref.uri, "step": step, "run_id": run.id}
+    # This MLflow has never seen the run, such as that of another site.
+    run = tracking.run(
+        Path(uri).name,
+        "pretrain",
+        to_dict(run_config),
+        dataset=manifest,
+        dataset_uri=run_config.data.uri,
+        key=values["id"],
+    )
+    try:
+        ref = registry.register_backbone(run, files, name, tags=tags)
+    finally:
+        run.finish("FINISHED" if folder.result() else "KILLED")
+    return {"model": ref.uri, "step": step, "run_id": run.id}
+
+
+def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:
+    """The folder and the step that RUN or RUN@STEP means. Raises UserError where there is no such checkpoint."""
+    uri, at, wanted = run_and_step.rpartition("@")
+    folder = RunFolder(run_and_step)
+    if at and folder.described() is None:
+        if not wanted.isdigit():
+            raise UserError(f"step {wanted!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
+        folder = RunFolder(uri)
+    else:
+        uri, wanted = run_and_step, ""
+    values = folder.described()
+    if values is None or values.get("kind") != "pretrain":
+        raise UserError(f"{uri} is not the folder of a pretraining run; try the folder that `mae pretrain` printed")
+    steps = folder.checkpoints.steps()
+    if not steps or (wanted and int(wanted) not in steps):
+        raise UserError(
+            f"run {uri} has no checkpoint {wanted or 'at all'}; it has steps {', '.join(map(str, steps)) or 'none'}"
+        )
+    return folder, int(wanted or steps[-1])
