@@ -34,7 +34,7 @@ class Start:
     """encoder.safetensors; empty for a random encoder."""
 
 
-def finetune(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+def finetune(config: ClassifyConfig, preset: str = "finetune", *, fresh: bool = False) -> dict[str, Any]:
     """Fine-tune a backbone, or train from scratch; evaluate and register the classifier; return the run's outcome.
 
     An interrupted run resumes and a finished one repeats its outcome. The backbone's alias is resolved first and
@@ -43,7 +43,7 @@ def finetune(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dic
     return _run(config, "finetune", preset, fresh=fresh)
 
 
-def probe(config: ClassifyConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+def probe(config: ClassifyConfig, preset: str = "probe", *, fresh: bool = False) -> dict[str, Any]:
     """Train a linear classifier on a backbone's frozen features; evaluate it and return the run's outcome.
 
     Nothing is registered. Resumes and raises like `finetune`.

@@ -14,7 +14,7 @@ from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
 
 
-def pretrain(config: PretrainConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = False) -> dict[str, Any]:
     """The run's outcome: folder, MLflow run, final loss and model version. Resumes, or repeats a finished outcome.
 
     Raises UserError for what the user can mend, before anything is written.

@@ -1,0 +1,44 @@
+"""`import pipelines` offers the functions behind the commands, and costs nothing until one is used."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import pipelines
+
+
+def test_the_public_functions_are_those_behind_the_commands() -> None:
+    from pipelines import finetune, pretrain, probe
+    from pipelines.drivers import classify
+    from pipelines.drivers import pretrain as pretraining
+
+    assert (finetune, probe, pretrain) == (classify.finetune, classify.probe, pretraining.pretrain)
+    assert pipelines.__all__ == ["finetune", "pretrain", "probe"]
+    assert set(pipelines.__all__) <= set(dir(pipelines))
+
+
+@pytest.mark.parametrize("name", pipelines.__all__)
+def test_a_public_function_takes_a_config_and_documents_itself(name: str) -> None:
+    function = getattr(pipelines, name)
+    required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    assert required == ["config"]
+    assert function.__doc__
+
+
+def test_prepare_is_always_the_package_and_an_unknown_name_is_an_attribute_error() -> None:
+    from pipelines import prepare
+
+    assert inspect.ismodule(prepare)
+    with pytest.raises(AttributeError, match="no attribute 'sweep'"):
+        pipelines.sweep  # noqa: B018
+
+
+def test_importing_pipelines_loads_neither_ray_nor_torch_nor_mlflow() -> None:
+    code = (
+        "import sys, pipelines; dir(pipelines); from pipelines import config\n"
+        "print(sorted({'ray', 'torch', 'mlflow', 'pipelines.drivers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
