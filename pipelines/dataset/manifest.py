@@ -1,4 +1,4 @@
-"""What a prepared dataset says about itself, in `manifest.json`, written last: without it there is no dataset."""
+"""The manifest of a prepared dataset, `manifest.json`: written last, so that without it there is no dataset."""
 
 import dataclasses
 import hashlib
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What commands say of the dataset with --json: found = ok + quarantined + duplicates."""
+        """What commands print of the dataset with --json: found = ok + quarantined + duplicates."""
         return {
             "digest": self.digest,
             "num_found": self.num_found,
@@ -86,17 +86,17 @@ class Manifest:
         }
 
     def computed_digest(self) -> str:
-        """sha256 over canonical JSON of every field but `digest`."""
+        """Compute the sha256 over canonical JSON of every field except `digest`."""
         values = dataclasses.asdict(self)
         del values["digest"]
         return hashlib.sha256(_canonical(values)).hexdigest()
 
     def sealed(self) -> "Manifest":
-        """The same manifest with its digest."""
+        """Return the manifest with its digest."""
         return dataclasses.replace(self, digest=self.computed_digest())
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises UserError that names the splits there are."""
+        """Return a split. Raises UserError with the names of all splits if there is none of this name."""
         if name not in self.splits:
             raise UserError(
                 f"the dataset has no split {name!r}, only {', '.join(sorted(self.splits))}; choose one of these"
@@ -105,19 +105,19 @@ class Manifest:
 
 
 def is_prepared(storage: Storage) -> bool:
-    """Whether a prepared dataset is there."""
+    """Tell whether the storage holds a prepared dataset."""
     return storage.exists(MANIFEST)
 
 
 def write_manifest(storage: Storage, manifest: Manifest) -> Manifest:
-    """From now on the dataset exists; returns the manifest as written, with its digest."""
+    """Commit the dataset; return the manifest as written, with its digest."""
     sealed = manifest.sealed()
     storage.write(MANIFEST, json.dumps(dataclasses.asdict(sealed), indent=1, sort_keys=True).encode() + b"\n")
     return sealed
 
 
 def read_manifest(storage: Storage) -> Manifest:
-    """The dataset's manifest. Raises UserError where there is no dataset, it is damaged, or of another version."""
+    """Read the manifest. Raises UserError if there is no dataset, it is damaged, or of another version."""
     try:
         content = storage.read(MANIFEST)
     except FileNotFoundError:

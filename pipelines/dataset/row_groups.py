@@ -1,4 +1,4 @@
-"""Row groups of a dataset's shards, each read by one request; where they lie is read once a shard and process."""
+"""Read row groups of shards with one request each; a process reads the metadata of a shard once."""
 
 import threading
 from collections import OrderedDict
@@ -21,7 +21,7 @@ _MAX_OPEN = 64
 
 
 class RowGroups:
-    """Reads row groups of the shards below a URI, from any thread; a copy in another process has read nothing yet."""
+    """Reads row groups of the shards below a URI, from any thread; a copy in another process starts empty."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -33,7 +33,7 @@ class RowGroups:
         return RowGroups, (self._uri,)
 
     def read(self, path: str, group: int, columns: Sequence[str]) -> pa.Table:
-        """The row group's columns. Raises OSError where the shard cannot be read, ValueError where it is damaged."""
+        """Read columns of a row group. Raises OSError if the shard cannot be read, UserError if it is damaged."""
         shard = self._shard(path)
         with self._named_damage(path):
             start, stop = shard.span(group, columns)
@@ -64,7 +64,7 @@ class RowGroups:
 
     @contextmanager
     def _named_damage(self, path: str) -> Iterator[None]:
-        """What pyarrow says of bytes that are at hand becomes a ValueError that names the shard."""
+        """Turn what pyarrow raises for bytes already read into a UserError that names the shard."""
         try:
             yield
         except (pa.ArrowException, OSError, ValueError, IndexError, OverflowError) as error:
@@ -79,7 +79,7 @@ class _Shard:
     metadata: pq.FileMetaData
 
     def span(self, group: int, columns: Sequence[str]) -> tuple[int, int]:
-        """The bytes [start, stop) in which the columns lie. Raises UserError where that is not within the file."""
+        """Return the byte range [start, stop) of the columns. Raises UserError if it is not within the file."""
         if group >= self.metadata.num_row_groups:
             raise UserError(f"it has no row group {group}")
         found = self.metadata.row_group(group)
@@ -96,7 +96,7 @@ class _Shard:
 
 
 def _tail(ranges: Ranges) -> bytes:
-    """The file's end with its metadata, which is read twice only where it is longer than usual."""
+    """Read the end of a file with its metadata; a second read is needed only if it is longer than usual."""
     num_bytes = ranges.num_bytes
     tail = ranges.read(max(0, num_bytes - _TAIL_BYTES), min(num_bytes, _TAIL_BYTES))
     wanted = min(num_bytes, int.from_bytes(tail[-8:-4], "little") + 8)
@@ -106,7 +106,7 @@ def _tail(ranges: Ranges) -> bytes:
 
 
 def _metadata(tail: bytes, num_bytes: int) -> pq.FileMetaData:
-    """What the end of a file of that size says of it. Raises UserError, or what pyarrow does, where it is damaged."""
+    """Parse the metadata at the end of a file. Raises UserError, or a pyarrow error, if it is damaged."""
     if tail[-4:] != _MAGIC:
         raise UserError("it is not a whole Parquet file")
     piece = _Piece(num_bytes - len(tail), tail, num_bytes)
@@ -114,7 +114,7 @@ def _metadata(tail: bytes, num_bytes: int) -> pq.FileMetaData:
 
 
 class _Piece:
-    """A file of which just one piece is there; reading elsewhere is an error, reading within it copies nothing."""
+    """A file of which one piece has been read: reading elsewhere is an error, reading within it copies nothing."""
 
     def __init__(self, start: int, content: bytes, num_bytes: int) -> None:
         self._start, self._content, self._num_bytes = start, memoryview(content), num_bytes

@@ -1,7 +1,11 @@
-"""The epoch plan: which sample stands where, as a pure function of seed, epoch, manifest and global batch.
+"""The epoch plan: the order of samples, a pure function of seed, epoch, manifest and global batch.
 
-Row groups are shuffled, then rows within windows of several. Neither the number of workers nor the micro-batch
-changes which samples make up a step. Memory is that of the row groups, and of one window's rows.
+1. Shuffle the row groups of the split.
+2. Cut the stream of their rows into shuffle windows of whole steps.
+3. Shuffle the rows within each window.
+
+Neither the number of workers nor the micro-batch changes which samples make up a step. The price: rows mix only within
+their window. Memory is proportional to the number of row groups, plus the rows of one window.
 """
 
 import dataclasses
@@ -23,7 +27,7 @@ PLACEHOLDER = -1
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The row groups of one split, by ascending sample id; where `selected` is given, only those ids take part."""
+    """The row groups of one split, by ascending sample id; with `selected`, only those ids take part."""
 
     paths: tuple[str, ...]
     shard: NDArray[np.int32]
@@ -34,7 +38,7 @@ class Index:
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, split: str) -> "Index":
-        """Every row of the split. Raises UserError where there is no such split or it is empty."""
+        """Index every row of a split. Raises UserError if there is no such split, or it is empty."""
         shards = manifest.split(split).shards
         counts = np.array([shard.num_groups for shard in shards], dtype=np.int64)
         if not counts.sum():
@@ -57,24 +61,27 @@ class Index:
         return int(self.num_rows.sum()) if self.selected is None else len(self.selected)
 
     def group_counts(self) -> Ids:
-        """Rows of each row group that take part."""
+        """Count the rows of each row group that take part."""
         if self.selected is None:
             return self.num_rows.astype(np.int64)
         return self._bounds(self.first_id + self.num_rows) - self._bounds(self.first_id)
 
     def rows(self, group: int, start: int, stop: int) -> Ids:
-        """Rows, within row group `group` of the index, of its taking-part samples [start, stop)."""
+        """Return the rows, within row group `group` of the index, of its samples [start, stop) that take part."""
         if self.selected is None:
             return np.arange(start, stop, dtype=np.int64)
         offset = int(self._bounds(self.first_id[group : group + 1])[0])
         return self.selected[offset + start : offset + stop] - self.first_id[group]
 
     def only(self, ids: Ids) -> "Index":
-        """The same row groups, where only these samples take part."""
+        """Restrict the index to these samples."""
         return dataclasses.replace(self, selected=np.unique(np.asarray(ids, dtype=np.int64)))
 
     def take_per_class(self, storage: Storage, per_class: int, *, seed: int) -> "Index":
-        """Exactly `per_class` samples of every class, chosen by the seed. Raises UserError where there are fewer."""
+        """Restrict the index to `per_class` samples of every class, chosen by the seed.
+
+        Reads the label column of every shard. Raises UserError if a class has fewer.
+        """
         return self.only(choose_per_class(*self._labels(storage), per_class, seed=seed))
 
     def _bounds(self, ids: Ids) -> Ids:
@@ -82,7 +89,7 @@ class Index:
         return np.searchsorted(self.selected, ids).astype(np.int64)
 
     def _labels(self, storage: Storage) -> tuple[Ids, Ids]:
-        """Sample ids and labels of all rows."""
+        """Read the sample ids and labels of all rows."""
         import pyarrow.parquet as pq
 
         labels = []
@@ -94,7 +101,7 @@ class Index:
 
 
 def choose_per_class(ids: Ids, labels: Ids, per_class: int, *, seed: int) -> Ids:
-    """`per_class` ids of every label, those of the smallest keyed hash. Raises UserError where there are fewer."""
+    """Choose the `per_class` ids of every label with the smallest hash. Raises UserError if there are fewer."""
     if (labels < 0).any():
         raise UserError("labels_per_class needs a labelled dataset; prepare one folder a class, or leave it out")
     order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
@@ -118,7 +125,7 @@ class GroupRead:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EpochPlan:
-    """The order of one split, epoch after epoch. Steps count from 0 over all epochs; slot = place in a window."""
+    """The order of one split, epoch after epoch. Steps count over all epochs; a slot is a position in a window."""
 
     index: Index
     seed: int
@@ -144,12 +151,12 @@ class EpochPlan:
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Of all ranks together, with whole placeholder micro-batches that make it a multiple of the workers."""
+        """Micro-batches of all ranks, filled up with placeholders to a multiple of the number of workers."""
         return -(-(self.batch // self.micro_batch) // self.num_workers) * self.num_workers
 
     @property
     def steps_per_window(self) -> int:
-        """A window is whole steps: the multiple of the batch nearest to `window`, and at least one batch."""
+        """Steps of a window: its samples are the multiple of the batch nearest to `window`, and at least one."""
         return max(1, (2 * self.window + self.batch) // (2 * self.batch))
 
     @property
@@ -157,21 +164,21 @@ class EpochPlan:
         return -(-self.steps_per_epoch // self.steps_per_window)
 
     def planned(self, step: int) -> int:
-        """Real samples of a step."""
+        """Count the real samples of a step, without placeholders."""
         return min(self.batch, self.num_samples - step % self.steps_per_epoch * self.batch)
 
     def window_steps(self, epoch: int, window: int) -> range:
-        """Steps that a window of an epoch holds."""
+        """Return the steps of a window."""
         first = epoch * self.steps_per_epoch
         stop = min(self.steps_per_epoch, (window + 1) * self.steps_per_window)
         return range(first + window * self.steps_per_window, first + stop)
 
     def window_ids(self, epoch: int, window: int) -> Ids:
-        """Sample id of every slot of the window, in the order of training; no placeholders."""
+        """Return the sample id of every slot of a window, in training order, without placeholders."""
         return self._window(epoch, window)[0]
 
     def window_reads(self, epoch: int, window: int, slots: range) -> list[GroupRead]:
-        """What to read for the given slots of the window, each row group once."""
+        """List what to read for the given slots of a window, each row group once."""
         ids, groups = (array[slots.start : slots.stop] for array in self._window(epoch, window))
         order = np.argsort(groups, kind="stable")
         found, starts = np.unique(groups[order], return_index=True)
@@ -186,14 +193,17 @@ class EpochPlan:
         ]
 
     def micro_batch_slots(self, step: int) -> list[range]:
-        """Slots of each micro-batch of a step; number j goes to rank j % num_workers. Short ones need placeholders."""
+        """Return the slots of each micro-batch of a step; micro-batch j goes to rank j % num_workers.
+
+        One with fewer slots than `micro_batch` is filled up with placeholders.
+        """
         first = step % self.steps_per_epoch % self.steps_per_window * self.batch
         stop = first + self.planned(step)
         starts = range(first, first + self.micro_batches_per_step * self.micro_batch, self.micro_batch)
         return [range(min(start, stop), min(start + self.micro_batch, stop)) for start in starts]
 
     def step_ids(self, step: int, rank: int | None = None) -> Ids:
-        """Sample ids of a step, of one rank or in the order of the micro-batches of all, placeholders included."""
+        """Return the sample ids of a step with placeholders: of one rank, or of all ranks in micro-batch order."""
         epoch, within = divmod(step, self.steps_per_epoch)
         ids = self.window_ids(epoch, within // self.steps_per_window)
         mine = self.micro_batch_slots(step)[rank :: self.num_workers if rank is not None else 1]
@@ -204,7 +214,7 @@ class EpochPlan:
 
     @lru_cache(maxsize=4)  # noqa: B019 -- plans compare by identity and a process holds few
     def _order(self, epoch: int) -> tuple[Ids, Ids]:
-        """Row groups in the order of the epoch, and where each starts in the stream of samples."""
+        """Return the row groups in epoch order, and where each starts in the stream of samples."""
         order = np.arange(len(self.index.group))
         if self.shuffle:
             order = np.argsort(hash64_numpy(self.seed, Purpose.ROW_GROUPS, epoch, self.index.first_id), kind="stable")
@@ -213,7 +223,7 @@ class EpochPlan:
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _window(self, epoch: int, window: int) -> tuple[Ids, Ids]:
-        """Sample id and row group (its number in the index) of every slot."""
+        """Return the sample id and the row group, as its number in the index, of every slot."""
         assert 0 <= window < self.windows_per_epoch
         order, starts = self._order(epoch)
         first = window * self.steps_per_window * self.batch

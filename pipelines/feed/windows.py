@@ -1,4 +1,4 @@
-"""A shuffle window of the epoch plan becomes micro-batches: rows read once, decoded, cropped. No Ray in here."""
+"""A shuffle window of the epoch plan becomes micro-batches: rows are read once, decoded and cropped. No Ray here."""
 
 import logging
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ class MicroBatch:
     weights: Tensor
     """float32 [batch]"""
     step: int
-    """The step of its segment's plan that it belongs to."""
+    """Step of its segment's plan."""
     index: int
-    """Its number among the step's micro-batches of all ranks."""
+    """Number among the step's micro-batches of all ranks."""
 
     @classmethod
     def blank(cls, size: int, image_px: Size, channels: int, crops: int = 1) -> "MicroBatch":
-        """A micro-batch of placeholders."""
+        """Make a micro-batch of placeholders."""
         return cls(
             images=torch.zeros(crops * size, *image_px, channels, dtype=torch.uint8),
             ids=torch.full((size,), PLACEHOLDER, dtype=torch.int64),
@@ -63,7 +63,7 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on another device; from pinned memory the copy does not block."""
+        """Copy to a device; the copy does not block if the tensors are in pinned memory."""
         move = {
             name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "ids", "labels", "weights")
         }
@@ -71,10 +71,10 @@ class MicroBatch:
 
 
 class Window:
-    """A window's samples, read, and the micro-batches of all ranks that they make, in the order of training."""
+    """The samples of a window, and the micro-batches of all ranks that they form, in training order."""
 
     def __init__(self, segment: FeedSegment, window: int) -> None:
-        """`window` counts over all epochs of the segment."""
+        """Read the window, whose number counts over all epochs of the segment."""
         plan = segment.plan
         self._transform, self._size = segment.transform, plan.micro_batch
         epoch, within = divmod(window, plan.windows_per_epoch)
@@ -92,12 +92,12 @@ class Window:
 
     @property
     def images_shape(self) -> tuple[int, ...]:
-        """Of one micro-batch's pixels."""
+        """Shape of one micro-batch's image array."""
         transform = self._transform
         return transform.crops * self._size, *transform.image_px, transform.channels
 
     def micro_batch(self, number: int, memory: Pixels | None = None) -> MicroBatch:
-        """The micro-batch of that number; its images lie in `memory`, of their shape, where there is some."""
+        """Decode a micro-batch, into `memory` of shape `images_shape` if given."""
         step, index, slots = self._slots[number]
         images = np.empty(self.images_shape, np.uint8) if memory is None else memory
         places = range(slots.start - self._first_slot, slots.stop - self._first_slot)
@@ -106,28 +106,28 @@ class Window:
 
 
 def window_micro_batches(segment: FeedSegment, window: int) -> Iterator[MicroBatch]:
-    """Micro-batches of all ranks for one window, counted over all epochs of the segment."""
+    """Yield the micro-batches of all ranks of one window, counted over all epochs of the segment."""
     opened = Window(segment, window)
     return (opened.micro_batch(number) for number in range(len(opened)))
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """Stored rows in the order of training."""
+    """Stored rows in training order."""
 
     images: list[memoryview]
-    """Parts of the row groups as they were read."""
+    """Encoded images, views of the row groups as they were read."""
     ids: Ids
     labels: Ids
     heights_px: Ids
     widths_px: Ids
     orientations: list[int]
     segment_offsets: list[NDArray[np.int32]]
-    """Of sliceable JPEGs; empty for other images."""
+    """Restart segments of JPEGs that can be decoded in part; empty for other images."""
 
 
 def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
-    """The window's samples in those slots, each row group read once."""
+    """Read the samples in these slots of a window, each row group once."""
     reads = plan.window_reads(epoch, window, slots)
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         parts = list(pool.map(lambda read: _read_group(row_groups, read), reads))
@@ -152,31 +152,31 @@ def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots
 
 
 def _read_group(row_groups: RowGroups, read: GroupRead) -> tuple[list[memoryview], pa.Table]:
-    """The images that are wanted, not copied, and the other columns of their rows."""
+    """Read the images of a row group without copying them, and the other columns of their rows."""
     table = row_groups.read(read.path, read.group, _COLUMNS)
     images = [image for chunk in table["image"].chunks for image in _values(chunk)]
     return [images[i] for i in read.rows.tolist()], table.drop_columns(["image"]).take(pa.array(read.rows))
 
 
 def _values(chunk: pa.BinaryArray) -> Iterator[memoryview]:
-    """What each row holds, where it lies: pyarrow's own scalars take fifty times as long."""
+    """Yield each row's bytes without copying them: pyarrow's own scalars take fifty times as long."""
     _, offsets, content = chunk.buffers()
     if len(chunk):
-        whole = memoryview(b"" if content is None else content)
+        values = memoryview(b"" if content is None else content)
         places: list[int] = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset).tolist()
-        yield from (whole[start:stop] for start, stop in pairwise(places))
+        yield from (values[start:stop] for start, stop in pairwise(places))
 
 
 class _Views:
-    """The samples of a window as the model sees them in one epoch."""
+    """The samples of a window as the model sees them in one epoch: decoded, cropped and augmented."""
 
     def __init__(self, transform: Transform, epoch: int, samples: _Samples) -> None:
         self._transform, self._epoch, self._samples = transform, epoch, samples
         self._scratch = Scratch()
-        # Both by crop and place.
+        # Both are indexed by crop, then by sample.
         self._boxes: list[list[Any]] = []
         self._flips: list[list[bool]] = []
-        # "none" is the view of evaluation, but for the flip.
+        # "none" is the evaluation view, except for the flip.
         self._crops = transform.train and transform.augment.crop != "none"
         for view in range(transform.crops if transform.train else 0):
             keys: dict[str, Any] = {"seed": transform.seed, "epoch": epoch, "sample_ids": samples.ids, "view": view}
@@ -187,8 +187,10 @@ class _Views:
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
     def fill(self, images: Pixels, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The views of the samples at those places are in `images`, black where there is none; returns ids, labels and
-        weights of `size` samples. One that cannot be decoded, and a placeholder, has weight 0."""
+        """Write the views of these samples into `images`; return ids, labels and weights of `size` samples.
+
+        A sample that cannot be decoded and a placeholder are black, with weight 0.
+        """
         samples, weights = self._samples, np.zeros(size, np.float32)
         ids, labels = np.full(size, PLACEHOLDER, np.int64), np.full(size, -1, np.int64)
         ids[: len(places)] = samples.ids[places.start : places.stop]
@@ -197,15 +199,15 @@ class _Views:
         by_view[:, len(places) :] = 0
         for row, place in enumerate(places):
             try:
-                self._see(place, by_view[:, row])
+                self._decode(place, by_view[:, row])
                 weights[row] = 1
             except ValueError as error:
                 by_view[:, row] = 0
                 log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[place], error)
         return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
-    def _see(self, place: int, images: Pixels) -> None:
-        """The sample as it is evaluated, or its training views, for which it is decoded once, are in `images`."""
+    def _decode(self, place: int, images: Pixels) -> None:
+        """Decode a sample once, and write its training views, or its evaluation view, into `images`."""
         transform, samples = self._transform, self._samples
         if self._crops:
             self._crop(place, images)
@@ -220,12 +222,12 @@ class _Views:
                 images[view] = _rand_augment(pixels, transform.augment.rand_augment, key)
 
     def _crop(self, place: int, images: Pixels) -> None:
-        """A keyed crop of the sample is in each of `images`."""
+        """Write a keyed crop of the sample into each of `images`."""
         samples = self._samples
         if min(samples.heights_px[place], samples.widths_px[place]) < 1:
             raise UserError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
         boxes = [tuple(boxes[place]) for boxes in self._boxes]
-        # Of several crops the parts that lie under them would be decoded more than once.
+        # With several crops, parts of the image would be decoded more than once.
         offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
         image = samples.images[place], self._transform.channels, samples.orientations[place], offsets
         pixels, boxes[0] = decode_crop(*image, boxes[0], self._scratch)
