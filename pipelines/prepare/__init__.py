@@ -1,12 +1,13 @@
-"""Images become a prepared dataset: one Ray task a slice of the sorted listing, the manifest last.
+"""Convert a source to a prepared dataset: one Ray task per slice of the sorted listing, the manifest last.
 
-What is done stays done: killed at any moment, the same command goes on with the slices that have no summary yet.
+A killed preparation can be resumed: the same command processes only the slices that have no summary yet.
 """
 
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from typing import Any
 
 from mae_core.errors import UserError
@@ -25,18 +26,18 @@ from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
-# A job with fewer bad images runs to its end before it is judged.
-_JUDGED_EARLY_FROM = 100
-_SHOWN = 20
+# With fewer bad images than this, the first pass completes before max_bad is checked.
+_MIN_BAD_TO_STOP = 100
+_NUM_SHOWN = 20
 
 
 def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
-    """`out` holds the prepared dataset of the images of `source`; what was prepared alike before is returned as is.
+    """Write the prepared dataset of `source` to `out`; return an existing one of the same source and config.
 
-    An image that cannot be read is quarantined with its reason, one that occurs twice is kept once: found = ok +
-    quarantined + duplicates. The result depends on the listing, the bytes and the config, not on parallelism or on
-    earlier attempts. Raises UserError where the source has no (readable) image, too many bad ones, or mixes split
-    folders with others, or where `out` holds something else.
+    An unreadable image is quarantined with its reason, and of equal images one is kept: found = ok + quarantined +
+    duplicates. The result depends on the listing, the bytes and the config, not on parallelism or earlier attempts.
+    Raises UserError if the source has no readable image, too many bad ones, or images both inside and outside split
+    folders, or if `out` holds something else.
     """
     target = open_storage(out)
     _refuse_within(target, open_storage(source))
@@ -48,41 +49,42 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         identity = {"source_digest": listing_digest(entries), "config": _identity(config)}
         work = WorkFolder(target)
         if is_prepared(target):
-            return _already(target, identity, work)
+            return _existing(target, identity, work)
         work.claim(identity)
         num_slices = work.put_slices(cut(entries, tally, classes, config))
     job = _Job(work, target, origin.place, config, tally.num_entries)
-    # Not before there is something to do: Ray takes seconds.
+    # Start Ray only when there is work: it takes seconds.
     from pipelines.cluster import ray_session
 
     with ray_session(ComputeConfig()):
         job.first_pass(num_slices)
         job.refuse_bad()
-        repeated = duplicates(work.summaries, tally.num_entries)
+        found = duplicates(work.summaries, tally.num_entries)
         if config.drop_duplicates:
-            job.second_pass(repeated)
-    num_duplicates = sum(map(len, repeated.values()))
+            job.second_pass(found)
+    num_duplicates = sum(map(len, found.values()))
     manifest = assemble(work.summaries(again=True), classes, identity, tally.num_entries, num_duplicates, config)
     if manifest.num_quarantined:
-        log.warning("%d of %d images are in quarantine", manifest.num_quarantined, manifest.num_found)
+        log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
     written = write_manifest(target, manifest)
     work.remove()
     return written
 
 
 def _refuse_within(target: Storage, source: Storage) -> None:
-    """Raises UserError where what is written would be taken for a part of the source the next time."""
+    """Raise UserError if `target` is inside `source`, where the next run would read it as part of the source."""
     inner, outer = (os.path.realpath(s.uri) if s.is_local else s.uri for s in (target, source))
     if target.is_local == source.is_local and inner.startswith(f"{outer.rstrip('/')}/"):
-        raise UserError(f"{target.uri} lies within the source {source.uri}; choose a place beside it")
+        raise UserError(f"{target.uri} is inside the source {source.uri}; choose a folder outside it")
 
 
 def _identity(config: PrepareConfig) -> dict[str, Any]:
-    """What of the config decides the bytes."""
+    """Return the part of the config that determines the output bytes."""
     return {key: value for key, value in to_dict(config).items() if key != "max_bad"}
 
 
-def _already(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Manifest:
+def _existing(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Manifest:
+    """Return the dataset that is already there. Raises UserError if its source or config differs."""
     manifest = read_manifest(target)
     differing = [key for key, value in identity.items() if getattr(manifest, key) != value]
     if differing:
@@ -94,25 +96,26 @@ def _already(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Man
 
 
 class _Job:
-    """The slices of one preparation, and what Ray has still to do of them."""
+    """The slices of one preparation, and the Ray tasks that write them."""
 
     def __init__(self, work: WorkFolder, target: Storage, place: Place, config: PrepareConfig, num_found: int) -> None:
         self._work, self._target, self._place = work, target, place
         self._config, self._num_found = config, num_found
 
     def first_pass(self, num_slices: int) -> None:
-        """Every slice is written, duplicates and all. Ends early where too many images are bad already."""
+        """Write every slice, duplicates included. Raises UserError early if too many images are bad."""
         done = self._work.done()
         if done:
-            log.info("going on: %d of %d slices were done before", len(done), num_slices)
+            log.info("resuming: %d of %d slices are done", len(done), num_slices)
+        todo = [{"number": number, "skip": []} for number in range(num_slices) if number not in done]
         num_bad = 0
-        for found in self._run([{"number": number, "skip": []} for number in range(num_slices) if number not in done]):
-            num_bad += found["num_bad"]
-            if num_bad > max(_JUDGED_EARLY_FROM, self._config.max_bad * self._num_found):
+        for counts in _run_tasks(todo, self._work, self._target, self._place, self._config):
+            num_bad += counts["num_bad"]
+            if num_bad > max(_MIN_BAD_TO_STOP, self._config.max_bad * self._num_found):
                 self._refuse(num_bad)
 
     def refuse_bad(self) -> None:
-        """Raises UserError where no image is whole, or more are bad than `max_bad` allows."""
+        """Raise UserError if no image is readable, or if more are bad than `max_bad` allows."""
         num_bad = 0
         reasons: dict[str, int] = {}
         for summary in self._work.summaries():
@@ -121,46 +124,43 @@ class _Job:
                 reasons[reason] = reasons.get(reason, 0) + count
         if num_bad == self._num_found:
             self._target.delete_tree()
-            said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
             raise UserError(
-                f"no readable image among the {num_bad} files of {self._place.storage.uri} ({said}); check the files"
+                f"no readable image among the {num_bad} files of {self._place.storage.uri} ({counts}); check the files"
             )
         if num_bad > self._config.max_bad * self._num_found:
             self._refuse(num_bad)
 
     def _refuse(self, num_bad: int) -> None:
-        shown = [f"{row['source']} ({row['reason']})" for row, _ in zip(quarantined(self._target), range(_SHOWN))]
-        more = f", and {num_bad - len(shown)} more in {self._target.join('quarantine')}" if num_bad > _SHOWN else ""
+        rows = islice(quarantined(self._target), _NUM_SHOWN)
+        shown = [f"{row['source']} ({row['reason']})" for row in rows]
+        more = f", and {num_bad - len(shown)} more in {self._target.join('quarantine')}" if num_bad > _NUM_SHOWN else ""
         raise UserError(
             f"{num_bad} of {self._num_found} images are bad, more than max_bad {self._config.max_bad:g} allows: "
-            f"{', '.join(shown)}{more}; mend or remove them, or go on with a larger --max-bad"
+            f"{', '.join(shown)}{more}; fix or remove them, or rerun with a higher --max-bad"
         )
 
-    def second_pass(self, repeated: dict[int, frozenset[int]]) -> None:
-        """Every slice that holds duplicates is written again without them."""
+    def second_pass(self, skip: dict[int, frozenset[int]]) -> None:
+        """Rewrite every slice that holds duplicates, omitting those at positions `skip`."""
         done = self._work.done(again=True)
-        todo = [
-            {"number": number, "skip": sorted(repeated[number])} for number in sorted(repeated) if number not in done
-        ]
+        todo = [{"number": n, "skip": sorted(skip[n])} for n in sorted(skip) if n not in done]
         if todo:
             self._work.begin_second_pass()
-        for _ in self._run(todo):
+        for _ in _run_tasks(todo, self._work, self._target, self._place, self._config):
             pass
 
-    def _run(self, todo: Sequence[dict[str, Any]]) -> Iterator[dict[str, int]]:
-        if todo:
-            yield from _run(todo, self._work, self._target, self._place, self._config)
 
-
-def _run(
+def _run_tasks(
     todo: Sequence[dict[str, Any]], work: WorkFolder, target: Storage, place: Place, config: PrepareConfig
 ) -> Iterator[dict[str, int]]:
-    """Every slice is written by one Ray task; their counts, as they end."""
+    """Run one Ray task per slice; yield their counts in order of completion."""
+    if not todo:
+        return
     import ray.data
     from ray.exceptions import RayError
 
     def write(row: dict[str, Any]) -> dict[str, int]:
-        return write_one(int(row["number"]), [int(place) for place in row["skip"]], work, target, place, config)
+        return prepare_slice(int(row["number"]), [int(i) for i in row["skip"]], work, target, place, config)
 
     dataset = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map(write)
     dataset.context.enable_progress_bars = False
@@ -170,10 +170,10 @@ def _run(
         raise _user_error(error) from error
 
 
-def write_one(
+def prepare_slice(
     number: int, skip: list[int], work: WorkFolder, target: Storage, place: Place, config: PrepareConfig
 ) -> dict[str, int]:
-    """The slice is done, without the entries to skip; what it comes to."""
+    """Write one slice, omitting the entries at positions `skip`, and record its summary; return its counts."""
     summary = write_slice(work.slice(number), place, target, config, frozenset(skip))
     if skip:
         kept = {shard.path for shard in summary.shards}
@@ -185,7 +185,7 @@ def write_one(
 
 
 def _user_error(error: BaseException) -> BaseException:
-    """The storage's own error under Ray's wrapping, or the error itself."""
+    """Unwrap Ray's error to the storage's own error, if there is one."""
     inner: BaseException | None = error
     while inner is not None:
         if type(inner) in (OSError, StoreUnavailableError, PermissionError, FileNotFoundError, UserError):

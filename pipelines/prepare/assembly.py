@@ -1,4 +1,4 @@
-"""What became of all slices, put together: the manifest."""
+"""Combine the summaries of all slices into the manifest."""
 
 import dataclasses
 from collections import Counter
@@ -19,7 +19,7 @@ def assemble(
     num_duplicates: int,
     config: PrepareConfig,
 ) -> Manifest:
-    """The manifest of slices given by number: found = ok + quarantined + duplicates, dropped or not."""
+    """Return the manifest for the slices, given in order: found = ok + quarantined + duplicates, dropped or not."""
     ordered = [_without_digests(summary) for summary in summaries]
     splits = _splits(ordered, config.rows_per_group)
     num_rows = sum(split.num_rows for split in splits.values())
@@ -68,7 +68,7 @@ def _splits(ordered: Sequence[SliceSummary], rows_per_group: int) -> dict[str, S
 
 
 def _statistics(ordered: Sequence[SliceSummary], split: str | None, in_colour: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over one split, or over all."""
+    """Return mean and standard deviation of each channel over one split, or over all."""
     total = PixelSums()
     for sums in (sums for s in ordered for name, sums in s.sums.items() if split in (None, name)):
         total.merge(sums)
@@ -77,5 +77,5 @@ def _statistics(ordered: Sequence[SliceSummary], split: str | None, in_colour: b
 
 
 def _without_digests(summary: SliceSummary) -> SliceSummary:
-    """What the manifest needs, which is small."""
+    """Drop the large fields, which the manifest does not need."""
     return dataclasses.replace(summary, splits=bytearray(), digests=bytearray())

@@ -1,4 +1,4 @@
-"""What lies at a URI: counts, sizes and classes of a prepared dataset or a source, and a sheet of samples."""
+"""Describe what a URI holds: counts, sizes and classes of a prepared dataset or a source, and a contact sheet."""
 
 import random
 from collections import Counter
@@ -20,26 +20,28 @@ from pipelines.prepare.slices import Tally, check_splits, class_names
 from pipelines.sources import Entry, open_source
 from pipelines.storage import Storage, open_storage, storage_of
 
-_SHOWN_CLASSES = 1000
+_NUM_SHOWN_CLASSES = 1000
 
 
 def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
-    """What is there, and the path of the sheet that was drawn of it. Raises UserError where nothing of ours is."""
-    storage, (place, name) = open_storage(uri), storage_of(config.out)
+    """Describe what the URI holds and write its contact sheet; return both facts and the sheet's path.
+
+    Raises UserError if it holds neither a prepared dataset nor a source.
+    """
+    storage, (output, name) = open_storage(uri), storage_of(config.out)
     if is_prepared(storage):
         manifest = read_manifest(storage)
-        found, tiles = _of_dataset(manifest), _dataset_tiles(storage, manifest, config)
+        facts, tiles = _describe_dataset(manifest), _dataset_tiles(storage, manifest, config)
         bad = [
             Tile(row["source"], row["reason"], row["head"]) for row in islice(quarantined(storage), config.num_images)
         ]
     else:
-        found, tiles, bad = _of_source(uri, config)
-    place.write(name, contact_sheet(uri, tiles, bad))
-    return {"uri": uri, **found, "contact_sheet": place.join(name)}
+        facts, tiles, bad = _describe_source(uri, config)
+    output.write(name, contact_sheet(uri, tiles, bad))
+    return {"uri": uri, **facts, "contact_sheet": output.join(name)}
 
 
-def _of_dataset(manifest: Manifest) -> dict[str, Any]:
-    """What the manifest says."""
+def _describe_dataset(manifest: Manifest) -> dict[str, Any]:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return {
         "kind": "prepared dataset",
@@ -52,8 +54,8 @@ def _of_dataset(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _of_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], list[Tile], list[Tile]]:
-    """What the listing says, and images drawn from it evenly, whole and not."""
+def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], list[Tile], list[Tile]]:
+    """Return facts from the listing, and a uniform sample of its images: the readable ones and the bad ones."""
     source, tally, sample = open_source(uri), Tally(), _Sample(config.num_images, config.seed)
     sizes: Counter[str] = Counter()
     with closing(source.entries()) as entries:  # pyright: ignore[reportArgumentType] -- a generator
@@ -69,16 +71,16 @@ def _of_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], list[Ti
         reason = str(content) if isinstance(content, ValueError) else _fault(content)
         encoded = b"" if isinstance(content, ValueError) else content
         (bad if reason else tiles).append(Tile(entry.name, reason or (entry.label if classes else ""), encoded))
-    found = {
+    facts = {
         "kind": "source",
         "num_found": tally.num_entries,
         "splits": {name or "train": folder.num_entries for name, folder in sorted(tally.folders.items())},
         "num_bytes": sum(folder.num_bytes for folder in tally.folders.values()),
         "num_classes": len(classes),
-        "classes": {name: sizes[name] for name in classes[:_SHOWN_CLASSES]},
+        "classes": {name: sizes[name] for name in classes[:_NUM_SHOWN_CLASSES]},
         "num_bad_of_sample": f"{len(bad)} of {len(chosen)}",
     }
-    return found, tiles, bad
+    return facts, tiles, bad
 
 
 def _fault(content: bytes) -> str:
@@ -91,7 +93,7 @@ def _fault(content: bytes) -> str:
 
 @dataclass
 class _Sample:
-    """Entries drawn from a stream of unknown length, each as likely as any other."""
+    """A uniform random sample of a stream of unknown length (reservoir sampling)."""
 
     size: int
     seed: int
@@ -104,12 +106,12 @@ class _Sample:
         self._seen += 1
         if len(self.entries) < self.size:
             self.entries.append(entry)
-        elif (place := self._draw.randrange(self._seen)) < self.size:
-            self.entries[place] = entry
+        elif (index := self._draw.randrange(self._seen)) < self.size:
+            self.entries[index] = entry
 
 
 def _dataset_tiles(storage: Storage, manifest: Manifest, config: InspectConfig) -> list[Tile]:
-    """Images spread over all splits."""
+    """Return images spaced evenly over all splits."""
     total = sum(split.num_rows for split in manifest.splits.values())
     wanted = np.unique(np.linspace(0, total - 1, min(config.num_images, total)).round().astype(np.int64))
     return list(_rows(storage, manifest, wanted.tolist()))
@@ -120,7 +122,7 @@ def _rows(storage: Storage, manifest: Manifest, wanted: Sequence[int]) -> Iterat
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         rows = [i - shard.first_id for i in wanted if shard.first_id <= i < shard.first_id + shard.num_rows]
         for row in rows:
-            group, place = divmod(row, shard.rows_per_group)
-            found = row_groups.read(shard.path, group, columns).slice(place, 1).to_pylist()[0]
-            label = "" if found["label"] is None else manifest.classes[found["label"]]
-            yield Tile(found["source"], label, found["image"], found["orientation"])
+            group, offset = divmod(row, shard.rows_per_group)
+            values = row_groups.read(shard.path, group, columns).slice(offset, 1).to_pylist()[0]
+            label = "" if values["label"] is None else manifest.classes[values["label"]]
+            yield Tile(values["source"], label, values["image"], values["orientation"])

@@ -1,4 +1,4 @@
-"""Images that could not be read, with the reason for each, as a prepared (or unfinished) dataset keeps them."""
+"""Read the quarantine of a prepared or unfinished dataset: unreadable images, each with its reason."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ FOLDER = "quarantine"
 
 
 def quarantined(storage: Storage) -> Iterator[dict[str, Any]]:
-    """Rows of the quarantine, in the order of the listing: source, reason, num_bytes and the file's first bytes."""
+    """Yield the quarantine's rows in listing order: source, reason, num_bytes and the file's first bytes."""
     for path, _ in storage.list(FOLDER, suffix=".parquet"):
         with storage.open_input(path) as source:
             yield from pq.read_table(source).to_pylist()

@@ -1,4 +1,4 @@
-"""One slice of a sorted listing becomes shards: images as they were stored, with what training must know of them."""
+"""Write one slice of a sorted listing to shards: the stored images, with the metadata that training needs."""
 
 import hashlib
 from collections import Counter
@@ -40,9 +40,9 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("head", pa.binary()),
     ]
 )
-"""`head` is the file's beginning, for whoever wants to see what is wrong."""
+"""`head` holds the file's first bytes, for diagnosis."""
 _HEAD_BYTES = 2**16
-# Beginnings of files that a quarantine file holds at most, all together.
+# Limit on the total size of all heads in a quarantine file.
 _HEADS_BYTES = 16 * 2**20
 
 
@@ -51,14 +51,14 @@ class _Row:
     split: str
     digest: bytes
     values: tuple[Any, ...]
-    """In the order of SCHEMA."""
+    """Column values in the order of SCHEMA."""
     pixels: NDArray[np.uint8]
 
 
 def write_slice(
     part: Slice, place: Place, out: Storage, config: PrepareConfig, skip: frozenset[int] = frozenset()
 ) -> SliceSummary:
-    """The slice's shards and quarantine file are written, the same bytes each time; images at `skip` are left out."""
+    """Write the slice's shards and quarantine file, omitting images at positions `skip`. Deterministic to the byte."""
     summary = SliceSummary(number=part.number, num_entries=len(part.entries))
     quarantine: list[tuple[str, str, int, bytes]] = []
     heads_bytes = _HEADS_BYTES
@@ -68,10 +68,10 @@ def write_slice(
             try:
                 row = _examine(part, position, content, config)
             except ValueError as error:
-                found = content if isinstance(content, bytes) else b""
-                head = found[: min(_HEAD_BYTES, heads_bytes)]
+                known = content if isinstance(content, bytes) else b""
+                head = known[: min(_HEAD_BYTES, heads_bytes)]
                 heads_bytes -= len(head)
-                quarantine.append((_text(part.entries[position].name), str(error), len(found), head))
+                quarantine.append((_text(part.entries[position].name), str(error), len(known), head))
                 summary.note(None)
                 continue
             summary.note(row.split, row.digest)
@@ -97,7 +97,7 @@ def _write_quarantine(rows: list[tuple[str, str, int, bytes]], path: str, out: S
 
 
 def _examine(part: Slice, position: int, content: Content, config: PrepareConfig) -> _Row:
-    """The row of a whole image. Raises ValueError with the reason for quarantine."""
+    """Decode an image and return its row. Raises ValueError with the reason for quarantine."""
     if isinstance(content, ValueError):
         raise content
     header = inspect(content, config.max_pixels)
@@ -122,17 +122,17 @@ def _examine(part: Slice, position: int, content: Content, config: PrepareConfig
 
 
 def _text(path: str) -> str:
-    """The path as UTF-8; bytes of a file name that are none become replacement characters."""
+    """Convert a path to valid UTF-8, with replacement characters for undecodable bytes."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 class _ShardWriter:
-    """A Parquet file written row group by row group, its sha256 taken on the way."""
+    """Write a Parquet file row group by row group and compute its sha256."""
 
     def __init__(self, split: str, path: str, file: IO[bytes], config: PrepareConfig) -> None:
         self._split, self._path, self._rows_per_group = split, path, config.rows_per_group
         self._file = _Hashed(file)
-        # Encoded images do not compress, and statistics of them would copy whole images into the footer.
+        # Encoded images do not compress, and their min/max statistics would copy entire images into the footer.
         self._parquet = pq.ParquetWriter(
             pa.PythonFile(self._file, mode="w"),
             SCHEMA,
@@ -149,7 +149,7 @@ class _ShardWriter:
             self._flush()
 
     def close(self) -> WrittenShard:
-        """The file is complete."""
+        """Complete the file and return its description."""
         self._flush()
         self._parquet.close()
         return WrittenShard(
@@ -161,7 +161,7 @@ class _ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Nothing more is written, should it not be complete."""
+        """Discard further writes, if the file is not complete."""
         self._file.is_abandoned = True
         self._parquet.close()
 
@@ -175,7 +175,7 @@ class _ShardWriter:
 
 
 class _Hashed:
-    """A file written in sequence that knows its size and sha256."""
+    """A sequentially written file that counts its bytes and computes their sha256."""
 
     closed = False
     is_abandoned = False
@@ -199,4 +199,4 @@ class _Hashed:
         self._file.flush()
 
     def close(self) -> None:
-        """The block that opened the file closes it."""
+        """Do nothing: the block that opened the file closes it."""

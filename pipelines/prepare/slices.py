@@ -1,4 +1,4 @@
-"""A sorted listing in slices of one split folder each, of even size: what one task makes shards of."""
+"""Cut a sorted listing into slices of even size, each within one split folder. One task prepares one slice."""
 
 import dataclasses
 import hashlib
@@ -17,22 +17,22 @@ _MAX_NUMBERED_CLASSES = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A contiguous part of the listing within one split folder ("" where the source has none)."""
+    """A contiguous part of the listing within one split folder ("" if the source has none)."""
 
     number: int
-    """Among all slices; names the quarantine file."""
+    """Index among all slices; names the quarantine file."""
     part: int
-    """Among the slices of its folder; names the shards."""
+    """Index among the slices of its folder; names the shards."""
     folder: str
     holds_out: bool
-    """Whether a part of it becomes split val."""
+    """Whether a fraction of its images becomes split val."""
     entries: list[Entry]
     labels: list[int]
-    """By entry; -1 for unlabelled."""
+    """One label per entry; -1 if unlabelled."""
 
     @property
     def outputs(self) -> list[str]:
-        """Every file that preparing it may write."""
+        """Every file that preparing the slice may write."""
         splits = {self.folder or "train"} | ({"val"} if self.holds_out else set())
         return [self.shard(split) for split in sorted(splits)] + [self.quarantine]
 
@@ -60,15 +60,16 @@ class _Folder:
     num_entries: int = 0
     num_bytes: int = 0
     labelled: str = ""
-    """An entry that has a label, or none has."""
+    """Name of one entry with a label; empty if there is none."""
     unlabelled: str = ""
+    """Name of one entry without a label; empty if there is none."""
     deep: str = ""
-    """An entry whose folder need not be its class."""
+    """Name of one entry whose folder is not necessarily its class; empty if there is none."""
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What a listing comes to."""
+    """Counts and labels of a listing."""
 
     folders: dict[str, _Folder] = field(default_factory=dict)
     labels: set[str] = field(default_factory=set)
@@ -78,7 +79,7 @@ class Tally:
         return sum(folder.num_entries for folder in self.folders.values())
 
     def counting(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """The same entries, counted as they pass."""
+        """Yield the entries unchanged, counting each as it passes."""
         for entry in entries:
             folder = self.folders.setdefault(entry.split, _Folder())
             folder.num_entries += 1
@@ -94,18 +95,18 @@ class Tally:
 
 
 def check_splits(tally: Tally, uri: str) -> None:
-    """Raises UserError where some images are in split folders and some are not."""
+    """Raise UserError if some images are in split folders and others are not."""
     if "" in tally.folders and len(tally.folders) > 1:
         folders = ", ".join(f"{name}/" for name in sorted(tally.folders) if name)
-        beside = tally.folders[""]
+        outside = tally.folders[""]
         raise UserError(
-            f"{uri} has {folders} and, beside them, {beside.num_entries} images such as "
-            f"{beside.labelled or beside.unlabelled}; move them into train/, val/ or test/"
+            f"{uri} has {folders} and also {outside.num_entries} images outside them, such as "
+            f"{outside.labelled or outside.unlabelled}; move them into train/, val/ or test/"
         )
 
 
 def class_names(tally: Tally, source: Source, config: PrepareConfig) -> list[str]:
-    """Names by label; empty where the images are not labelled."""
+    """Return the class names, indexed by label; empty if the images are unlabelled."""
     if config.labels == "none" or not tally.labels:
         if config.labels == "folder" and tally.num_entries:
             _refuse_unlabelled(tally)
@@ -133,7 +134,7 @@ def _refuse_unlabelled(tally: Tally) -> None:
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Sorted names; where all are numbers, every number from 0 on, so that a label is its number."""
+    """Sort the names. If all are numbers, return every number from 0, so that each label equals its number."""
     if all(label.isascii() and label.isdigit() for label in labels):
         largest = max(map(int, labels))
         if largest < _MAX_NUMBERED_CLASSES and len({int(label) for label in labels}) == len(labels):
@@ -142,25 +143,25 @@ def _in_order(labels: set[str]) -> list[str]:
 
 
 def listing_digest(entries: Iterable[Entry]) -> str:
-    """sha256 over names, places, sizes, splits and labels of all images, in order.
+    """Return the sha256 over names, places, sizes, splits and labels of all images, in order.
 
-    Not over versions and faults: a copy of the source is the same source, and makes the same dataset.
+    Versions and faults are excluded: a copy of the source is the same source and gives the same dataset.
     """
     digest = hashlib.sha256()
     for entry in entries:
         *identity, _version, _fault = fields_of(entry)
-        said = "\0".join(map(str, identity))
-        digest.update(f"{said}\n".encode("utf-8", "surrogateescape"))
+        line = "\0".join(map(str, identity))
+        digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: PrepareConfig) -> Iterator[Slice]:
-    """Slices of even size: within each folder as many rows as the fewest slices need that keep both limits."""
+    """Cut the entries into slices of even size: per folder, the fewest slices that respect both limits."""
     label_of = {name: label for label, name in enumerate(classes)}
     number = part = num_bytes = 0
     waiting: list[Entry] = []
 
-    def made() -> Slice:
+    def complete() -> Slice:
         folder = waiting[0].split
         return Slice(
             number=number,
@@ -178,16 +179,19 @@ def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: Prep
             or len(waiting) >= _rows(tally.folders[waiting[0].split], config)
             or num_bytes + _num_read(entry) > config.shard_bytes
         ):
-            yield made()
+            yield complete()
             number, part, num_bytes, waiting = number + 1, 0 if is_new_folder else part + 1, 0, []
         waiting.append(entry)
         num_bytes += _num_read(entry)
     if waiting:
-        yield made()
+        yield complete()
 
 
 def _num_read(entry: Entry) -> int:
-    """Bytes that reading it takes: none of what is too large to be read, or one such file would make slices of all."""
+    """Return how many bytes reading the entry takes.
+
+    Files that are too large are never read and count as 0. Otherwise one such file would dominate the slice sizes.
+    """
     return entry.num_bytes if entry.num_bytes <= MAX_IMAGE_BYTES else 0
 
 

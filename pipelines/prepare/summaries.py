@@ -1,4 +1,4 @@
-"""What became of a slice: counts, exact sums over pixels, and a digest of every image, as JSON."""
+"""Summary of a prepared slice, stored as JSON: counts, exact pixel sums, and a digest of every image."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ _LEVELS = np.arange(256)
 
 @dataclass(kw_only=True)
 class PixelSums:
-    """Exact sums over the pixels of gray and of colour images, so that their order cannot matter."""
+    """Exact integer sums over the pixels of gray and colour images, so the order of summation does not matter."""
 
     num_gray: int = 0
     gray: tuple[int, int] = (0, 0)
@@ -27,7 +27,7 @@ class PixelSums:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PixelSums":
-        """What dataclasses.asdict and JSON made of one."""
+        """Restore from the result of dataclasses.asdict after a JSON round trip."""
         gray, colour = tuple(values["gray"]), [tuple(sums) for sums in values["colour"]]
         return cls(num_gray=values["num_gray"], gray=gray, num_colour=values["num_colour"], colour=colour)
 
@@ -46,7 +46,11 @@ class PixelSums:
         self.colour = [_add(a, b) for a, b in zip(self.colour, other.colour)]
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Of each channel on the scale 0 to 1; without colour, of one channel; otherwise gray counts for all."""
+        """Return mean and standard deviation of each channel on the scale 0 to 1.
+
+        There is one channel if no image is in colour. Otherwise there are three, and gray pixels count for each of
+        them.
+        """
         count = max(1, self.num_gray + self.num_colour)
         totals = [_add(self.gray, colour) for colour in self.colour] if self.num_colour else [self.gray]
         means = [total / count for total, _ in totals]
@@ -65,32 +69,32 @@ class WrittenShard:
 
 @dataclass(kw_only=True)
 class SliceSummary:
-    """What became of a slice."""
+    """Result of preparing one slice."""
 
     number: int
     num_entries: int
     shards: list[WrittenShard] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     sums: dict[str, PixelSums] = field(default_factory=dict)
-    """By split."""
+    """Pixel sums by split."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """Heights and widths that occur, two at most."""
+    """Distinct (height, width) pairs, at most two."""
     splits: bytearray = field(default_factory=bytearray)
-    """A byte an entry: the split's place in SPLITS, or NO_SPLIT for an image that is not whole."""
+    """One byte per entry: the split's index in SPLITS, or NO_SPLIT for an unreadable image."""
     digests: bytearray = field(default_factory=bytearray)
-    """DIGEST_BYTES an entry: of the sha256 of the image as it was found."""
+    """DIGEST_BYTES per entry: prefix of the sha256 of the source image."""
 
     @property
     def num_bad(self) -> int:
         return sum(self.reasons.values())
 
     def note(self, split: str | None, digest: bytes = bytes(DIGEST_BYTES)) -> None:
-        """The next entry is a whole image of that split, or none."""
+        """Record the next entry: its split and digest, or None for an unreadable image."""
         self.splits.append(NO_SPLIT if split is None else SPLITS.index(split))
         self.digests += digest
 
     def count(self, split: str, pixels: NDArray[np.uint8]) -> None:
-        """The image is in a shard."""
+        """Count an image that was written to a shard."""
         self.sums.setdefault(split, PixelSums()).add(pixels)
         size = pixels.shape[:2]
         if size not in self.sizes and len(self.sizes) < 2:
@@ -114,7 +118,7 @@ class SliceSummary:
 
 
 def _sums(values: NDArray[np.uint8]) -> tuple[int, int]:
-    """Sum and sum of squares, exact."""
+    """Return the exact sum and sum of squares."""
     counts = np.bincount(values.ravel(), minlength=256)
     return int(counts @ _LEVELS), int(counts @ _LEVELS**2)
 

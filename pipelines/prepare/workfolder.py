@@ -1,4 +1,4 @@
-"""What an unfinished preparation keeps beside its shards, in `.prepare/`, so that the next one goes on from there."""
+"""State of an unfinished preparation, in `.prepare/` next to its shards, from which the next run resumes."""
 
 import hashlib
 import json
@@ -21,25 +21,28 @@ _DIGEST_CHARS = 16
 
 
 class WorkFolder:
-    """A slice's listing is written first, its summary once its shards are whole: what has a summary is done.
+    """Listings and summaries of slices. A slice is done if it has a summary.
 
-    Both are named by what the listing says, versions of files too, so that what an image was that has changed since
-    counts for nothing.
+    A slice's listing is written first, and its summary after its shards are complete. Both names contain a digest of
+    the listing, which includes file versions. So the summary of a slice whose images have changed is ignored.
     """
 
     def __init__(self, target: Storage) -> None:
         self._target = target
         self._digests = ""
-        """Of all slices by number, end to end: one string, since every task is given it."""
+        """Digests of all slices by number, concatenated: one string, because every task receives it."""
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """The place is ours. Raises UserError where it holds something else, or another's unfinished work."""
+        """Claim the target for this preparation.
+
+        Raises UserError if it holds something else, or another unfinished preparation.
+        """
         claim = json.dumps(identity, indent=1, sort_keys=True).encode()
         if not self._target.exists(_CLAIM) and not self._target.is_empty():
             raise UserError(
-                f"{self._target.uri} is not empty and holds no dataset of ours; choose another folder, or empty it"
+                f"{self._target.uri} is not empty and holds no prepared dataset; choose another folder, or empty it"
             )
-        # Of two that begin at once, one is told.
+        # If two preparations start concurrently, one gets an error.
         if not self._target.write_new(_CLAIM, claim):
             raise UserError(
                 f"{self._target.uri} holds the unfinished preparation of another source or config; "
@@ -47,41 +50,41 @@ class WorkFolder:
             )
 
     def put_slices(self, slices: Iterable[Slice]) -> int:
-        """Every slice is there; how many there are. What was done of one that has changed since is undone."""
+        """Write the listing of every slice; return their number. Results of slices that have changed are deleted."""
         known = self._names("slices")
         digests: list[str] = []
         num_changed = 0
         for part in slices:
             content = part.to_json()
             digests.append(_digest(content))
-            there = known.get(part.number, set())
-            if there != {digests[-1]}:
-                stale = there - {digests[-1]}
+            existing = known.get(part.number, set())
+            if existing != {digests[-1]}:
+                stale = existing - {digests[-1]}
                 num_changed += bool(stale)
                 self._replace(part, content, digests[-1], stale)
         self._digests = "".join(digests)
         if num_changed:
-            log.warning("images of %d slices changed since these were done; they are done again", num_changed)
+            log.warning("images of %d slices have changed since they were prepared; preparing them again", num_changed)
         self._undo_second_pass()
         return len(digests)
 
     def begin_second_pass(self) -> None:
-        """From now on shards may lack the duplicates that these slices have."""
+        """Record that shards of these slices may lack duplicates from now on."""
         self._target.write(self._second, b"")
 
     def slice(self, number: int) -> Slice:
         return Slice.from_json(self._target.read(self._path("slices", number)))
 
     def put(self, summary: SliceSummary, *, again: bool) -> None:
-        """The slice is done: for the first time, or `again`, without duplicates."""
+        """Record that the slice is done: in the first pass, or in the second (`again`), which omits duplicates."""
         self._target.write(self._path("again" if again else "done", summary.number), summary.to_json())
 
     def summary(self, number: int) -> SliceSummary:
-        """What became of the slice when it was first done."""
+        """Return the slice's summary from the first pass."""
         return SliceSummary.from_json(self._target.read(self._path("done", number)))
 
     def summaries(self, *, again: bool = False) -> Iterator[SliceSummary]:
-        """Of all slices that are done, by number; with `again`, the second summary where there is one."""
+        """Yield the summaries of all done slices by number; with `again`, those of the second pass where they exist."""
         first, second = self.done(), self.done(again=True) if again else set()
         paths = [self._path("again" if number in second else "done", number) for number in sorted(first)]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -89,12 +92,12 @@ class WorkFolder:
                 yield from map(SliceSummary.from_json, pool.map(self._target.read, paths[start : start + _THREADS]))
 
     def done(self, *, again: bool = False) -> set[int]:
-        """Numbers of the slices that are done."""
-        there = self._names("again" if again else "done")
-        return {number for number, digests in there.items() if self._digest_of(number) in digests}
+        """Return the numbers of the slices that are done."""
+        existing = self._names("again" if again else "done")
+        return {number for number, digests in existing.items() if self._digest_of(number) in digests}
 
     def remove(self) -> None:
-        """Nothing of the work is left, nor of what killed tasks had begun to write; the claim goes last."""
+        """Delete the work folder and the temporary files of killed tasks; the claim goes last."""
         self._target.delete_temporaries()
         self._delete([path for path, _ in self._target.walk(_FOLDER) if path != _CLAIM])
         self._target.delete(_CLAIM)
@@ -105,7 +108,7 @@ class WorkFolder:
         return self._target.exists(_CLAIM)
 
     def _replace(self, part: Slice, content: bytes, digest: str, stale: set[str]) -> None:
-        """The slice is there. What is stale goes last, so that after a kill it is still seen to be."""
+        """Write the slice's listing. Stale listings are deleted last, so that they are found again after a kill."""
         if stale:
             summaries = [_path(kind, part.number, old) for old in stale for kind in ("done", "again")]
             self._delete([*summaries, *part.outputs])
@@ -113,7 +116,7 @@ class WorkFolder:
         self._delete([_path("slices", part.number, old) for old in stale])
 
     def _undo_second_pass(self) -> None:
-        """Where a second pass over other slices was begun, nothing is done: it left out other duplicates."""
+        """Mark every slice as not done if a second pass over other slices has begun: it omitted other duplicates."""
         stale = [path for path, _ in self._target.walk(f"{_FOLDER}/second") if path != self._second]
         if stale:
             self._delete([path for kind in ("again", "done") for path, _ in self._target.walk(f"{_FOLDER}/{kind}")])
@@ -128,7 +131,7 @@ class WorkFolder:
             list(pool.map(self._target.delete, paths))
 
     def _names(self, kind: str) -> dict[int, set[str]]:
-        """Digests of what is there, by number."""
+        """Return the digests of the existing files of a kind, by slice number."""
         found: dict[int, set[str]] = {}
         for path, _ in self._target.walk(f"{_FOLDER}/{kind}"):
             number, _, digest = path.rpartition("/")[2].removesuffix(".json").partition("-")

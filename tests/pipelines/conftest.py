@@ -78,10 +78,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines import prepare
 
     def run(todo: Any, *arguments: Any) -> Iterator[Any]:
-        return (prepare.write_one(row["number"], row["skip"], *arguments) for row in todo)
+        return (prepare.prepare_slice(row["number"], row["skip"], *arguments) for row in todo)
 
     monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run", run)
+    monkeypatch.setattr(prepare, "_run_tasks", run)
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_an_output_folder_that_holds_something_else(place: Path, capsys: pytest.
     assert said.endswith("choose another folder, or empty it")
     said = refusal(place, capsys, "prepare", "images", "data", "--val-fraction", "0.5")
     assert "holds a dataset of another config" in said
-    assert "is not empty and holds no dataset of ours" in refusal(place, capsys, "prepare", "others", "images")
+    assert "is not empty and holds no prepared dataset" in refusal(place, capsys, "prepare", "others", "images")
     (place / "file").write_text("")
     assert "a file stands where a folder should" in refusal(place, capsys, "prepare", "others", "file/out")
 

@@ -65,21 +65,21 @@ def put(root: str) -> Callable[[str, bytes], None]:
 @pytest.fixture
 def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """Prepares until so many slices are written; then the numbers of those that the next preparation writes."""
-    write_one, written = module.write_one, []
+    prepare_slice, written = module.prepare_slice, []
 
     def kill_after(count: int) -> Iterator[int]:
         def write(number: int, *rest: Any) -> dict[str, int]:
             if len(written) == count:
                 raise KeyboardInterrupt
             written.append(number)
-            return write_one(number, *rest)
+            return prepare_slice(number, *rest)
 
-        monkeypatch.setattr(module, "write_one", write)
+        monkeypatch.setattr(module, "prepare_slice", write)
         with pytest.raises(KeyboardInterrupt):
             module.prepare(f"{root}/source", f"{root}/out", CONFIG)
         written.clear()
         monkeypatch.setattr(
-            module, "write_one", lambda number, *rest: (written.append(number), write_one(number, *rest))[1]
+            module, "prepare_slice", lambda number, *rest: (written.append(number), prepare_slice(number, *rest))[1]
         )
         return written
 

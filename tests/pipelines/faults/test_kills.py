@@ -28,9 +28,9 @@ from pipelines import prepare
 from pipelines.config import PrepareConfig
 def run(todo, *arguments):
     for row in todo:
-        yield prepare.write_one(row["number"], row["skip"], *arguments)
+        yield prepare.prepare_slice(row["number"], row["skip"], *arguments)
         time.sleep(0.01)
-prepare._run = run
+prepare._run_tasks = run
 prepare.prepare(source, out, PrepareConfig(**options))
 """
 WITH_RAY = "import sys; from pipelines import cli; cli.main(sys.argv[1:])"
@@ -162,22 +162,22 @@ def test_what_was_done_is_not_done_again(
     from pipelines import prepare as module
 
     written: list[tuple[int, bool]] = []
-    write_one = module.write_one
+    prepare_slice = module.prepare_slice
 
     def dies_at_15(number: int, skip: list[int], *arguments: object) -> dict[str, int]:
         if len(written) == 15:
             raise KeyboardInterrupt
         written.append((number, bool(skip)))
-        return write_one(number, skip, *arguments)  # type: ignore[arg-type]
+        return prepare_slice(number, skip, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "write_one", dies_at_15)
+    monkeypatch.setattr(module, "prepare_slice", dies_at_15)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
     assert not check_readers(tmp_path / "out")
     monkeypatch.setattr(
         module,
-        "write_one",
-        lambda number, skip, *a: (written.append((number, bool(skip))), write_one(number, skip, *a))[1],
+        "prepare_slice",
+        lambda number, skip, *a: (written.append((number, bool(skip))), prepare_slice(number, skip, *a))[1],
     )
     prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
     assert len(written) == len(set(written))

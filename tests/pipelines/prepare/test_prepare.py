@@ -239,7 +239,7 @@ def test_wrong_sources_are_refused_and_leave_nothing(few: Path, tmp_path: Path) 
         (tmp_path / "absent", SMALL, "does not exist; give a folder"),
         (tmp_path / "empty", SMALL, "no image in .*; give a folder that has files ending in .jpg"),
         (broken, SMALL, r"no readable image among the 2 files of .* \(1 empty file, 1 not a known image format\)"),
-        (mixed, SMALL, "has train/ and, beside them, 1 images such as b.png; move them"),
+        (mixed, SMALL, "has train/ and also 1 images outside them, such as b.png; move them"),
         (flat, PrepareConfig(labels="folder"), "a.png is in no class folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -249,7 +249,7 @@ def test_wrong_sources_are_refused_and_leave_nothing(few: Path, tmp_path: Path) 
 
 def test_a_folder_that_holds_something_else_is_left_alone(few: Path, tmp_path: Path) -> None:
     other = fill(tmp_path / "other", {"thesis.txt": b"my only copy"})
-    with pytest.raises(ValueError, match="is not empty and holds no dataset of ours; choose another"):
+    with pytest.raises(ValueError, match="is not empty and holds no prepared dataset; choose another"):
         prepare(str(few), str(other), SMALL)
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
     prepare(str(few), str(tmp_path / "out"), SMALL)

@@ -118,7 +118,7 @@ def test_a_place_within_the_source_is_refused(png: Png, prepared: Callable, tmp_
     (tmp_path / "s.png").write_bytes(png(0))
     (tmp_path / "again").symlink_to(tmp_path)
     for source in (tmp_path, tmp_path / "again"):
-        with pytest.raises(ValueError, match=r"/out lies within the source .*; choose a place beside it"):
+        with pytest.raises(ValueError, match=r"/out is inside the source .*; choose a folder outside it"):
             prepared(source)
     assert not (tmp_path / "out").exists()
 
