@@ -17,7 +17,7 @@ from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
 from pipelines.config import EncodeConfig
 from pipelines.images.crops import crop_into
-from pipelines.images.decode import Box, Pixels, Scratch, decode, inspect
+from pipelines.images.decode import Box, ImageArray, Scratch, decode, inspect
 from pipelines.images.encode import StoredImage, encode
 from pipelines.images.jpeg.partial_decode import Offsets, decode_crop
 
@@ -224,7 +224,7 @@ def _drawn(stored: Sequence[StoredImage], epoch: int) -> tuple[list[Box], list[b
     return list(map(tuple, boxes.tolist())), flips(config, seed=0, epoch=epoch, sample_ids=ids).tolist()
 
 
-def _see(out: Pixels, image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> None:
+def _see(out: ImageArray, image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> None:
     pixels, within = decode_crop(image.content, 3, image.orientation, offsets, box, scratch)
     crop_into(out, pixels, within, flip, scratch)
 

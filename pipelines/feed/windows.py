@@ -21,7 +21,7 @@ from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.images.crops import crop_into
-from pipelines.images.decode import Pixels, Scratch, decode, evaluation_view
+from pipelines.images.decode import ImageArray, Scratch, decode, evaluation_view
 from pipelines.images.jpeg.partial_decode import decode_crop
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Window:
         transform = self._transform
         return transform.crops * self._size, *transform.image_px, transform.channels
 
-    def micro_batch(self, number: int, memory: Pixels | None = None) -> MicroBatch:
+    def micro_batch(self, number: int, memory: ImageArray | None = None) -> MicroBatch:
         """Decode a micro-batch, into `memory` of shape `images_shape` if given."""
         step, index, slots = self._slots[number]
         images = np.empty(self.images_shape, np.uint8) if memory is None else memory
@@ -186,7 +186,7 @@ class _Views:
                 sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
-    def fill(self, images: Pixels, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fill(self, images: ImageArray, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write the views of these samples into `images`; return ids, labels and weights of `size` samples.
 
         A sample that cannot be decoded and a placeholder are black, with weight 0.
@@ -206,7 +206,7 @@ class _Views:
                 log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[place], error)
         return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
-    def _decode(self, place: int, images: Pixels) -> None:
+    def _decode(self, place: int, images: ImageArray) -> None:
         """Decode a sample once, and write its training views, or its evaluation view, into `images`."""
         transform, samples = self._transform, self._samples
         if self._crops:
@@ -221,7 +221,7 @@ class _Views:
                 key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), view)
                 images[view] = _rand_augment(pixels, transform.augment.rand_augment, key)
 
-    def _crop(self, place: int, images: Pixels) -> None:
+    def _crop(self, place: int, images: ImageArray) -> None:
         """Write a keyed crop of the sample into each of `images`."""
         samples = self._samples
         if min(samples.heights_px[place], samples.widths_px[place]) < 1:
@@ -235,7 +235,7 @@ class _Views:
             crop_into(out, pixels, box, mirrored[place], self._scratch)
 
 
-def _rand_augment(pixels: Pixels, recipe: str, seed_key: int) -> Pixels:
+def _rand_augment(pixels: ImageArray, recipe: str, seed_key: int) -> ImageArray:
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))

@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-Pixels = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -150,7 +150,7 @@ class Scratch:
         return found
 
 
-def decode(content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None) -> Pixels:
+def decode(content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None) -> ImageArray:
     """Upright pixels [height width channels]. Raises ValueError with the reason where the image is damaged.
 
     Gray becomes colour by repetition and colour gray by luma; alpha is laid over white; 16 bits are scaled to 8.
@@ -165,7 +165,7 @@ def decode(content: bytes, channels: int, orientation: int | None = None, scratc
     return _upright(pixels, orientation)
 
 
-def decode_jpeg(content: bytes | bytearray | Pixels, channels: int, scratch: Scratch | None) -> Pixels | None:
+def decode_jpeg(content: bytes | bytearray | ImageArray, channels: int, scratch: Scratch | None) -> ImageArray | None:
     """Pixels by libjpeg-turbo, which, unlike the others, refuses damaged data; None for CMYK, which is Pillow's."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
@@ -177,7 +177,7 @@ def decode_jpeg(content: bytes | bytearray | Pixels, channels: int, scratch: Scr
         raise ValueError(f"damaged JPEG: {error}") from None
 
 
-def _decode_any(content: bytes, channels: int) -> Pixels:
+def _decode_any(content: bytes, channels: int) -> ImageArray:
     mode = "L" if channels == 1 else "RGB"
     with _opened(content, "damaged image") as image:
         plain = image.mode == mode and "transparency" not in image.info
@@ -195,7 +195,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
+def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
     """The image turned and mirrored as EXIF's orientation (1 to 8) asks."""
     if orientation == 1:
         return pixels
@@ -208,7 +208,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+def evaluation_view(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
     """The image as it is evaluated: unchanged if it has the input's size, otherwise resized so that it covers 256/224
     of the input, and its centre (of an image no larger than the input: resized to cover it, and its centre)."""
     height, width = pixels.shape[:2]
@@ -221,7 +221,7 @@ def evaluation_view(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
     return _resize(pixels[top : top + box_height, left : left + box_width], out_hw)
 
 
-def _resize(pixels: Pixels, out_hw: tuple[int, int]) -> Pixels:
+def _resize(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
     """Bicubic, antialiased; by torch, since machines that serve a model have no compiler for `crops`."""
     import torch
     from torch.nn.functional import interpolate

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.config import EncodeConfig
-from pipelines.images.decode import ImageHeader, Pixels, Scratch, decode
+from pipelines.images.decode import ImageArray, ImageHeader, Scratch, decode
 from pipelines.images.jpeg.partial_decode import decode_crop
 
 
@@ -26,7 +26,7 @@ class StoredImage:
     length; None for others."""
 
 
-def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeConfig) -> StoredImage:
+def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: EncodeConfig) -> StoredImage:
     """The image as the config wants it stored; `pixels` are the upright ones that `decode` made of `content`.
 
     Lossless kinds are decoded again, whole and in part: where a pixel differed, the image stays as it was.
@@ -45,7 +45,7 @@ def encode(content: bytes, header: ImageHeader, pixels: Pixels, config: EncodeCo
     return stored if _holds(stored, pixels) else kept
 
 
-def _holds(stored: StoredImage, pixels: Pixels) -> bool:
+def _holds(stored: StoredImage, pixels: ImageArray) -> bool:
     """Whether these are the pixels of the stored image, decoded whole, and of its middle, decoded alone."""
     channels, offsets = pixels.shape[2], np.array(stored.segment_offsets, np.int32)
     if not np.array_equal(decode(stored.content, channels, stored.orientation), pixels):
@@ -77,7 +77,7 @@ def _compile_crops() -> None:
     crop_into(pixels, pixels.copy(), (0, 0, 1, 1), False, Scratch())
 
 
-def _shrunk(pixels: Pixels, config: EncodeConfig) -> StoredImage:
+def _shrunk(pixels: ImageArray, config: EncodeConfig) -> StoredImage:
     """A JPEG whose short side is as configured, upright, with an index."""
     from pipelines.images.crops import crop_into
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mae_core.errors import UserError
 
-Pixels = NDArray[np.uint8]
-Triple = tuple[Pixels, Pixels, Pixels]
+ImageArray = NDArray[np.uint8]
+Triple = tuple[ImageArray, ImageArray, ImageArray]
 
 COLUMNS = ("masked", "reconstruction", "original")
 _WIDTH_PX = 1500
@@ -87,7 +87,7 @@ def _triples_across(count: int, triple_px: int) -> int:
     return math.ceil(count / math.ceil(count / fitting))
 
 
-def _shown_size(pixels: Pixels) -> tuple[int, int]:
+def _shown_size(pixels: ImageArray) -> tuple[int, int]:
     """Height and width on the page: a whole multiple of a small image's, a large one's scaled down."""
     height_px, width_px = pixels.shape[:2]
     longest = max(height_px, width_px)
@@ -97,7 +97,7 @@ def _shown_size(pixels: Pixels) -> tuple[int, int]:
     return round(height_px * factor), round(width_px * factor)
 
 
-def _enlarged(pixels: Pixels, size_px: tuple[int, int]) -> Image.Image:
+def _enlarged(pixels: ImageArray, size_px: tuple[int, int]) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.images.crops.kernel import LINES, PIXEL, crop, padded
-from pipelines.images.decode import Box, Pixels, Scratch
+from pipelines.images.decode import Box, ImageArray, Scratch
 
 
-def crop_into(out: Pixels, pixels: Pixels, box: Box, flip: bool, scratch: Scratch) -> None:
+def crop_into(out: ImageArray, pixels: ImageArray, box: Box, flip: bool, scratch: Scratch) -> None:
     """The box (top, left, height, width) of the pixels, resized (bicubic, antialiased) and mirrored where `flip`, is in
     `out`; both are [height width channels].
 

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.images.decode import Box, Pixels, Scratch, decode, decode_jpeg
+from pipelines.images.decode import Box, ImageArray, Scratch, decode, decode_jpeg
 from pipelines.images.jpeg import RST0, JpegHeader, read_header
 
 Offsets = NDArray[np.int32]
@@ -24,7 +24,7 @@ def decode_crop(
     offsets: Offsets,
     box: Box,
     scratch: Scratch | None = None,
-) -> tuple[Pixels, Box]:
+) -> tuple[ImageArray, Box]:
     """Upright pixels around the box (top, left, height, width), and the box within them.
 
     Only what lies under the box is decoded where `offsets` say where the index begins and ends, or where each segment
@@ -47,7 +47,7 @@ def decode_crop(
 
 def _cut_tiles(
     content: bytes | memoryview, offsets: Offsets, box: Box, scratch: Scratch
-) -> tuple[Pixels, tuple[int, int]]:
+) -> tuple[ImageArray, tuple[int, int]]:
     """A JPEG of the tiles under the box, and the row and column that it begins at."""
     from pipelines.images.jpeg import kernels
 
