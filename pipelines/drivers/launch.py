@@ -25,20 +25,35 @@ class RunFailed(CommandFailed):
 
 
 def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
-    """Every job is finished. Raises RunFailed when workers fail more often than compute.max_failures allows.
+    """Run every job to its end in one worker group.
 
     Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
-    that starts again finds in it what is left to do. `died_s` is when the driver before this one was last alive, where
-    there was one.
+    that starts again finds in it what is left to do. `died_s` is when the previous driver of the run was last alive,
+    in Unix seconds. Raises RunFailed if workers fail more often than compute.max_failures allows, or if a job cannot
+    continue.
     """
+    jobs, folders = list(jobs), [RunFolder(job.folder) for job in jobs]
+    attempt = {"launched_s": time.time(), "died_s": died_s}
+    while True:
+        for folder in folders:
+            folder.go_on()
+            folder.clear_restart_request()
+        _fit(jobs, name, attempt)
+        causes = [cause for folder in folders if (cause := folder.restart_cause())]
+        if not causes:
+            break
+        log.warning("%s; the workers start again from the newest intact one", causes[0])
+    for folder in folders:
+        if cause := folder.stopped():
+            raise RunFailed(cause)
+
+
+def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
+    """Run one worker group, restarted by Ray Train after failures, until it is done, stopped or needs another feed."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    jobs, run = list(jobs), uuid4().hex
-    compute = jobs[0].config.compute
-    attempt = {"launched_s": time.time(), "died_s": died_s}
-    for job in jobs:
-        RunFolder(job.folder).go_on()
+    run, compute = uuid4().hex, jobs[0].config.compute
     # The controller, which starts with this environment, gives up a worker that has not answered for so long.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
     # A rank answers while it waits for its checkpoint; those that wait for it in a collective must wait as long.
@@ -68,9 +83,6 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
             ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
-    for job in jobs:
-        if cause := RunFolder(job.folder).stopped():
-            raise RunFailed(cause)
 
 
 def _work(config: dict[str, Any]) -> None:

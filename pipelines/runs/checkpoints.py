@@ -7,17 +7,19 @@ for it. The manifest is created, never replaced: of two drivers that commit the 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mae_core.errors import UserError
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.retries import retry_at_most
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 _MANIFEST = "manifest.json"
 _SCORE = "score.json"
 # Training waits for nothing but the commit: a store that refuses the rest is left alone until the next.
@@ -104,13 +106,8 @@ class CheckpointStore:
             self._scores[step] = score
 
     def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, ascending; their files are not yet verified."""
-        found = []
-        for path, _ in self._storage.list(self._prefix, suffix=f"/{_MANIFEST}"):
-            name = path.split("/")[-2]
-            if name.startswith("step-") and name[5:].isdigit():
-                found.append(int(name[5:]))
-        return sorted(found)
+        """Return the steps of the committed checkpoints, ascending, without looking at their files."""
+        return _steps_of(path for path, _ in self._storage.list(self._prefix, suffix=f"/{_MANIFEST}"))
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint after `step`, verified. Raises UserError that names a missing or damaged file."""
@@ -124,20 +121,50 @@ class CheckpointStore:
             self._read(step, name, entry)
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are named in the log and passed over."""
-        step = self.latest_step()
-        return self.load(step) if step else None
+        """Load the newest intact checkpoint, reading each file once; None without one. Log the damaged ones."""
+        return self._newest(self.steps(), self.load)
+
+    def latest_intact_step(self) -> int:
+        """Return the step of the newest intact checkpoint, 0 without one; hold one file in memory at a time."""
+
+        def intact(step: int) -> int:
+            self.verify(step)
+            return step
+
+        return self._newest(self.steps(), intact) or 0
 
     def latest_step(self) -> int:
-        """Step of the newest whole checkpoint; 0 where there is none."""
-        for step in reversed(self.steps()):
+        """Return the step of the newest complete checkpoint, 0 without one; read no file but manifests.
+
+        Complete means that every file is present in the size that the manifest states. Its contents may be damaged.
+        """
+        sizes = dict(self._storage.list(self._prefix))
+
+        def complete(step: int) -> int:
+            for name, entry in self._manifest(step)[0].items():
+                path = f"{self._folder(step)}/{entry['path']}"
+                if sizes.get(path) != entry["bytes"]:
+                    found = f"has {sizes[path]} bytes" if path in sizes else "is missing"
+                    raise UserError(f"{path} {found}; the manifest states {entry['bytes']} bytes for {name}")
+            return step
+
+        return self._newest(_steps_of(sizes), complete) or 0
+
+    def discard(self, step: int) -> None:
+        """Delete the manifest of a damaged checkpoint, so that the one before it is the newest.
+
+        Its files are deleted when a later checkpoint is committed.
+        """
+        self._storage.delete(f"{self._folder(step)}/{_MANIFEST}")
+
+    def _newest(self, steps: Sequence[int], check: Callable[[int], T]) -> T | None:
+        """Return `check` of the last of these steps for which it raises no UserError; None if there is none."""
+        for step in reversed(steps):
             try:
-                self.verify(step)
-            except ValueError as error:
-                log.warning("checkpoint of step %d is passed over: %s", step, error)
-            else:
-                return step
-        return 0
+                return check(step)
+            except UserError as error:
+                log.warning("checkpoint of step %d is skipped: %s", step, error)
+        return None
 
     def meta(self, step: int) -> dict[str, Any]:
         """What describes the checkpoint. Raises UserError where its manifest is missing or damaged."""
@@ -161,7 +188,8 @@ class CheckpointStore:
         try:
             manifest = json.loads(self._storage.read(path))
             entries = {
-                name: {"path": str(e["path"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()
+                name: {"path": str(e["path"]), "sha256": str(e["sha256"]), "bytes": int(e["bytes"])}
+                for name, e in manifest["files"].items()
             }
             return entries, dict(manifest["meta"])
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
@@ -236,3 +264,9 @@ class CheckpointStore:
         if place.is_local:
             with suppress(OSError):  # another driver writes into it, or has removed it
                 Path(place.uri).rmdir()
+
+
+def _steps_of(paths: Iterable[str]) -> list[int]:
+    """Return the steps, ascending, whose manifest is among these paths."""
+    folders = (path.split("/")[-2] for path in paths if path.endswith(f"/{_MANIFEST}"))
+    return sorted(int(name[5:]) for name in folders if name.startswith("step-") and name[5:].isdigit())

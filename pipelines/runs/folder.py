@@ -74,6 +74,18 @@ class RunFolder:
         """What stopped the run is forgotten."""
         self.storage.delete("stopped.json")
 
+    def request_restart(self, cause: str) -> None:
+        """The group must be launched again, which counts as no failure."""
+        self.storage.write("restart.json", json.dumps({"cause": cause}).encode())
+
+    def restart_cause(self) -> str:
+        """Why the group must be launched again; empty where it need not."""
+        return json.loads(self.storage.read("restart.json"))["cause"] if self.storage.exists("restart.json") else ""
+
+    def clear_restart_request(self) -> None:
+        """The group is launched again."""
+        self.storage.delete("restart.json")
+
     def failures(self) -> list[str]:
         """What ended a worker group of the run before its time, in order."""
         return [json.loads(self.storage.read(path))["cause"] for path, _ in self.storage.list("failures")]

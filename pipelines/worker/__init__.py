@@ -17,6 +17,7 @@ from pipelines.worker import finetuning, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
 from pipelines.worker.recorder import Stopped
+from pipelines.worker.resuming import RestartRequested, load_newest
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +41,22 @@ def work(config: dict[str, Any]) -> None:
     for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
         try:
             run_job(with_workers(job, rank.world), rank, feed, attempt)
-        except Stopped:
-            return  # the job's folder says why, and the driver reads it there: starting again would not help
+        except (Stopped, RestartRequested):
+            return  # The driver reads the reason in the job's folder; an error would make Ray Train start again.
         attempt = Attempt(launched_s=time.time())
 
 
 def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
-    """The job is finished, from its newest checkpoint on, and its folder says so. Raises Stopped where it cannot be."""
+    """Run the job from its newest checkpoint to its end and write its result into its folder.
+
+    Raises Stopped if it cannot continue, and RestartRequested if its newest checkpoint is damaged.
+    """
     started_s = time.monotonic()
     folder = RunFolder(job.folder)
-    checkpoint = folder.checkpoints.latest()
-    first_step = rank.agree(checkpoint.step if checkpoint else 0)
-    if checkpoint and checkpoint.step != first_step:
-        checkpoint = folder.checkpoints.load(first_step)
+    checkpoint = load_newest(folder, rank)
     feed.clock = Clock.started(attempt, checkpoint.meta.get("clock") if checkpoint else None)
-    if first_step:
-        rank.log(log, "resuming %s at step %d with %d workers", job.folder, first_step, rank.world)
+    if checkpoint:
+        rank.log(log, "resuming %s at step %d with %d workers", job.folder, checkpoint.step, rank.world)
     torch.manual_seed(job.config.seed)
     if isinstance(job, PretrainJob):
         found = pretraining.run(job, rank, feed, folder, checkpoint)

@@ -202,7 +202,7 @@ class Recorder:
         newest = 0
         if self._rank.is_main:
             self.writer.wait()
-            newest = self._folder.checkpoints.latest_step()
+            newest = self._folder.checkpoints.latest_intact_step()
             self._folder.leave_out(range(newest, step))
         self._rank.barrier()
         raise RolledBack(f"{said}; the group goes back to the newest checkpoint and leaves out the steps up to there")

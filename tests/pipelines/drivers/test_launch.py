@@ -1,5 +1,6 @@
 """What a worker group is started with, and what is said when it gives up."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from mae_core.config import ModelConfig, Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.drivers.launch import RunFailed, launch
+from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob
 
 
@@ -16,11 +18,19 @@ class Trainer:
 
     made: dict[str, Any]
     error: Exception | None = None
+    runs: list[str]
+    """Run ids of all that were made."""
+    to_restart: RunFolder | None = None
+    """The folder in which the next group requests a restart."""
 
     def __init__(self, work: Any, **made: Any) -> None:
         Trainer.made = made
+        Trainer.runs.append(made["train_loop_config"]["run"])
 
     def fit(self) -> None:
+        if Trainer.to_restart is not None:
+            Trainer.to_restart.request_restart("the checkpoint of step 7 is damaged")
+            Trainer.to_restart = None
         if Trainer.error is not None:
             raise Trainer.error
 
@@ -29,6 +39,7 @@ class Trainer:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     monkeypatch.setattr(Trainer, "error", None)
+    monkeypatch.setattr(Trainer, "runs", [], raising=False)
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "")
     return Trainer
 
@@ -61,3 +72,19 @@ def test_a_group_that_gives_up_says_why_and_how_to_go_on(tmp_path: Path, trainer
     said = r"^rank 1 ran out of memory \(MemoryError\); .*more than the 2 failures .*; the same command goes on from"
     with pytest.raises(RunFailed, match=said):
         launch([job_in(tmp_path)], "fails")
+
+
+def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run_id(
+    tmp_path: Path, trainer: type[Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_in(tmp_path)
+    # Left by a driver that was killed: it must not cause another launch.
+    RunFolder(job.folder).request_restart("of an earlier driver")
+    launch([job], "undamaged")
+    assert len(trainer.runs) == 1
+    trainer.to_restart = RunFolder(job.folder)
+    with caplog.at_level(logging.WARNING):
+        launch([job], "damaged")
+    assert len(set(trainer.runs)) == 3
+    assert "step 7 is damaged; the workers start again from the newest intact one" in caplog.text
+    assert not RunFolder(job.folder).restart_cause()

@@ -1,6 +1,8 @@
 """Where a driver of pretraining may die, the same command goes on; and what --fresh means."""
 
+import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import yaml
 
 from mae_core.config import ModelConfig, OptimConfig
 from mae_core.state import unpack
-from pipelines.config import CheckpointConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
+from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
 from pipelines.runs.folder import RunFolder
 from tests.digest import tensors_digest
 
@@ -122,6 +124,31 @@ def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(
     assert place.client().get_run(outcome["run_id"]).info.status == "FINISHED"
     named = [run for run in all_runs(place) if run.info.run_name == "killed"]
     assert [run.info.run_id for run in named] == [outcome["run_id"]]
+
+
+def test_a_bit_flipped_in_the_newest_checkpoint_costs_two_workers_its_steps_and_no_failure(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipelines.drivers.pretrain import pretrain
+
+    config = dataclasses.replace(place.config("flipped"), compute=ComputeConfig(num_workers=2, max_failures=0))
+    pretrain(config, "flipped")
+    run, before = place.run("flipped"), place.weights("flipped")
+    first, newest = run.checkpoints.steps()
+    for path, _ in run.storage.list():
+        if path.startswith("export/") or path in ("result.json", "outcome.json"):
+            run.storage.delete(path)
+    (path,) = [path for path, _ in run.storage.list(f"checkpoints/step-{newest:010d}") if "/model-" in path]
+    content = run.storage.read(path)
+    run.storage.write(path, content[:-1] + bytes([content[-1] ^ 1]))
+    with caplog.at_level(logging.INFO):
+        again = pretrain(config, "flipped")
+    assert f"step {newest} in {run.storage.uri} is damaged; the workers start again" in caplog.text
+    assert place.weights("flipped") == before
+    assert run.checkpoints.steps() == [first, newest]
+    run.checkpoints.verify(newest)
+    assert again["failures"] == 0
+    assert not run.failures()
 
 
 def test_fresh_starts_anew_in_a_run_of_its_own(place: Place) -> None:

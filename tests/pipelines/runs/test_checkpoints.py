@@ -105,13 +105,72 @@ def test_a_damaged_newest_is_passed_over_and_named(
         path.write_bytes({"truncated": content[:-1], "emptied": b"", "one bit flipped": flipped}[how])
     with caplog.at_level(logging.WARNING):
         assert store.latest() == checkpoint(5)
-    assert "step 6 is passed over" in caplog.text
+    assert "step 6 is skipped" in caplog.text
     assert path.name in caplog.text
     with pytest.raises(ValueError, match=rf"step-0000000006/{path.name} is (missing|damaged)"):
         store.load(6)
     # The run goes on from step 5 and comes to step 6 again.
     store.save(checkpoint(6), THREE)
     assert store.latest() == checkpoint(6)
+
+
+class Counting(Storage):
+    """Notes the name of every file that is read."""
+
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        READ.append(path.rsplit("/", 1)[-1])
+        return super().read(path, max_bytes)
+
+
+READ: list[str] = []
+
+
+@pytest.fixture
+def counting(store: CheckpointStore, tmp_path: Path) -> CheckpointStore:
+    """A store of two checkpoints that counts what is read."""
+    for step in (5, 6):
+        store.save(checkpoint(step), THREE)
+    READ.clear()
+    return CheckpointStore(Counting(str(tmp_path)))
+
+
+def test_the_newest_checkpoint_is_loaded_with_one_read_of_each_file(counting: CheckpointStore, tmp_path: Path) -> None:
+    assert counting.latest() == checkpoint(6)
+    assert sorted(READ) == sorted(["manifest.json", *(file_of(tmp_path, 6, name).name for name in FILES)])
+
+
+def test_the_newest_step_is_found_without_reading_any_file_but_its_manifest(counting: CheckpointStore) -> None:
+    assert counting.latest_step() == 6
+    assert READ == ["manifest.json"]
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted"])
+def test_the_newest_step_is_one_whose_files_are_complete(
+    counting: CheckpointStore, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = file_of(tmp_path, 6, FILES[1])
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert counting.latest_step() == 5
+    assert READ == ["manifest.json"] * 2
+    assert "step 6 is skipped" in caplog.text
+    assert path.name in caplog.text
+
+
+def test_only_contents_tell_that_a_bit_has_flipped_and_a_discarded_checkpoint_is_committed_anew(
+    counting: CheckpointStore, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, 6, FILES[1])
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert counting.latest_step() == 6
+    assert counting.latest_intact_step() == 5
+    counting.discard(6)
+    assert counting.latest_step() == 5
+    counting.save(checkpoint(6), THREE)
+    assert counting.latest() == checkpoint(6)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"files": 3, "meta": {}}'])
