@@ -1,4 +1,7 @@
-"""Ray is there while the block runs: a cluster where RAY_ADDRESS is set, otherwise one inside this process."""
+"""Context manager that connects to the Ray cluster of RAY_ADDRESS, or starts an embedded Ray on this machine.
+
+Owns how Ray is started, configured and stopped, and how many data tasks may run on it.
+"""
 
 import logging
 import os
@@ -17,27 +20,28 @@ _EMBEDDED = "MAE_RAY_EMBEDDED"
 """Set in the processes of an embedded Ray, which inherit the driver's environment."""
 
 DATA_TASK_CPUS = 0.8
-"""What a data task asks for: it waits for storage for about a fifth of its time, in which another one decodes."""
+"""CPUs that a data task requests. It waits for storage about a fifth of its time; meanwhile another one decodes."""
 
 DATA_TASK = "mae_data_task"
-"""Resource of an embedded Ray, for one data task more than may run at a time: two executions of a feed must not need
-twice as many processes. A cluster may declare it, too, to say which nodes decode, and how many tasks at a time."""
+"""Ray resource that limits data tasks. An embedded Ray declares one more than may run at a time, so that two executions
+of a feed do not start twice as many processes. A cluster may declare it too, to choose which nodes decode and how many
+tasks each runs at a time."""
 
-# CPUs for the driver, trial drivers and Ray Data's split coordinators, beside workers and decoding.
+# CPUs for the driver, trial drivers and Ray Data's split coordinators, in addition to workers and data tasks.
 _SPARE_CPUS = 2
 
 
 def ray_address() -> str:
-    """Address of the cluster in use; empty where Ray is embedded."""
+    """Return the address of the cluster in use; empty if Ray is embedded."""
     return os.environ.get("RAY_ADDRESS", "")
 
 
 def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int | None, float]:
-    """How many data tasks may run at a time beside workers on these nodes, None where free CPUs decide; and the CPUs
-    that each asks for.
+    """Return the limit of concurrent data tasks and the CPUs that each requests.
 
-    Each is a process that takes seconds to start, so an embedded Ray starts no more than were asked for. Where workers
-    hold every CPU, as a group that moved to fewer nodes may, tasks ask for none: they would wait for ever.
+    `worker_nodes` has the node id of each worker. A limit of None leaves the number to the cluster's free CPUs. An
+    embedded Ray starts no more tasks than `compute.data_tasks`, since each is a process that takes seconds to start. If
+    workers hold every CPU, as after a move to fewer nodes, tasks request 0 CPUs: they would otherwise wait forever.
     """
     if not _has_free_cpu(worker_nodes):
         return compute.data_tasks, 0
@@ -45,7 +49,7 @@ def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int
 
 
 def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
-    """A node that will stay has a CPU beside those of the workers."""
+    """Return whether a node that is alive and not being drained has a CPU that no worker holds."""
     leaving = cluster_state.get_draining_nodes()
     return any(
         node["Resources"].get("CPU", 0) - worker_nodes.count(node["NodeID"]) >= 1
@@ -56,36 +60,38 @@ def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
 
 @contextmanager
 def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
-    """Ray runs, with CPUs enough for `groups` worker groups and their data tasks; an embedded Ray stops at the end.
+    """Connect to Ray, or start one with CPUs for `groups` worker groups and their data tasks; stop it at the end.
 
-    Two 1-CPU workers on a machine declared as two CPUs leave Ray Data nothing, and the run stands still: so an
-    embedded Ray declares logical CPUs by what is asked of it, not by what the machine has.
+    Does nothing if Ray is initialized already. An embedded Ray declares as many logical CPUs as the work requests,
+    whatever the machine has: two 1-CPU workers on a machine declared as two CPUs would leave Ray Data none, and the run
+    would hang. Raises CommandFailed if Ray does not respond.
     """
     if ray.is_initialized():
         yield
         return
-    # Train's controller asks its workers this often; the default of 2 s makes every report() block for as long.
+    # Interval at which Train's controller polls its workers; each report() blocks for up to as long (default 2 s).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet_ray()
-    # Spot instances give warnings of 30 s; Train would look every 5 s.
+    # Spot instances give 30 s of notice; Train polls every 5 s by default.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     if ray_address():
         _init(logging_level=logging.WARNING)
     else:
-        # No one takes this machine away with notice, and the watcher is one process more to start.
+        # This machine is not preempted with notice, and the watcher would be one more process to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Train asks the state API each second whether its controller lives. We have no dashboard to answer, and any
-        # other Ray of this machine would answer that there is no such actor: the worker group would be removed.
+        # Train asks the state API every second whether its controller is alive. An embedded Ray has no dashboard to
+        # answer. Another Ray on this machine would answer that the actor does not exist, and the worker group would be
+        # removed. So the address is one where nothing listens.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-        # Ray lets its workers stand back for whatever else this machine does; here they are what it is to do.
+        # Ray runs workers at niceness 15; ours are the main workload, so use 0.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # No one reads what its processes would measure of themselves: 1.2 % of a core each while they wait, then 0.8.
+        # Nobody reads Ray's own metrics; without them an idle process takes 0.8 % of a core instead of 1.2 %.
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
         os.environ.setdefault("RAY_event_stats", "0")
-        # A few small processes are many times what Ray expects of a small machine, and it would say so each time.
+        # Ray expects fewer processes on a small machine than we start, and would warn each time.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
         os.environ[_EMBEDDED] = "1"
         _init(
@@ -93,7 +99,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
             resources={DATA_TASK: groups * (compute.data_tasks + 1)},
             include_dashboard=False,
             logging_level=logging.ERROR,
-            # In every process: Train's placement group cleaner warns each second that there is no dashboard.
+            # Applies to every process: Train's placement group cleaner warns every second without a dashboard.
             logging_config=ray.LoggingConfig(log_level="ERROR"),
             object_store_memory=_object_store_bytes(),
         )
@@ -105,26 +111,29 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
 
 
 def _init(**arguments: Any) -> None:
-    """Ray is there. Raises CommandFailed where it does not come."""
+    """Initialize Ray. Raises CommandFailed if it does not respond."""
     try:
         ray.init(**arguments)
-    except Exception as error:  # ray.init raises bare Exceptions, too
+    except Exception as error:  # ray.init also raises bare Exceptions
         place = ray_address() or "on this machine"
         raise CommandFailed(
-            f"Ray {place} did not answer ({' '.join(str(error).split())}); see `mae doctor`, and try again"
+            f"Ray {place} did not answer ({' '.join(str(error).split())}); run `mae doctor`, then rerun"
         ) from error
 
 
 def quiet_ray() -> None:
-    """Ray's own libraries log errors only: their warnings are about progress bars and defaults that we chose."""
-    import ray.data  # noqa: F401  (sets its loggers up when it is imported, so they are turned down after that)
+    """Limit the logs of Ray's libraries to errors: their warnings concern progress bars and defaults that we chose."""
+    import ray.data  # noqa: F401  (the import sets its loggers up, so their levels are set after it)
 
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _object_store_bytes() -> int:
-    """A fifth of memory or of /dev/shm, whichever is less, so that no spill to disk is provoked at start."""
+    """Return the size of the object store, small enough that it does not spill to disk at start.
+
+    The lesser of 20 % of the available memory and 80 % of the free /dev/shm; at least 128 MiB.
+    """
     import psutil
 
     shm_bytes = psutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 2**31

@@ -1,4 +1,4 @@
-"""What a person sees: results on stdout, all else on stderr."""
+"""Terminal output: results on stdout, everything else on stderr."""
 
 import json
 import logging
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def set_up_logging() -> None:
-    """Our own messages go to stderr; libraries speak up from warnings on."""
+    """Log our own messages to stderr from level INFO on, and those of libraries from WARNING on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("pipelines", "tune", "mae_core"):
         logging.getLogger(name).setLevel(logging.INFO)
 
 
 def speak_up() -> None:
-    """In a process of Ray's, our messages reach the driver's terminal, while Ray's own processes say errors only."""
+    """Send our log messages to the driver's terminal; called in a Ray process, where other loggers show errors only."""
     ours = logging.getLogger("pipelines")
     ours.setLevel(logging.INFO)
     ours.propagate = False
@@ -25,9 +25,9 @@ def speak_up() -> None:
 
 
 def print_result(command: str, result: dict[str, Any], *, as_json: bool) -> None:
-    """The result stands on stdout: one JSON object, or what a person reads (`text`, or a line a field).
+    """Print the result to stdout: as one JSON object, or for people as `text`, or one line per field.
 
-    A result of several equals (`objects`) is one JSON object a line.
+    With `as_json`, a result that is a list (`objects`) is printed as one JSON object per line.
     """
     if as_json and "objects" in result:
         for found in result["objects"]:
