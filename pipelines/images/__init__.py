@@ -1,1 +1,1 @@
-"""One image: encoded bytes to pixels and back."""
+"""Codecs for one image: encoded bytes to pixels and back."""

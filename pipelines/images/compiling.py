@@ -1,4 +1,4 @@
-"""Python functions become machine code: numba's compiler, and what our own instructions for it are built from."""
+"""Compile Python functions to machine code with numba; building blocks for custom LLVM instructions."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-# What an intrinsic takes is not what its function takes, which begins with the typing context.
+# Typed as Any: callers of an intrinsic omit the typing context, the first parameter of its function.
 inlined: Any = intrinsic
 
 
 def compiler(folder: Path) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a folder's functions compiled at their first call, kept beside their file or in the user's cache for later
-    processes.
+    """Return a decorator that compiles a folder's functions at their first call and caches the machine code.
 
-    What would take seconds to compile (arrays made, slices assigned) is left to the callers or to loops.
+    The cache is stored next to the file, or in the user's cache folder. Compiled functions avoid what takes seconds to
+    compile: callers allocate arrays, and loops replace slice assignments.
     """
-    # Numba keeps a function under its name until its own file changes; those that it calls are in others.
+    # Numba caches a function until its own file changes, but it may call functions of other files: hash them all.
     sources = b"".join(path.read_bytes() for path in (Path(__file__), *sorted(folder.glob("*.py"))))
     stamp = hashlib.sha256(sources).hexdigest()[:16]
 
@@ -29,13 +29,13 @@ def compiler(folder: Path) -> Callable[[Callable[..., Any]], Any]:
         try:
             return numba.njit(cache=True, nogil=True)(function)
         except RuntimeError:
-            # No folder that can be written to: each process compiles.
+            # No cache folder is writable: each process compiles for itself.
             return numba.njit(nogil=True)(function)
 
     return compiled
 
 
 def pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any, pointee: ir.Type) -> Any:
-    """Where element `at` of an array of one dimension lies."""
+    """Return a pointer to element `at` of a one-dimensional array."""
     data = arrayobj.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), pointee.as_pointer())

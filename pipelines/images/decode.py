@@ -1,6 +1,7 @@
-"""Encoded images become upright uint8 pixels of one or three channels, or are refused with a reason.
+"""Decode images to upright uint8 pixels of one or three channels, or refuse them with a reason.
 
-The header is read and judged first: a small file can claim more pixels than memory holds, and most decoders comply.
+The header is read and checked first: a small file can claim more pixels than fit in memory, and most decoders would
+allocate them. This module imports nothing of ours: the registry packages it alone with each model.
 """
 
 import io
@@ -25,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 _MODES = (*_GRAY_MODES, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _EXIF_ORIENTATION = 0x0112
-# Resizing for evaluation covers 256/224 of the input and crops its centre.
+# For evaluation, images are resized to cover 256/224 of the input size and centre-cropped.
 _EVALUATION_COVER = 256 / 224
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -35,15 +36,15 @@ _MAX_PNG_CHUNKS = 100_000
 _MAX_JPEG_SCANS = 100
 _MAX_SCRATCH_BYTES = 64 * 2**20
 
-# `inspect` applies our own limit before anything is decoded; Pillow's fixed one would refuse what a user allowed.
+# `inspect` applies our own limit before decoding. Pillow's fixed limit would refuse what the user allows.
 Image.MAX_IMAGE_PIXELS = None
-# Of all text of one file, unpacked: Pillow would take 64 MB.
+# Limit on the unpacked text of one file. Pillow's default is 64 MB.
 PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageHeader:
-    """What an image's header says. Height and width are those of the upright image, after `orientation` is applied."""
+    """Properties of an image, from its header. Height and width are those after `orientation` is applied."""
 
     height_px: int
     width_px: int
@@ -53,12 +54,15 @@ class ImageHeader:
 
 
 def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """The header, without decoding. Raises ValueError with the reason, its kind before the colon, for what is refused:
-    empty or unknown files, more than `max_pixels`, animations, and pixels that have no meaning in 8 bits."""
+    """Read the header without decoding the pixels.
+
+    Raises ValueError with the reason, its kind before the colon, for empty or unknown files, more than `max_pixels`,
+    animations, and pixel formats without an 8-bit equivalent.
+    """
     if not content:
         raise ValueError("empty file")
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        # Each is decoded over the whole image, so that a few kB could take minutes.
+        # Each scan is decoded over the entire image, so a file of a few kB could take minutes.
         raise ValueError(f"too many scans: more than {_MAX_JPEG_SCANS}")
     may_turn = _png_may_turn(content) if content.startswith(_PNG_SIGNATURE) else True
     with _opened(content, "damaged header") as image:
@@ -66,9 +70,9 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def _png_may_turn(content: bytes) -> bool:
-    """Whether a PNG has chunks that could hold an orientation: Pillow decodes the whole image to look for one.
+    """Return whether a PNG has chunks that could hold an orientation: to search them, Pillow decodes the entire image.
 
-    Raises ValueError for more text than a picture needs, before anyone copies or unpacks it.
+    Raises ValueError for too much text, before copying or unpacking it.
     """
     at, text_bytes, may_turn = len(_PNG_SIGNATURE), 0, False
     for _ in range(_MAX_PNG_CHUNKS):
@@ -85,7 +89,7 @@ def _png_may_turn(content: bytes) -> bool:
 
 @contextmanager
 def _opened(content: bytes, reason: str) -> Iterator[Image.Image]:
-    """The file as Pillow opens it; what it raises, of whatever kind, becomes ValueError, and its warnings nothing."""
+    """Open the file with Pillow; turn its exceptions of any type into ValueError and suppress its warnings."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
@@ -98,7 +102,7 @@ def _opened(content: bytes, reason: str) -> Iterator[Image.Image]:
 
 
 class _Refused(Exception):
-    """An image that is whole but not wanted."""
+    """An intact image of a kind that we do not accept."""
 
 
 def _header(image: Image.Image, max_pixels: int, may_turn: bool) -> ImageHeader:
@@ -107,7 +111,7 @@ def _header(image: Image.Image, max_pixels: int, may_turn: bool) -> ImageHeader:
         raise _Refused(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
     if width < 1 or height < 1:
         raise _Refused(f"no pixels: {width} x {height}")
-    # Cameras write MPO, a JPEG with further pictures behind it: its first is the photograph.
+    # Cameras write MPO, a JPEG followed by further pictures. The first one is the photograph.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise _Refused("animated or several pages")
     if image.mode not in _MODES:
@@ -125,7 +129,7 @@ def _header(image: Image.Image, max_pixels: int, may_turn: bool) -> ImageHeader:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    """Return EXIF's orientation, 1 to 8; 1 if it is missing or unreadable."""
     try:
         found = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:
@@ -134,16 +138,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 class Scratch:
-    """Memory that one thread uses for every image anew: fresh pages would cost a fifth of the time of decoding."""
+    """Buffers that one thread reuses for every image: mapping fresh pages would add a fifth to decoding time."""
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[Any]] = {}
 
     def of(self, purpose: str, count: int, kind: type[np.generic] = np.uint8) -> NDArray[Any]:
-        """So many numbers of that kind or more; what was given for the same purpose before is overwritten."""
+        """Return a buffer of at least `count` elements, reusing (and overwriting) the one for the same purpose."""
         found = self._held.get(purpose)
         if found is None or len(found) < count:
-            # Whole pieces of 64, for those who see rows in it.
+            # A multiple of 64 elements, for callers that reshape the buffer into rows.
             found = np.empty(count + count // 4 + 63 & ~63, kind)
             if found.nbytes <= _MAX_SCRATCH_BYTES:
                 self._held[purpose] = found
@@ -151,11 +155,11 @@ class Scratch:
 
 
 def decode(content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None) -> ImageArray:
-    """Upright pixels [height width channels]. Raises ValueError with the reason where the image is damaged.
+    """Decode to upright pixels [height width channels]. Raises ValueError with the reason if the image is damaged.
 
-    Gray becomes colour by repetition and colour gray by luma; alpha is laid over white; 16 bits are scaled to 8.
-    `orientation` is the header's where it is known; without it the header is read, and judged, first. With `scratch`
-    the pixels may lie there.
+    Gray becomes colour by repetition, and colour becomes gray by luma; alpha is composited over white; 16 bits are
+    scaled to 8. Pass `orientation` if the header has been read; otherwise it is read and checked first. With `scratch`,
+    the result may be one of its buffers.
     """
     if orientation is None:
         orientation = inspect(content).orientation
@@ -166,7 +170,7 @@ def decode(content: bytes, channels: int, orientation: int | None = None, scratc
 
 
 def decode_jpeg(content: bytes | bytearray | ImageArray, channels: int, scratch: Scratch | None) -> ImageArray | None:
-    """Pixels by libjpeg-turbo, which, unlike the others, refuses damaged data; None for CMYK, which is Pillow's."""
+    """Decode with libjpeg-turbo, which unlike Pillow refuses damaged data. Returns None for CMYK, left to Pillow."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
         if colorspace in ("CMYK", "YCCK"):
@@ -196,7 +200,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
-    """The image turned and mirrored as EXIF's orientation (1 to 8) asks."""
+    """Rotate and mirror the image according to EXIF's orientation (1 to 8)."""
     if orientation == 1:
         return pixels
     if orientation >= 5:
@@ -209,8 +213,11 @@ def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
 
 
 def evaluation_view(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
-    """The image as it is evaluated: unchanged if it has the input's size, otherwise resized so that it covers 256/224
-    of the input, and its centre (of an image no larger than the input: resized to cover it, and its centre)."""
+    """Return the image as evaluation sees it.
+
+    An image of the input's size is unchanged. One that is larger in both dimensions is resized to cover 256/224 of the
+    input and centre-cropped. Any other is resized to cover the input and centre-cropped.
+    """
     height, width = pixels.shape[:2]
     if (height, width) == out_hw:
         return pixels
@@ -222,12 +229,15 @@ def evaluation_view(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
 
 
 def _resize(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
-    """Bicubic, antialiased; by torch, since machines that serve a model have no compiler for `crops`."""
+    """Resize with antialiased bicubic interpolation.
+
+    Uses torch, because machines that serve a model have no compiler for `crops`.
+    """
     import torch
     from torch.nn.functional import interpolate
 
-    # Torch's uint8 kernel is fast on true channels-last memory only: reshape makes it, a leading None does not. The
-    # copy makes writable what Pillow lends.
+    # Torch's uint8 kernel is fast only on true channels-last memory, which reshape gives and indexing with None does
+    # not. The copy is needed because Pillow's arrays are read-only.
     tensor = torch.from_numpy(pixels.copy().reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
     return resized.permute(0, 2, 3, 1)[0].numpy()

@@ -1,4 +1,4 @@
-"""What `prepare` stores of an image: its own bytes, the same JPEG so that parts can be decoded, or a smaller JPEG."""
+"""Encode an image for storage: its own bytes, the same JPEG with an index for partial decoding, or a smaller JPEG."""
 
 import dataclasses
 import io
@@ -15,21 +15,21 @@ from pipelines.images.jpeg.partial_decode import decode_crop
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """An encoded image as the shards hold it. Height and width are those of the upright image."""
+    """An encoded image as stored in shards. Height and width are those of the upright image."""
 
     content: bytes
     height_px: int
     width_px: int
     orientation: int
     segment_offsets: list[int] | None = None
-    """Of a JPEG that can be sliced: where its index begins and ends, or where each of its segments starts, and its
-    length; None for others."""
+    """For partial decoding of a JPEG: byte offsets of its index's begin and end, or the offset of each segment and the
+    length of the file. None if the image can only be decoded in full."""
 
 
 def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: EncodeConfig) -> StoredImage:
-    """The image as the config wants it stored; `pixels` are the upright ones that `decode` made of `content`.
+    """Encode the image as configured; `pixels` are the upright pixels that `decode` returned for `content`.
 
-    Lossless kinds are decoded again, whole and in part: where a pixel differed, the image stays as it was.
+    Lossless kinds are verified by decoding, in full and in part: if a pixel differs, the original bytes are stored.
     """
     if config.kind == "shrink" and min(header.height_px, header.width_px) > config.short_side_px:
         return _shrunk(pixels, config)
@@ -38,39 +38,39 @@ def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: Enco
     )
     if config.kind == "keep" or header.format != "JPEG":
         return kept
-    found = _sliceable(content, config)
-    if found is None:
+    rewritten = _add_offsets(content, config)
+    if rewritten is None:
         return kept
-    stored = dataclasses.replace(kept, content=found[0], segment_offsets=found[1])
-    return stored if _holds(stored, pixels) else kept
+    stored = dataclasses.replace(kept, content=rewritten[0], segment_offsets=rewritten[1])
+    return stored if _decodes_to(stored, pixels) else kept
 
 
-def _holds(stored: StoredImage, pixels: ImageArray) -> bool:
-    """Whether these are the pixels of the stored image, decoded whole, and of its middle, decoded alone."""
+def _decodes_to(stored: StoredImage, pixels: ImageArray) -> bool:
+    """Return whether the stored image decodes to these pixels, in full and around its centre alone."""
     channels, offsets = pixels.shape[2], np.array(stored.segment_offsets, np.int32)
     if not np.array_equal(decode(stored.content, channels, stored.orientation), pixels):
         return False
     top, left = stored.height_px // 4, stored.width_px // 4
     height, width = -(-stored.height_px // 2), -(-stored.width_px // 2)
-    found, within = decode_crop(stored.content, channels, stored.orientation, offsets, (top, left, height, width))
-    part = found[within[0] : within[0] + height, within[1] : within[1] + width]
-    return np.array_equal(part, pixels[top : top + height, left : left + width])
+    part, box = decode_crop(stored.content, channels, stored.orientation, offsets, (top, left, height, width))
+    centre = part[box[0] : box[0] + height, box[1] : box[1] + width]
+    return np.array_equal(centre, pixels[top : top + height, left : left + width])
 
 
-def _sliceable(content: bytes, config: EncodeConfig) -> tuple[bytes, list[int]] | None:
-    """The same JPEG with what slicing needs, and its offsets."""
-    # Both need a compiler, which takes half a second to load.
+def _add_offsets(content: bytes, config: EncodeConfig) -> tuple[bytes, list[int]] | None:
+    """Rewrite the JPEG for partial decoding; return it with its offsets, or None if that is not possible."""
+    # Both import numba, which takes half a second.
     from pipelines.images.jpeg.index import with_index
     from pipelines.images.jpeg.restarts import with_restarts
 
     _compile_crops()
-    found = with_restarts(content) if config.kind == "restarts" else with_index(content)
-    return None if found is None else (found[0], list(map(int, found[1])))
+    rewritten = with_restarts(content) if config.kind == "restarts" else with_index(content)
+    return None if rewritten is None else (rewritten[0], list(map(int, rewritten[1])))
 
 
 @cache
 def _compile_crops() -> None:
-    """Training, whose first batch is waited for, finds compiled on this machine what it crops with."""
+    """Compile the crop kernel into this machine's cache, so that training need not wait for it at its first batch."""
     from pipelines.images.crops import crop_into
 
     pixels = np.zeros((1, 1, 3), np.uint8)
@@ -78,7 +78,7 @@ def _compile_crops() -> None:
 
 
 def _shrunk(pixels: ImageArray, config: EncodeConfig) -> StoredImage:
-    """A JPEG whose short side is as configured, upright, with an index."""
+    """Encode an upright JPEG with an index, whose short side has the configured size."""
     from pipelines.images.crops import crop_into
 
     height, width = pixels.shape[:2]
@@ -89,5 +89,5 @@ def _shrunk(pixels: ImageArray, config: EncodeConfig) -> StoredImage:
     file = io.BytesIO()
     image = Image.fromarray(small[:, :, 0] if pixels.shape[2] == 1 else small)
     image.save(file, "JPEG", quality=config.quality, subsampling="4:2:0")
-    content, offsets = _sliceable(file.getvalue(), config) or (file.getvalue(), None)
+    content, offsets = _add_offsets(file.getvalue(), config) or (file.getvalue(), None)
     return StoredImage(content=content, height_px=height_px, width_px=width_px, orientation=1, segment_offsets=offsets)

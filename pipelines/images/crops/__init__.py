@@ -1,7 +1,7 @@
-"""Crops of decoded pixels, resized and mirrored, straight into the batch that they belong to.
+"""Crop, resize and mirror decoded pixels directly into the batch.
 
-The arithmetic is of whole numbers, so that a sample's pixels are the same on every machine of a cluster, whatever
-its processors; and closer to Pillow's than torch's, whose kernel for bytes takes weights of fewer bits.
+The arithmetic is integer, so that a sample's pixels are equal on every machine of a cluster, whatever its processors.
+It is also closer to Pillow's than torch's, whose uint8 kernel has weights of fewer bits.
 """
 
 import numpy as np
@@ -12,19 +12,18 @@ from pipelines.images.decode import Box, ImageArray, Scratch
 
 
 def crop_into(out: ImageArray, pixels: ImageArray, box: Box, flip: bool, scratch: Scratch) -> None:
-    """The box (top, left, height, width) of the pixels, resized (bicubic, antialiased) and mirrored where `flip`, is in
-    `out`; both are [height width channels].
+    """Resize the box (top, left, height, width) of `pixels` (bicubic, antialiased) into `out`; mirror it with `flip`.
 
-    Raises ValueError for a box that is not within the pixels.
+    Both arrays are [height width channels]. Raises ValueError for a box that is not within the pixels.
     """
     top, left, height, width = box
-    whole_height, whole_width, channels = pixels.shape
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > whole_height or left + width > whole_width:
-        raise ValueError(f"box {box} is not within the image of {whole_height} x {whole_width}")
+    image_height, image_width, channels = pixels.shape
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > image_height or left + width > image_width:
+        raise ValueError(f"box {box} is not within the image of {image_height} x {image_width}")
     assert out.flags.c_contiguous
     assert out.shape[2] == channels in (1, 3)
     if not (pixels.flags.c_contiguous and pixels.flags.writeable):
-        # Pillow lends pixels that must not be written, of which numba would make a case of its own.
+        # Pillow's arrays are read-only, for which numba would compile another specialisation.
         pixels, top, left = pixels[top : top + height, left : left + width].copy(), 0, 0
     out_height, out_width = out.shape[:2]
     num_across, num_down = _num_pairs(width, out_width, 0), _num_pairs(height, out_height, 1)
@@ -40,11 +39,11 @@ def crop_into(out: ImageArray, pixels: ImageArray, box: Box, flip: bool, scratch
 
 
 def _num_pairs(size: int, out_size: int, spare: int) -> int:
-    """Pairs of weights that a place of the result needs; of lines, which are paired once, with a spare one."""
+    """Return the number of weight pairs per output position, plus `spare` for rows, whose pairs start at even rows."""
     return -(-4 * max(size, out_size) // out_size) + 1 + spare >> 1
 
 
 def _table(scratch: Scratch, purpose: str, out_size: int, num_pairs: int) -> NDArray[np.int32]:
-    """A line for every place of the result: where its weights begin, and the weights."""
+    """Return an uninitialised table: for every output position, the first source position and the weights."""
     count = out_size * (1 + num_pairs)
     return scratch.of(purpose, count, np.int32)[:count].reshape(out_size, 1 + num_pairs)

@@ -1,7 +1,8 @@
-"""Antialiased bicubic resizing as Pillow does it (Keys 1981, a = -0.5), along lines first, in whole numbers.
+"""Antialiased bicubic resizing as in Pillow (Keys 1981, a = -0.5), horizontal pass first, in integer arithmetic.
 
-Four lines at a time: the weighted sums of each become bytes, two lines of them pairs; then the weighted sums of those,
-pair by pair, are a line of the result. Indices are not checked here but where `crops` makes room for all.
+Four source lines at a time: their weighted sums become bytes, and bytes of two lines are packed into pairs. The
+weighted sums of pairs then give a line of the result. Indices are not checked here; `crops` allocates enough space for
+all.
 """
 
 import numpy as np
@@ -9,29 +10,29 @@ import numpy as np
 from pipelines.images.crops.vectors import compiled, eight, plus_products, store_pairs, store_pixels, to_bytes, widen
 
 LINES = 4
-"""Of the source, taken at a time."""
+"""Number of source lines processed together."""
 PIXEL = 4
-"""Numbers of a pixel, of which those beyond its channels mean nothing."""
-# The most that a sum of products of bytes leaves in 32 bits, and what a weight, with its rounding, may come to in 16.
+"""Values stored per pixel; those beyond its channels are undefined."""
+# Largest precision for which sums of products fit in 32 bits, and largest weight, with its rounding, in 16 bits.
 _MOST_BITS, _MOST_WEIGHT = 21, 32_000
-# So that the first and the third come to be pairs with the second and the fourth.
+# Order of the lines in a register, so that lines 0 and 2 are paired with lines 1 and 3.
 _ORDER = (0, 2, 1, 3)
-# Numba compiles a case of its own for each plain one.
+# Numba would compile a specialisation for each literal True and False.
 _NO, _YES = np.bool_(False), np.bool_(True)
 
 
 @compiled
 def padded(width):
-    """The width rounded up to the pixels of a line of the result that are summed at a time."""
+    """Round the width up to a multiple of 8, the number of output pixels summed together."""
     return width + 7 & ~7
 
 
 @compiled
 def crop(pixels, box, mirrored, out, across, down, room):
-    """The box (top, left, height, width) of the pixels is in `out`, resized, and mirrored where it says so.
+    """Resize the box (top, left, height, width) of the pixels into `out`, mirrored if asked.
 
-    `across` and `down` are room for what `_weigh` makes, a line for each place of the result; the other room is for the
-    weights' shares, for the lines taken at a time, for those between both sums, and for one of the result.
+    `across` and `down` are buffers for the tables that `_weigh` fills, one row per output position. `room` holds
+    buffers for the weights' shares, the source lines in work, the intermediate lines, and one output line.
     """
     top, left, height, width = box
     shares, lines, between, line = room
@@ -46,8 +47,11 @@ def crop(pixels, box, mirrored, out, across, down, room):
 
 @compiled
 def _weigh(table, shares, size, aligned, mirrored):
-    """The bits of the weights, of which each line of the table gets its own: where they begin in a source of that size,
-    then pairs that sum up to one. `shares` is room for twice as many numbers. `aligned`: they begin at even places."""
+    """Fill the table with weights; return their precision in bits.
+
+    Each row gets its first position in a source of `size`, then pairs of weights that sum to one. `shares` is a buffer
+    for twice as many numbers. With `aligned`, first positions are even.
+    """
     out_size, num_taps = table.shape[0], 2 * (table.shape[1] - 1)
     scale = size / out_size
     narrow = min(1 / scale, 1.0)
@@ -88,7 +92,7 @@ def _cubic(distance):
 
 @compiled
 def _round(table, shares, place, num_taps, bits):
-    """Whole weights; the greatest takes what the others' rounding leaves."""
+    """Round the weights to integers; the largest one absorbs the rounding error of the others."""
     start = place * num_taps
     left, greatest = float(1 << bits), start
     for tap in range(start, start + num_taps):
@@ -112,7 +116,10 @@ def _mirror(table):
 
 @compiled
 def _resize(source, height, width, channels, across, across_bits, down, down_bits, room, out):
-    """The source's pixels (its bytes, where they begin, those of a line) become `out`, lines of bytes end to end."""
+    """Resize to `out`, lines of bytes without padding.
+
+    `source` is the image's bytes, the offset of the box in them, and the bytes per line.
+    """
     data, start, stride = source
     lines, between, line = room
     pitch, line_bytes = PIXEL * padded(across.shape[0]), across.shape[0] * channels
@@ -147,7 +154,7 @@ def _resize(source, height, width, channels, across, across_bits, down, down_bit
 
 @compiled
 def _pair_neighbours(source, start, width, channels, lines, place):
-    """Each pixel of a line with the next, channel by channel."""
+    """Pack each pixel of a line with the next one, channel by channel."""
     quick = max(width - 2, 0) if channels == 3 else 0
     for x in range(quick):
         widen(source, start + 3 * x, lines, LINES * PIXEL * x + place)
@@ -160,7 +167,7 @@ def _pair_neighbours(source, start, width, channels, lines, place):
 
 @compiled
 def _sum_across(lines, across, across_bits, between, start, pitch):
-    """The weighted sums of LINES become bytes, and each two of them pairs."""
+    """Reduce the weighted sums of LINES lines to bytes, and pack the bytes of each two lines into pairs."""
     half = eight(np.int32(1 << across_bits >> 1))
     shift = eight(np.int32(across_bits))
     for x in range(across.shape[0]):

@@ -1,4 +1,4 @@
-"""Eight whole numbers at a time, which numba has no type for: two pixels of four channels, or one of two lines."""
+"""SIMD on eight int32, for which numba has no type: two pixels of four channels, or one pixel of two lines."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class _EightModel(models.PrimitiveModel):
 
 @inlined
 def eight(typing, number):
-    """The same number eight times."""
+    """Broadcast a number to all eight lanes."""
 
     def build(context, builder, signature, values):
         first = builder.insert_element(ir.Constant(_NUMBERS, ir.Undefined), values[0], ir.Constant(ir.IntType(32), 0))
@@ -47,12 +47,12 @@ def eight(typing, number):
 
 @inlined
 def plus_products(typing, total, pairs, at, weights):
-    """total + what eight pairs of int16 from pairs[at] on, each in an int32, give multiplied by pairs of weights."""
+    """Add to `total` the products of the eight int16 pairs at pairs[at] with the pairs of weights."""
 
     def build(context, builder, signature, values):
         place = pointer(context, builder, signature.args[1], values[1], values[2], _vector(16, 16))
         factors = builder.load(place, align=4), builder.bitcast(values[3], _vector(16, 16))
-        # LLVM makes one instruction of the rest where the machine has it (vpmaddwd), if it is written in this way.
+        # Written this way, LLVM compiles the rest to one instruction where the machine has it (vpmaddwd).
         products = builder.mul(*(builder.sext(factor, _vector(32, 16)) for factor in factors))
         lower, upper = (_picked(builder, products, range(first, 16, 2)) for first in (0, 1))
         return builder.add(values[0], builder.add(lower, upper))
@@ -62,7 +62,7 @@ def plus_products(typing, total, pairs, at, weights):
 
 @inlined
 def to_bytes(typing, numbers, bits):
-    """numbers / 2**bits, rounded down to 0 to 255."""
+    """Divide by 2**bits, rounding down, and clamp to 0..255."""
 
     def build(context, builder, signature, values):
         found = builder.ashr(values[0], values[1])
@@ -76,7 +76,10 @@ def to_bytes(typing, numbers, bits):
 
 @inlined
 def widen(typing, data, at, out, out_at):
-    """Two RGB pixels of data, which is read two bytes beyond them, become three pairs of neighbours, and a fourth."""
+    """Expand two adjacent RGB pixels to three channel pairs and a fourth, unused one.
+
+    Reads two bytes beyond the pixels.
+    """
 
     def build(context, builder, signature, values):
         place = pointer(context, builder, signature.args[0], values[0], values[1], _vector(8, 8))
@@ -90,7 +93,7 @@ def widen(typing, data, at, out, out_at):
 
 @inlined
 def store_pairs(typing, out, first_at, second_at, lower, upper):
-    """Pairs of the numbers of `lower` and `upper`, four of them at each place."""
+    """Pack `lower` and `upper` into pairs; store four at each of two positions."""
 
     def build(context, builder, signature, values):
         pairs = builder.or_(values[3], builder.shl(values[4], ir.Constant(_NUMBERS, [16] * 8)))
@@ -102,7 +105,7 @@ def store_pairs(typing, out, first_at, second_at, lower, upper):
 
 @inlined
 def store_pixels(typing, out, first_at, second_at, numbers):
-    """Four bytes at each place."""
+    """Store four bytes at each of two positions."""
 
     def build(context, builder, signature, values):
         _store_halves(context, builder, signature, values, builder.trunc(values[3], _vector(8, 8)), 8, 1)

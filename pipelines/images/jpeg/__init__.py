@@ -1,4 +1,4 @@
-"""The header of a JPEG file (ITU-T T.81): where its parts lie, and how its pixels are cut into MCUs."""
+"""Parse the header of a JPEG file (ITU-T T.81): its marker segments, and the grid of its MCUs."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +12,7 @@ _MAX_PARTS = 1000
 
 
 class Component(NamedTuple):
-    """A plane of samples: its sampling factors, and its Huffman tables by their numbers."""
+    """A colour component: its sampling factors and the numbers of its Huffman tables."""
 
     across: int
     down: int
@@ -21,7 +21,7 @@ class Component(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of the header: its marker and where its content lies."""
+    """A marker segment of the header: its marker and the byte range of its content."""
 
     marker: int
     start: int
@@ -30,17 +30,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class JpegHeader:
-    """A sequential JPEG of one scan with one or three components, the only kind whose segments can be cut out."""
+    """Header of a sequential JPEG of one scan with one or three components: only these can be decoded in part."""
 
     height_px: int
     width_px: int
     components: tuple[Component, ...]
     restart_interval: int
-    """MCUs from one restart marker to the next; 0 without."""
+    """MCUs between restart markers; 0 without markers."""
     size_at: int
-    """Where height and width stand, two bytes each."""
+    """Byte offset of height and width, two bytes each."""
     scan_at: int
-    """Where the entropy-coded data begin."""
+    """Byte offset of the entropy-coded data."""
     parts: tuple[Part, ...]
 
     @property
@@ -65,7 +65,7 @@ class JpegHeader:
 
 
 def read_header(content: bytes) -> JpegHeader:
-    """The header of a sequential JPEG. Raises ValueError with the reason for every other file, and for damage."""
+    """Parse the header of a sequential JPEG. Raises ValueError with the reason for any other or damaged file."""
     parts = _parts(content)
     frame = next((part for part in parts if part.marker in _FRAMES), None)
     scan = parts[-1]
@@ -89,7 +89,7 @@ def read_header(content: bytes) -> JpegHeader:
 
 
 def _parts(content: bytes) -> tuple[Part, ...]:
-    """The parts of the header up to the first scan's, which is the last."""
+    """Return the header's marker segments up to the start of the first scan, which is the last."""
     if content[:2] != SOI:
         raise ValueError("not a JPEG")
     found, at = [], 2
@@ -107,23 +107,23 @@ def _parts(content: bytes) -> tuple[Part, ...]:
         if marker == SOS:
             return tuple(found)
         at = stop
-    raise ValueError("a JPEG header of too many parts")
+    raise ValueError("a JPEG header of too many marker segments")
 
 
 def _components(frame: bytes, scan: bytes) -> tuple[Component, ...]:
-    """From the frame's list of (id, sampling, quantisation) and the scan's of (id, tables)."""
+    """Combine the frame's list of (id, sampling, quantisation) with the scan's list of (id, tables)."""
     count = len(frame) // 3
     if scan[:1] != bytes([count]) or len(scan) != 4 + 2 * count or scan[-3:] != b"\x00\x3f\x00":
         raise ValueError("not a JPEG of one sequential scan")
     if frame[0::3] != scan[1:-3:2]:
-        raise ValueError("a JPEG whose scan has other components than its frame")
+        raise ValueError("a JPEG whose scan and frame differ in their components")
     found = tuple(
         Component(factors >> 4, factors & 15, tables >> 4, tables & 15)
         for factors, tables in zip(frame[1::3], scan[2:-3:2])
     )
     if any(not 1 <= factor <= 4 for c in found for factor in (c.across, c.down)):
         raise ValueError("damaged JPEG header")
-    # A single component is not interleaved: its MCU is one block whatever its factors.
+    # A single component is not interleaved: its MCU is one block, regardless of its sampling factors.
     return found if count > 1 else (Component(1, 1, found[0].dc_table, found[0].ac_table),)
 
 

@@ -1,24 +1,27 @@
-"""Huffman tables as a JPEG's header has them (T.81, annex C): codes of equal length follow each other in order."""
+"""Huffman tables as stored in a JPEG header (T.81, annex C): codes of equal length are consecutive."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipelines.images.jpeg import DHT, Part
 
-# Sizes of a DC difference of 8-bit samples.
+# Number of size categories of DC differences for 8-bit samples.
 _DC_SIZES = 12
 _MAX_LENGTH = 16
 
 
 class Huffman(NamedTuple):
-    """One table: how many codes there are of each length, 1 to 16, and their symbols in order."""
+    """A Huffman table: the number of codes of each length, 1 to 16, and their symbols in order."""
 
     counts: bytes
     symbols: bytes
 
 
 def read_tables(content: bytes, parts: Sequence[Part]) -> dict[int, Huffman]:
-    """The header's tables by class (0 for DC, 16 for AC) + number. Raises ValueError where one is damaged."""
+    """Return the header's tables, keyed by class (0 for DC, 16 for AC) + number.
+
+    Raises ValueError if one is damaged.
+    """
     found: dict[int, Huffman] = {}
     for part in parts:
         at = part.start
@@ -33,15 +36,15 @@ def read_tables(content: bytes, parts: Sequence[Part]) -> dict[int, Huffman]:
 
 
 def tables_content(tables: dict[int, Huffman]) -> bytes:
-    """The content of a DHT part."""
+    """Serialise the tables to the content of a DHT segment."""
     return b"".join(bytes([number]) + table.counts + table.symbols for number, table in sorted(tables.items()))
 
 
 def completed(table: Huffman) -> Huffman:
-    """A DC table with a code for every size, and the codes that it had. Raises ValueError where there is no room.
+    """Return a DC table with a code for every size; existing codes are unchanged.
 
-    An optimised table lacks the sizes that its file did without. The code of ones alone, which T.81 keeps free, is what
-    new and longer codes begin with, and the longest of ones alone stays free again.
+    An optimised table lacks the sizes that its file does not use. New codes begin with the all-ones code, which T.81
+    reserves, and the all-ones code of the greatest length remains reserved. Raises ValueError if there is no room.
     """
     missing = bytes(size for size in range(_DC_SIZES) if size not in table.symbols)
     if not missing:

@@ -1,11 +1,12 @@
-"""A JPEG gets an index of its tiles, in its header: by it the part under a crop becomes a JPEG of its own.
+"""Add an index of tiles to a JPEG's header, with which the part under a crop can be cut out as a JPEG of its own.
 
-A tile is some MCUs of a row. Of each the index has the bits that it takes in the file, stuffing included, and every
-component's DC coefficient at its end, which the next block's is coded from. The entropy-coded data stay as they are.
+A tile is a number of consecutive MCUs in a row of MCUs. For each tile the index stores its length in bits in the file,
+byte stuffing included, and every component's DC coefficient at its end, which the next block is coded relative to. The
+entropy-coded data do not change.
 
-The index is a part APP9 of the header: MAE1, CRC-32 of what follows, MCUs a tile (two bytes), for each field the size
-of its remainders (a byte), then tile by tile each field's number as a Rice code: what it differs by from that of the
-tile above, in the first row from that of the tile before.
+The index is a segment APP9 of the header: MAE1, CRC-32 of the rest, MCUs per tile (two bytes), for each field the
+number of remainder bits (one byte), then tile by tile each field's number as a Rice code. Numbers are differences from
+the tile above, in the first row from the tile before.
 """
 
 import zlib
@@ -23,10 +24,11 @@ _MAX_PART_BYTES = 65_000
 
 
 def with_index(content: bytes) -> tuple[bytes, tuple[int, int]] | None:
-    """The file with an index, and where that begins and ends.
+    """Return the file with an index, and the index's begin and end in it.
 
-    Tiles are the smallest that let the file grow by at most MAX_GROWTH; None where none do, and for a file that is no
-    whole sequential JPEG of one scan. Metadata and restart markers are dropped: read the orientation first.
+    Tiles are as small as possible while the file grows by at most MAX_GROWTH. Returns None if no size qualifies, or if
+    the file is not an intact sequential JPEG of one scan. Metadata and restart markers are dropped, so read the
+    orientation first.
     """
     limit_bytes = int((1 + MAX_GROWTH) * len(content))
     try:
@@ -37,7 +39,7 @@ def with_index(content: bytes) -> tuple[bytes, tuple[int, int]] | None:
     most_bytes = min(limit_bytes - plain_bytes, _MAX_PART_BYTES)
     for tile_mcus in range(1, header.mcus_per_row + 1):
         num_tiles = header.mcu_rows * -(-header.mcus_per_row // tile_mcus)
-        # Each number takes a bit at least.
+        # Each number takes at least one bit.
         if num_tiles * (1 + len(header.components)) > 8 * most_bytes:
             continue
         numbers = _numbers(header, scan, tile_mcus)
@@ -48,7 +50,7 @@ def with_index(content: bytes) -> tuple[bytes, tuple[int, int]] | None:
 
 
 def indexed(content: bytes, header: JpegHeader, scan: Scan, tile_mcus: int) -> tuple[bytes, tuple[int, int]]:
-    """The file with an index of tiles of so many MCUs, and where that begins and ends."""
+    """Return the file with an index of tiles of `tile_mcus` MCUs, and the index's begin and end in it."""
     numbers = _numbers(header, scan, tile_mcus)
     remainders = _remainders(numbers)
     body = tile_mcus.to_bytes(2, "big") + bytes(remainders) + _rice_codes(numbers, remainders)
@@ -58,7 +60,7 @@ def indexed(content: bytes, header: JpegHeader, scan: Scan, tile_mcus: int) -> t
 
 
 def _without_restarts(content: bytes) -> tuple[bytes, JpegHeader, Scan]:
-    """The file, its header and its scan, written anew where it has restart markers."""
+    """Return the file, its header and its scan, rewritten without restart markers if it has any."""
     header = read_header(content)
     scan = read_scan(content, header)
     if not header.restart_interval:
@@ -69,43 +71,43 @@ def _without_restarts(content: bytes) -> tuple[bytes, JpegHeader, Scan]:
 
 
 def _numbers(header: JpegHeader, scan: Scan, tile_mcus: int) -> NDArray[np.int64]:
-    """The index's numbers [tiles fields]: bits and DC coefficients, less those of the tile above or before."""
+    """Return the index's numbers [tiles fields]: bits and DC coefficients, less those of the tile above or before."""
     num_mcus, per_row = header.mcu_rows * header.mcus_per_row, header.mcus_per_row
     firsts = np.arange(num_mcus).reshape(-1, per_row)[:, ::tile_mcus]
     tiles_per_row, blocks = firsts.shape[1], len(scan.plan)
     bits = np.append(scan.starts[firsts.reshape(-1) * blocks], scan.stops[-1])
-    # Bits of the file: each byte of ones before them is followed by a zero.
+    # Positions in the file: byte stuffing adds a zero byte after each 0xFF.
     ones = np.flatnonzero(scan.bits == 0xFF)
-    places = bits + 8 * np.searchsorted(ones, bits >> 3)
+    positions = bits + 8 * np.searchsorted(ones, bits >> 3)
     last_mcus = np.append(firsts.reshape(-1)[1:], num_mcus) - 1
     last_blocks = [np.flatnonzero(scan.plan[:, 0] == i)[-1] for i in range(len(header.components))]
     dc = scan.dc.reshape(-1, blocks)[last_mcus][:, last_blocks]
-    numbers = np.column_stack([np.diff(places), dc])
-    found = numbers.copy()
-    found[1:tiles_per_row] -= numbers[: tiles_per_row - 1]
-    found[tiles_per_row:] -= numbers[:-tiles_per_row]
-    # The sign goes to the lowest bit.
-    return np.where(found < 0, -2 * found - 1, 2 * found)
+    numbers = np.column_stack([np.diff(positions), dc])
+    differences = numbers.copy()
+    differences[1:tiles_per_row] -= numbers[: tiles_per_row - 1]
+    differences[tiles_per_row:] -= numbers[:-tiles_per_row]
+    # Zigzag: the sign becomes the lowest bit.
+    return np.where(differences < 0, -2 * differences - 1, 2 * differences)
 
 
 def _remainders(numbers: NDArray[np.int64]) -> list[int]:
-    """Of each field the bits of a number that its code has as they are, so that all its codes are shortest."""
-    found = []
+    """Return the number of remainder bits per field that minimises the total length of its Rice codes."""
+    remainders = []
     for field in numbers.T:
         least = int(field.max() // (kernels.MAX_QUOTIENT + 1)).bit_length()
         guess = int(field.mean()).bit_length()
         sizes = range(max(least, guess - 2), max(least, guess) + 1)
-        found.append(min(sizes, key=lambda size: int((field >> size).sum()) + size * len(field)))
-    return found
+        remainders.append(min(sizes, key=lambda size: int((field >> size).sum()) + size * len(field)))
+    return remainders
 
 
 def _lengths(numbers: NDArray[np.int64], remainders: list[int]) -> NDArray[np.int64]:
-    """Bits of each number's code."""
+    """Return the length in bits of each number's code."""
     return (numbers >> remainders) + 1 + remainders
 
 
 def _rice_codes(numbers: NDArray[np.int64], remainders: list[int]) -> bytes:
-    """Row by row: as many ones as what lies above the remainder says, a zero, the remainder."""
+    """Encode row by row: the quotient in unary (ones, then a zero), followed by the remainder."""
     ones = (1 << (numbers >> remainders)) - 1
     codes = ones << (np.array(remainders) + 1) | numbers & (1 << np.array(remainders)) - 1
     lengths = _lengths(numbers, remainders).reshape(-1)

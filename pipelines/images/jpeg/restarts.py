@@ -1,8 +1,7 @@
-"""A JPEG becomes the same JPEG with restart markers: not one coefficient changes, so that pixels are bit-identical.
+"""Rewrite a JPEG with other restart markers. No coefficient changes, so its pixels are bit-identical.
 
-Between blocks only DC codes say something of what was before. So the Huffman codes are walked to find where blocks
-begin, DC codes are written anew, and all other bits are copied. Progressive files, and those of several scans, are left
-as they are.
+Only DC codes depend on earlier blocks. So the Huffman codes are walked to find the blocks, DC codes are written anew,
+and all other bits are copied. Progressive files and files of several scans are not rewritten.
 """
 
 import numpy as np
@@ -12,17 +11,17 @@ from pipelines.images.jpeg import DRI, JpegHeader, kernels, read_header
 from pipelines.images.jpeg.scan import Scan, new_head, read_scan
 
 MAX_GROWTH = 0.02
-# A marker, half a byte of padding and longer DC codes; the estimate that picks the first interval to try.
+# Estimated cost of a segment, to pick the first interval to try: a marker, half a byte of padding, longer DC codes.
 _SEGMENT_BYTES = 4
-# What a block can grow by where each is the first of a segment: a DC code, padding and a marker, stuffed.
+# Largest growth of a block, if each begins a segment: a DC code, padding and a marker, with byte stuffing.
 _BLOCK_BYTES = 16
 
 
 def with_restarts(content: bytes) -> tuple[bytes, NDArray[np.int32]] | None:
-    """The file with restart markers, and the offsets of its segments with its length last.
+    """Return the file with restart markers, and the offsets of its segments followed by its length.
 
-    The interval is the shortest that divides a row of MCUs and lets the file grow by at most MAX_GROWTH; None where
-    there is none, and for a file that is no whole sequential JPEG of one scan. Metadata is dropped: read the
+    The interval is the shortest that divides a row of MCUs and lets the file grow by at most MAX_GROWTH. Returns None
+    if there is none, or if the file is not an intact sequential JPEG of one scan. Metadata is dropped, so read the
     orientation first.
     """
     try:
@@ -32,18 +31,18 @@ def with_restarts(content: bytes) -> tuple[bytes, NDArray[np.int32]] | None:
         for interval in (k for k in range(1, header.mcus_per_row + 1) if header.mcus_per_row % k == 0):
             num_segments = header.mcu_rows * (header.mcus_per_row // interval)
             if num_segments > 1 and num_segments * _SEGMENT_BYTES <= budget:
-                found = rewritten(content, header, scan, interval)
-                if len(found[0]) - len(content) <= budget:
-                    return found
+                result = rewritten(content, header, scan, interval)
+                if len(result[0]) - len(content) <= budget:
+                    return result
     except ValueError:
         pass
     return None
 
 
 def rewritten(content: bytes, header: JpegHeader, scan: Scan, interval: int | None) -> tuple[bytes, NDArray[np.int32]]:
-    """The file with a restart marker every `interval` MCUs, or with none, and the offsets of its segments.
+    """Return the file with a restart marker every `interval` MCUs, or without any, and its segment offsets and length.
 
-    Raises ValueError where a DC difference is too large for a code.
+    Raises ValueError if a DC difference is too large for a code.
     """
     num_mcus = header.mcu_rows * header.mcus_per_row
     extra = [(DRI, interval.to_bytes(2, "big"))] if interval else []

@@ -1,4 +1,4 @@
-"""A JPEG taken apart into blocks by a walk over its Huffman codes, so that it can be written otherwise."""
+"""Split a JPEG's scan into blocks by walking its Huffman codes, so that it can be rewritten."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from pipelines.images.jpeg.huffman import Huffman, completed, read_tables, table
 
 @dataclass(frozen=True)
 class Scan:
-    """A file's blocks in order: where each and its DC code lie among the bits, and its DC coefficient."""
+    """A file's blocks in order: the bit positions of each block and its DC code, and its DC coefficient."""
 
     tables: dict[int, Huffman]
-    """The header's, with a code for every DC difference."""
+    """The header's tables, with a code for every DC difference."""
     rows: NDArray[np.int32]
-    """The same as the compiled loops want them."""
+    """The same tables in the layout of the kernels."""
     plan: NDArray[np.int64]
-    """Of every block of an MCU: its component, and the rows of its DC and AC tables."""
+    """For every block of an MCU: its component, and the rows of its DC and AC tables."""
     stuffed: bytes
-    """The entropy-coded data as the file has them, and the marker of its end."""
+    """The entropy-coded data as in the file, and the EOI marker."""
     bits: NDArray[np.uint8]
-    """The same without markers and stuffing; zeros are behind them."""
+    """The entropy-coded data without markers and byte stuffing, padded with zeros."""
     starts: NDArray[np.int64]
     dc_stops: NDArray[np.int64]
     stops: NDArray[np.int64]
@@ -31,12 +31,12 @@ class Scan:
 
 
 def read_scan(content: bytes, header: JpegHeader) -> Scan:
-    """The scan taken apart. Raises ValueError where it is damaged or not the file's last."""
+    """Split the scan into blocks. Raises ValueError if it is damaged or does not end the file."""
     num_mcus = header.mcu_rows * header.mcus_per_row
     interval = header.restart_interval or num_mcus
     pieces, end = _unstuffed(content, header.scan_at)
     if len(pieces) != -(-num_mcus // interval):
-        raise ValueError("not as many segments as the header says")
+        raise ValueError("the number of segments differs from the header's")
     tables = _completed(content, header)
     bits = np.frombuffer(b"".join(pieces) + bytes(kernels.PADDING_BYTES), np.uint8)
     plan = np.array(
@@ -63,21 +63,21 @@ def read_scan(content: bytes, header: JpegHeader) -> Scan:
 def new_head(
     content: bytes, header: JpegHeader, tables: dict[int, Huffman], extra: Sequence[tuple[int, bytes]]
 ) -> tuple[bytes, int]:
-    """A header with those tables and parts (marker and content), and where the parts begin.
+    """Return a header with those tables and extra segments (marker and content), and the offset of the extra segments.
 
-    It has no restart interval, and of metadata what decides how colours are read.
+    It has no restart interval, and keeps only the metadata that determines how colours are read.
     """
-    found = bytearray(SOI)
+    head = bytearray(SOI)
     for part in header.parts[:-1]:
         is_metadata = part.marker == 0xFE or (0xE0 <= part.marker <= 0xEF and part.marker not in (JFIF, ADOBE))
         if not is_metadata and part.marker not in (DHT, DRI):
-            found += _part(part.marker, content[part.start : part.stop])
-    found += _part(DHT, tables_content(tables))
-    place = len(found)
+            head += _part(part.marker, content[part.start : part.stop])
+    head += _part(DHT, tables_content(tables))
+    extra_at = len(head)
     last = header.parts[-1]
     for marker, body in (*extra, (last.marker, content[last.start : last.stop])):
-        found += _part(marker, body)
-    return bytes(found), place
+        head += _part(marker, body)
+    return bytes(head), extra_at
 
 
 def _part(marker: int, body: bytes) -> bytes:
@@ -85,7 +85,7 @@ def _part(marker: int, body: bytes) -> bytes:
 
 
 def _completed(content: bytes, header: JpegHeader) -> dict[int, Huffman]:
-    """The header's tables, those for DC with a code for every size."""
+    """Return the header's tables, with a code for every size in those for DC."""
     tables = read_tables(content, header.parts)
     for component in header.components:
         if component.dc_table not in tables or 16 + component.ac_table not in tables:
@@ -95,18 +95,18 @@ def _completed(content: bytes, header: JpegHeader) -> dict[int, Huffman]:
 
 
 def _unstuffed(content: bytes, at: int) -> tuple[list[bytes], int]:
-    """The scan's segments without markers and stuffing, and where the file ends."""
+    """Return the scan's segments without markers and byte stuffing, and the offset of the file's end."""
     data = np.frombuffer(content, np.uint8, offset=at)
-    places = np.flatnonzero(data[:-1] == 0xFF)
-    markers = places[data[places + 1] != 0]
+    ones = np.flatnonzero(data[:-1] == 0xFF)
+    markers = ones[data[ones + 1] != 0]
     pieces, start = [], at
-    for place in markers.tolist():
-        marker = int(data[place + 1])
-        piece = content[start : at + place].replace(b"\xff\x00", b"\xff")
+    for position in markers.tolist():
+        marker = int(data[position + 1])
+        piece = content[start : at + position].replace(b"\xff\x00", b"\xff")
         if marker == EOI[1]:
-            return [*pieces, piece], at + place + 2
+            return [*pieces, piece], at + position + 2
         if marker != RST0 + len(pieces) % 8:
             break
         pieces.append(piece)
-        start = at + place + 2
+        start = at + position + 2
     raise ValueError("the scan does not end with the file")

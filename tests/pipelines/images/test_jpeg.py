@@ -273,7 +273,7 @@ def test_a_box_outside_the_image_is_refused(box: tuple[int, int, int, int], kind
 
 
 def test_a_file_without_restart_markers_is_not_sliced() -> None:
-    with pytest.raises(ValueError, match="without restart markers that divide its rows cannot be sliced"):
+    with pytest.raises(ValueError, match="without restart markers that divide its rows cannot be decoded in part"):
         decode_box((jpeg(70, 130), np.array([0, 9], np.int32)), (0, 0, 5, 5), 3)
 
 

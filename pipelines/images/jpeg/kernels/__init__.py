@@ -1,4 +1,4 @@
-"""Loops over the bits of a JPEG, compiled. They check every read and write: bytes and numbers may be anyone's."""
+"""Compiled loops over the bits of a JPEG. They check every read and write, because input may be malicious."""
 
 from pipelines.images.jpeg.kernels.blocks import rewrite, walk
 from pipelines.images.jpeg.kernels.codes import DAMAGED, NUM_TABLES, PADDING_BYTES, SPARE_BYTES, TABLE_ROW, fill_tables

@@ -1,4 +1,4 @@
-"""All blocks of a scan: where they lie, their DC coefficients, and the same blocks between other restart markers."""
+"""Walk all blocks of a scan: find their positions and DC coefficients; rewrite them with other restart markers."""
 
 from pipelines.images.jpeg.kernels.codes import DAMAGED, EOI, SPARE_BYTES, block_end, close, copy, dc_code, put, read_dc
 from pipelines.images.jpeg.kernels.words import U64, ZERO, bits_at, compiled
@@ -8,10 +8,10 @@ RST0 = 0xD0
 
 @compiled
 def walk(data, first_bits, num_mcus, plan, tables, starts, dc_stops, stops, dc, last):
-    """Of every block where it starts, where its DC code ends, where it ends, and its DC coefficient; False for damage.
+    """Record every block's start, the end of its DC code, its end, and its DC coefficient; return False if damaged.
 
-    Segment i has the bits from first_bits[i] to first_bits[i + 1]; it ends with less than a byte of padding. An MCU's
-    blocks have these components and rows of tables. `last` is room for three numbers.
+    Segment i has the bits from first_bits[i] to first_bits[i + 1] and ends with less than a byte of padding. `plan`
+    lists component and table rows of an MCU's blocks. `last` is a buffer for three numbers.
     """
     block = ZERO
     for segment in range(len(num_mcus)):
@@ -38,8 +38,10 @@ def walk(data, first_bits, num_mcus, plan, tables, starts, dc_stops, stops, dc, 
 
 @compiled
 def rewrite(data, plan, tables, dc_stops, stops, dc, interval, out, offsets, last):
-    """The length of the same blocks with a restart marker every `interval` MCUs, written to `out`, with the offsets of
-    the segments; DAMAGED where a DC difference has no code."""
+    """Write the blocks to `out` with a restart marker every `interval` MCUs, and their offsets to `offsets`.
+
+    Returns the length, or DAMAGED if a DC difference has no code.
+    """
     waiting, num_waiting, out_at = U64(0), ZERO, ZERO
     for mcu in range(len(dc) // len(plan)):
         if mcu % interval == 0:

@@ -1,11 +1,15 @@
-"""Huffman codes read from bits without stuffing, and written to bytes with it."""
+"""Read Huffman codes from bits without byte stuffing, and write them to bytes with it."""
 
 import numpy as np
 
 from pipelines.images.jpeg.kernels.words import U64, ZERO, bits_at, compiled, store, word_at
 
-# A Huffman table is a row of int32: by 9 bits the code that they begin with (its length << 8 | symbol), by length the
-# greatest code and what takes a code to its symbol's place, symbols in order, and by symbol length << 16 | code.
+# A Huffman table is a row of int32. It holds, in order:
+# - for each value of the next 9 bits, the code that they begin with (length << 8 | symbol)
+# - for each length, the greatest code
+# - for each length, what to add to a code to get the index of its symbol
+# - the symbols in order
+# - for each symbol, its code (length << 16 | code)
 _QUICK_BITS = 9
 _GREATEST, _SHIFT, _SYMBOLS, _CODES = 512, 512 + 17, 512 + 34, 512 + 34 + 256
 TABLE_ROW = _CODES + 256
@@ -13,9 +17,9 @@ NUM_TABLES = 8
 """Four DC tables, then four AC tables."""
 
 PADDING_BYTES = 16
-"""Zeros that must follow unstuffed data, so that reading ahead needs no check of its own."""
+"""Number of zeros that must follow unstuffed data, so that reading ahead needs no bounds check."""
 SPARE_BYTES = 256
-"""What new DC codes and a marker take at most, behind twice the bytes that are copied."""
+"""Largest size of new DC codes and a marker, on top of twice the bytes that are copied."""
 DAMAGED = -1
 EOI = np.int64(0xD9)
 _LOW, _HIGH = U64(0x0101010101010101), U64(0x8080808080808080)
@@ -23,7 +27,7 @@ _LOW, _HIGH = U64(0x0101010101010101), U64(0x8080808080808080)
 
 @compiled
 def fill_tables(data, start, stop, tables):
-    """The content of a DHT part becomes rows; False where it is damaged."""
+    """Convert the content of a DHT segment to table rows; return False if it is damaged."""
     at = start
     while at < stop:
         if at + 17 > stop or data[at] >> 4 > 1 or data[at] & 15 > 3:
@@ -56,7 +60,7 @@ def fill_tables(data, start, stop, tables):
 
 @compiled
 def _code(row, word):
-    """Length << 8 | symbol of the code that a word begins with; 0 where there is none."""
+    """Return length << 8 | symbol of the code at the start of a word; 0 if there is none."""
     found = np.int64(row[np.int64(word >> U64(64 - _QUICK_BITS))])
     if found:
         return found
@@ -69,7 +73,7 @@ def _code(row, word):
 
 @compiled
 def read_dc(row, word):
-    """The bits that a DC code and what follows take, 0 where there is none, and the difference that it says."""
+    """Return the number of bits of a DC code with its extra bits (0 if there is none), and the difference it encodes."""
     found = _code(row, word)
     length, size = found >> 8, found & 255
     if length == 0 or size > 11:
@@ -82,7 +86,7 @@ def read_dc(row, word):
 
 @compiled
 def block_end(data, at, stop, row):
-    """The bit after a block whose AC codes start at `at`; DAMAGED where it would lie behind `stop`."""
+    """Return the bit after a block whose AC codes start at `at`; DAMAGED if that would exceed `stop`."""
     place, known = 1, 0
     word = U64(0)
     while place < 64:
@@ -106,7 +110,7 @@ def block_end(data, at, stop, row):
 
 @compiled
 def dc_code(row, difference):
-    """The code of a DC difference with the bits that follow, and how many these are; 0 where there is none."""
+    """Return the code of a DC difference with its extra bits, and their number of bits; 0 if it has no code."""
     size, rest = 0, abs(difference)
     while rest:
         size, rest = size + 1, rest >> 1
@@ -119,7 +123,7 @@ def dc_code(row, difference):
 
 @compiled
 def put(out, out_at, waiting, num_waiting, code, length):
-    """The bits (at most 32) behind those that wait; whole bytes are written, stuffed."""
+    """Append `length` bits (at most 32) to the waiting ones, and write complete bytes with byte stuffing."""
     waiting = waiting << U64(length) | code
     num_waiting += length
     while num_waiting >= 8:
@@ -135,7 +139,7 @@ def put(out, out_at, waiting, num_waiting, code, length):
 
 @compiled
 def copy(data, at, stop, out, out_at, waiting, num_waiting):
-    """The bits [at, stop) of unstuffed data behind those that wait."""
+    """Append the bits [at, stop) of unstuffed data to the waiting ones."""
     if num_waiting and stop - at >= 8:
         length = 8 - num_waiting
         code = bits_at(data, at) >> U64(64 - length)
@@ -171,7 +175,7 @@ def copy(data, at, stop, out, out_at, waiting, num_waiting):
 
 @compiled
 def close(out, out_at, waiting, num_waiting, marker):
-    """Where the output ends once bits are filled up to a byte and the marker follows."""
+    """Pad the last byte with ones and append the marker; return the end of the output."""
     if num_waiting:
         length = 8 - num_waiting
         out_at, waiting, num_waiting = put(out, out_at, waiting, num_waiting, U64((1 << length) - 1), length)
@@ -181,13 +185,13 @@ def close(out, out_at, waiting, num_waiting, marker):
 
 @compiled
 def _has_ones(word):
-    """Whether a byte of it is 0xFF."""
+    """Return whether any byte of the word is 0xFF."""
     return (~word - _LOW) & word & _HIGH != 0
 
 
 @compiled
 def unstuff(data, start, stop, out):
-    """How many bytes are behind those without stuffing, zeros behind them; DAMAGED for a marker among them."""
+    """Copy bytes without byte stuffing and pad them with zeros; return their number, or DAMAGED if one is a marker."""
     at, count = start, 0
     while at < stop:
         if at + 8 <= stop:

@@ -1,24 +1,25 @@
-"""The header of a JPEG with an index: what cutting tiles out must know of it, and the header of what is cut out."""
+"""Read the header of a JPEG with an index, and write the header of the part that is cut out."""
 
 import numpy as np
 
 from pipelines.images.jpeg.kernels.codes import DAMAGED, fill_tables
 from pipelines.images.jpeg.kernels.words import ZERO, compiled
 
-# Facts: the image's size, and its first pixel that is cut out. Then components, where the size stands in the new file,
-# MCUs, where the index's numbers lie, and of every component its factors and rows of tables.
+# Facts: size of the image; top left pixel of the part that is cut out; number of components; offset of the size in the
+# new file; size of an MCU; MCUs per tile; begin and end of the index's numbers; and for every component its sampling
+# factors and table rows.
 HEIGHT, WIDTH, TOP, LEFT = range(4)
 COUNT, SIZE_AT, MCU_HEIGHT, MCU_WIDTH, TILE_MCUS, INDEX, INDEX_STOP, COMPONENTS = range(4, 12)
 NUM_FACTS = COMPONENTS + 4 * 3
 INDEX_HEAD = 14
-"""Bytes of the index's part before its numbers: marker, length, name, checksum, and MCUs a tile."""
+"""Bytes of the index's segment before its numbers: marker, length, name, checksum, and MCUs per tile."""
 _MAX_PARTS = 100
 _SOI, _DHT, _DRI, _SOS = 0xD8, 0xC4, 0xDD, 0xDA
 
 
 @compiled
 def read_head(data, index_at, out, facts, tables):
-    """Where the scan begins in the file, and in `out`, which has the file's header without the index; DAMAGED twice."""
+    """Parse the header and copy it to `out` without the index; return the scan's offsets in both, or DAMAGED twice."""
     damaged = DAMAGED, DAMAGED
     if len(data) < 4 or data[0] != 0xFF or data[1] != _SOI:
         return damaged
@@ -44,7 +45,7 @@ def read_head(data, index_at, out, facts, tables):
             if not _frame(data, at + 4, stop, facts):
                 return damaged
             facts[SIZE_AT] = out_at + 5
-        # Assigning slices takes seconds to compile.
+        # A loop, because slice assignment takes seconds to compile.
         for place in range(stop - at):
             out[out_at + place] = data[at + place]
         at, out_at = stop, out_at + stop - at
@@ -55,7 +56,7 @@ def read_head(data, index_at, out, facts, tables):
 
 @compiled
 def _frame(data, start, stop, facts):
-    """Size and factors become facts; False for what has no index."""
+    """Store size and sampling factors in the facts; return False for a frame that an index does not support."""
     if stop - start < 9:
         return False
     count = np.int64(data[start + 5])
@@ -66,7 +67,7 @@ def _frame(data, start, stop, facts):
     facts[COUNT] = count
     for i in range(count):
         factors = np.int64(data[start + 7 + 3 * i])
-        # A single component is not interleaved: its MCU is one block whatever its factors.
+        # A single component is not interleaved: its MCU is one block, regardless of its sampling factors.
         across, down = factors >> 4, factors & 15
         if count == 1:
             across, down = ZERO + 1, ZERO + 1
@@ -80,7 +81,7 @@ def _frame(data, start, stop, facts):
 
 @compiled
 def _scan(data, stop, facts):
-    """The components' tables become facts; False where the scan is not the frame's, or there was no index."""
+    """Store the components' tables in the facts; return False if the scan does not fit the frame or has no index."""
     count = facts[COUNT]
     start = stop - 4 - 2 * count
     if count == 0 or facts[TILE_MCUS] == 0 or start < 2 or data[start] != count:

@@ -1,4 +1,4 @@
-"""The tiles under a box, cut out of a JPEG with an index, become a JPEG without restart markers."""
+"""Cut the tiles under a box out of a JPEG with an index, as a JPEG without restart markers."""
 
 import numpy as np
 
@@ -34,15 +34,16 @@ from pipelines.images.jpeg.kernels.words import U64, ZERO, bits_at, compiled, le
 
 OUTSIDE = -2
 MAX_QUOTIENT = 24
-"""Ones at most that a number of the index begins with."""
+"""Largest quotient of a Rice code in the index."""
 MAX_DC, _MAX_BITS = 1 << 15, 1 << 31
 
 
 @compiled
 def cut(data, index_at, box, facts, tables, tiles, work, out):
-    """The length of a JPEG of the tiles under the box, written to `out`; DAMAGED where the file or its index is.
+    """Write a JPEG of the tiles under the box to `out`; return its length, DAMAGED, or OUTSIDE for a bad box.
 
-    `facts` and `tables` are zeros; the facts become what `head.py` lists. `tiles` is room for the index's numbers.
+    `facts` and `tables` must be zeros; the facts are filled as `head.py` lists them. `tiles` is a buffer for the
+    index's numbers.
     """
     if len(out) < 2 * len(data) + SPARE_BYTES or len(work) < len(data) + PADDING_BYTES:
         return DAMAGED
@@ -76,14 +77,14 @@ def cut(data, index_at, box, facts, tables, tiles, work, out):
 
 @compiled
 def _tiles(facts, box):
-    """First and last row, first and last tile in it, and tiles a row, of those under the box; zeros for one outside."""
+    """Return first and last row, first and last tile in a row, and tiles per row of the box; zeros if it is outside."""
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1:
         return 0, 0, 0, 0, 0
     bottom, right = top + height, left + width
     if bottom > facts[HEIGHT] or right > facts[WIDTH]:
         return 0, 0, 0, 0, 0
-    # Smooth upsampling looks at the neighbouring sample of a subsampled plane.
+    # Smooth upsampling reads the neighbouring samples of a subsampled component.
     margin = 2 if facts[MCU_HEIGHT] * facts[MCU_WIDTH] > 64 else 0
     row_px, tile_px = facts[MCU_HEIGHT], facts[MCU_WIDTH] * facts[TILE_MCUS]
     last_row = -(-min(facts[HEIGHT], bottom + margin) // row_px)
@@ -99,8 +100,11 @@ def _tiles(facts, box):
 
 @compiled
 def _strip(data, bits, facts, tables, tiles, begin, last_end, work, out, out_at, waiting, num_waiting):
-    """Those bits of a row of MCUs behind the others: each component's first DC code, which says what it differs by from
-    tile `begin`, is coded anew from the strip before, which ended at tile `last_end`."""
+    """Append bits of one row of MCUs to the output.
+
+    Each component's first DC code is relative to tile `begin`. It is rewritten relative to the previous strip, which
+    ended at tile `last_end`.
+    """
     damaged = DAMAGED, waiting, num_waiting
     if out_at + 2 * (bits[1] - bits[0] >> 3) + SPARE_BYTES > len(out):
         return damaged
@@ -131,10 +135,10 @@ def _strip(data, bits, facts, tables, tiles, begin, last_end, work, out, out_at,
 
 @compiled
 def read_index(data, facts, per_row, num_tiles, tiles):
-    """Of every tile the bit that it starts at, from the scan on, and the DC coefficients before it; False where the
-    numbers end early or make no sense.
+    """Decode for every tile its first bit, relative to the scan, and the DC coefficients before it.
 
-    Each number is what it differs by from that of the tile above (in the first row: of the tile before).
+    Each number is a difference from the tile above, in the first row from the tile before. Returns False if the numbers
+    end early or are out of range.
     """
     start, stop, num_fields = facts[INDEX], facts[INDEX_STOP], facts[COUNT] + 1
     if stop > len(data) - 8 or start + num_fields > stop:

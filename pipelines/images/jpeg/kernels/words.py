@@ -1,4 +1,4 @@
-"""64 bits at a time read from bytes and written to them, whatever the machine's order."""
+"""Load and store 64-bit big-endian words at any byte, independent of the machine's byte order."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from pipelines.images.compiling import compiler, inlined, pointer
 
 U64 = np.uint64
 ZERO = np.int64(0)
-"""A count's first value: of a plain 0 numba compiles a case of its own."""
+"""Initial value of a counter: numba would compile a specialisation for a literal 0."""
 compiled = compiler(Path(__file__).parent)
 _WORD = ir.IntType(64)
 
 
 @inlined
 def word_at(typing, data, at):
-    """The 64 bits from that byte on, in one load: of eight loads and shifts LLVM makes that only where it is simple."""
+    """Load the 64 bits at byte `at` in one instruction: LLVM does not always merge eight loads and shifts."""
 
     def build(context, builder, signature, values):
         place = pointer(context, builder, signature.args[0], values[0], values[1], _WORD)
@@ -28,7 +28,7 @@ def word_at(typing, data, at):
 
 @inlined
 def store(typing, data, at, word):
-    """The word becomes the eight bytes from there on."""
+    """Store the word in the eight bytes at `at`."""
 
     def build(context, builder, signature, values):
         place = pointer(context, builder, signature.args[0], values[0], values[1], _WORD)
@@ -48,5 +48,5 @@ def leading_ones(typing, word):
 
 @compiled
 def bits_at(data, at):
-    """A word whose first 57 bits are those from bit `at` on."""
+    """Return a word whose first 57 bits are those at bit `at`."""
     return word_at(data, at >> 3) << U64(at & 7)
