@@ -73,7 +73,7 @@ def _code(row, word):
 
 @compiled
 def read_dc(row, word):
-    """Return the number of bits of a DC code with its extra bits (0 if there is none), and the difference it encodes."""
+    """Return the number of bits of a DC code with its extra bits (0 if there is no code), and the difference."""
     found = _code(row, word)
     length, size = found >> 8, found & 255
     if length == 0 or size > 11:
