@@ -315,7 +315,7 @@ def test_too_many_bad_images_end_the_job_with_the_list_and_it_can_go_on(
 ) -> None:
     source = as_folder(tmp_path, png)
     fill(source, {"train/cat/x.png": b"", "train/cat/y.png": b"no image"})
-    words = r"2 of 20 images are bad, more than max_bad 0.05 allows: train/cat/x.png \(empty file\), .*larger --max-bad"
+    words = r"2 of 20 images are bad, more than max_bad 0.05 allows: train/cat/x.png \(empty file\), .*higher --max-bad"
     with pytest.raises(ValueError, match=words):
         prepared(source, max_bad=0.05)
     assert not (tmp_path / "out/manifest.json").exists()
