@@ -1,4 +1,4 @@
-"""What every command takes, as frozen dataclasses that refuse what cannot be."""
+"""Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
 from pipelines.config.reading import (

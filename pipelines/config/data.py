@@ -1,4 +1,4 @@
-"""What is prepared, and how it is read."""
+"""Options of preparing a dataset and of reading it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,16 +8,16 @@ from mae_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What is stored of an image."""
+    """How an image is stored."""
 
     kind: Literal["indexed", "restarts", "keep", "shrink"] = "indexed"
-    """indexed: a JPEG gets an index of its parts, without a change of any pixel, so that training decodes only the part
-    under a crop (measured the fastest of the lossless kinds); restarts: the same by restart markers, which other
-    decoders know too; keep: the original bytes; shrink: a larger image becomes a JPEG of short_side_px at `quality`."""
+    """indexed: add an index to each JPEG, without changing a pixel, so that training decodes only the part under a crop
+    (the fastest lossless kind measured); restarts: the same with restart markers, which other decoders understand too;
+    keep: store the original bytes; shrink: encode a larger image as a JPEG of short_side_px at `quality`."""
     short_side_px: int = 320
-    """Short side of what shrink stores; images that are no larger are stored as indexed."""
+    """Short side of the JPEGs that shrink stores; images that are not larger are stored as indexed."""
     quality: int = 92
-    """JPEG quality of what shrink stores."""
+    """JPEG quality of the images that shrink stores."""
 
     def __post_init__(self) -> None:
         if self.short_side_px < 1:
@@ -28,28 +28,28 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How images become shards and a manifest."""
+    """How images are written to shards and a manifest."""
 
     val_fraction: float = 0.1
-    """Share of images held out as split `val`, by a hash of their content, where the source has no val/ folder."""
+    """Share of images held out as split `val`, chosen by a hash of their content, if the source has no val/ folder."""
     labels: Literal["auto", "folder", "none"] = "auto"
-    """folder: the first folder below a split is the class; auto: so where every image lies just one folder deep."""
+    """folder: the first folder below a split is the class; auto: the same if all images lie one folder deep."""
     rows_per_shard: int = 8192
-    """Images of the sorted listing that go to one shard at most; a split's shards are of even size."""
+    """Most images per shard, taken from the sorted listing; the shards of a split have even sizes."""
     shard_bytes: int = 2**30
-    """Bytes of images, as the source has them, that go to one shard at most."""
+    """Most bytes of images per shard, counted as they are in the source."""
     rows_per_group: int = 256
     """Rows of a Parquet row group, the unit of shuffling and reading."""
     max_pixels: int = 64_000_000
-    """Images of more pixels are quarantined, by their header, before they are decoded."""
+    """Images with more pixels are quarantined by their header, before they are decoded."""
     drop_duplicates: bool = True
-    """Keep images of equal content once (in test, else val, else train); otherwise they are counted and stay."""
+    """Keep one of several images with equal content (in test, else val, else train); otherwise only count them."""
     max_bad: float = 0.01
-    """Share of images that may be in quarantine; more end the job."""
+    """Share of images that may be quarantined; with more the job fails."""
     seed: int = 0
-    """Seed of the hash that holds out `val`."""
+    """Seed of the hash that chooses `val`."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    """What is stored of an image."""
+    """How an image is stored."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1:
@@ -67,18 +67,18 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which prepared dataset is read, and how."""
+    """The prepared dataset, and how it is read."""
 
     uri: str = ""
-    """Prepared dataset: the folder or s3:// prefix that `mae prepare` wrote."""
+    """Prepared dataset: a folder or s3:// prefix written by `mae prepare`."""
     batch: int = 4096
-    """Global batch: samples of one optimizer step over all workers."""
+    """Global batch: samples per optimizer step, over all workers."""
     micro_batch: int = 64
-    """Samples of one forward pass on one worker; must divide the batch. Gradients accumulate over the rest."""
+    """Samples per forward pass on one worker; must divide the batch. Gradients are accumulated over micro-batches."""
     window: int = 8192
-    """Rows are shuffled within windows of this many, rounded to whole batches, of shuffled row groups."""
+    """Samples per shuffle window, rounded to full batches. Row groups are shuffled, then samples within each window."""
     labels_per_class: int | None = None
-    """Train on so many labelled images of each class, chosen by the seed; without a value on all."""
+    """Labelled training images per class, chosen by the seed; all if not set."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch < 1 or self.batch % self.micro_batch:

@@ -1,4 +1,4 @@
-"""Every dict (YAML, sweep point, checkpoint metadata, train_loop_config) becomes an object here, or is refused."""
+"""Convert every dict from outside (YAML, sweep point, checkpoint, train_loop_config) to a config, or refuse it."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The config that a dict describes, defaults filled in. Raises UserError that names each wrong key or value."""
+    """Build a config from a dict, with defaults filled in. Raises UserError that names each wrong key or value."""
     if not isinstance(values, dict):
         raise UserError(f"expected fields of {cls.__name__}, got {values!r}; try `key: value` lines")
     unknown = list(_unknown_keys(cls, values, ""))
@@ -35,12 +35,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, such that from_dict(type(config), to_dict(config)) == config."""
+    """Convert a config to plain dicts, lists and scalars; `from_dict` is the inverse."""
     return TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def with_overrides(config: T, point: dict[str, Any]) -> T:
-    """The config with dotted fields replaced, as `{"model.mask.ratio": 0.5}`."""
+    """Return the config with dotted fields replaced, as in `{"model.mask.ratio": 0.5}`. Raises UserError."""
     values = to_dict(config)
     for dotted, value in point.items():
         *parents, last = dotted.split(".")
@@ -54,7 +54,7 @@ def with_overrides(config: T, point: dict[str, Any]) -> T:
 
 
 def load_preset(cls: type[T], preset: str) -> T:
-    """The config in a YAML file, or in the shipped preset of that name."""
+    """Load a config from a YAML file, or from the shipped preset of that name. Raises UserError."""
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -63,7 +63,7 @@ def load_preset(cls: type[T], preset: str) -> T:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; mend it there") from None
+        raise UserError(f"preset {preset!r} is not YAML: {' '.join(str(error).split())}; fix the file") from None
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind != KINDS[cls]:
         raise UserError(
@@ -76,26 +76,26 @@ KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify"
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What decides a run's result: not what it is called, where it is written or how many workers share the work."""
+    """Return the fields that decide a run's result, so without its name, output folder and number of workers."""
     values = to_dict(config)
     for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
         for key in ("name", "output", "tracking", "checkpoint"):
             part.pop(key, None)
         if "compute" in part:
             part["precision"] = part.pop("compute")["precision"]
-        # Where the dataset lies does not matter either: its digest is its identity.
+        # The dataset's location does not matter either: its digest identifies it.
         part.get("data", {}).pop("uri", None)
     return values
 
 
 def config_hash(config: Any, dataset_digest: str) -> str:
-    """Twelve hex digits over the config's identity and the dataset's."""
+    """Hash the identities of config and dataset to twelve hex digits."""
     said = json.dumps([identity(config), dataset_digest], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 def run_name(config: Any, preset: str, dataset_digest: str) -> str:
-    """The given name, or the preset's stem and a hash of config and dataset."""
+    """Return the config's name, or the preset's stem and a hash of config and dataset."""
     return config.name or f"{Path(preset).stem}-{config_hash(config, dataset_digest)}"
 
 

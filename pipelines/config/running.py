@@ -1,4 +1,4 @@
-"""How a run is run: where, how it is tracked, and when its state is saved. None of it decides a result."""
+"""Options of compute, tracking and checkpoints. Except for the precision, none changes a run's result."""
 
 import math
 from dataclasses import dataclass
@@ -9,36 +9,36 @@ from mae_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Where the work runs."""
+    """Workers, devices and what happens when they fail."""
 
     num_workers: int = 1
-    """DDP workers, one GPU each where GPUs are used."""
+    """DDP workers; with --compute.gpu each has one GPU."""
     min_workers: int | None = None
-    """Start, and go on, with as few workers as this where no more are to be had, and take more when they come; a
-    change of their number starts the group again from the newest checkpoint. Without a value exactly num_workers."""
+    """Fewest workers to start or continue with if no more are available; more are added when they become available.
+    A change of their number restarts the group from the newest checkpoint. If not set, exactly num_workers."""
     gpu: bool = False
     """Give each worker a GPU and use NCCL; otherwise CPU and gloo."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the forward pass; bfloat16 on GPUs that have it."""
+    """Autocast type of the forward pass; bfloat16 needs a GPU that supports it."""
     compile: bool = False
     """Compile the model with torch.compile."""
     deterministic: bool = False
-    """Only deterministic CUDA kernels, so that a resumed run equals an undisturbed one bit for bit on GPUs too."""
+    """Use deterministic CUDA kernels only, so that a resumed run equals an uninterrupted one bit for bit on GPUs."""
     threads: int = 1
-    """CPU threads of one worker."""
+    """CPU threads per worker."""
     data_tasks: int = 2
-    """Tasks that decode at the same time where Ray is embedded in this process, or where a cluster's workers hold all
-    its CPUs; otherwise a cluster uses all free ones."""
+    """Concurrent decoding tasks if Ray is embedded in this process, or if workers hold all CPUs of a cluster; otherwise
+    a cluster uses all free CPUs."""
     spread: bool = False
-    """Spread workers over nodes instead of filling one node after another."""
+    """Spread workers over nodes instead of filling one node after the other."""
     max_failures: int = 3
-    """Worker failures after which a run ends with an error."""
+    """Worker failures after which a run fails."""
     stall_s: float = 600.0
-    """Seconds after which a worker that does not answer counts as failed; one that answers and does not join a
-    collective so long and checkpoint.patience_s more, since it may be waiting for its checkpoint."""
+    """Seconds after which a worker that does not answer counts as failed. A worker that answers but does not join a
+    collective has checkpoint.patience_s more, since it may be retrying to write a checkpoint."""
     on_nan: Literal["stop", "skip", "roll_back"] = "stop"
-    """What a gradient that is not finite leads to, beside the sample ids in the log: an end of the run; a step without
-    an update; or a return to the newest checkpoint, from which the steps up to the bad one are left out."""
+    """What to do if a gradient is not finite; the sample ids are logged in any case. stop: end the run; skip: skip the
+    update of this step; roll_back: return to the newest checkpoint and skip all steps from there to the bad one."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "threads", "data_tasks"):
@@ -54,7 +54,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """What MLflow is told. The server is chosen by MLFLOW_TRACKING_URI; without it a local sqlite file is used."""
+    """What is logged to MLflow: the server of MLFLOW_TRACKING_URI, or a local sqlite file if that is not set."""
 
     experiment: str = "mae"
     """MLflow experiment of the run."""
@@ -63,7 +63,7 @@ class TrackingConfig:
     name: str = ""
     """Registered model; empty for mae-<arch>, or <backbone>-classifier."""
     log_every_steps: int = 10
-    """Steps between two points of every metric."""
+    """Steps between two points of a metric."""
     pictures_every_epochs: int = 10
     """Epochs between two pictures of reconstructions."""
 
@@ -76,24 +76,24 @@ class TrackingConfig:
 
 def check_model_name(name: str) -> None:
     if set(name) & set("/:"):
-        raise UserError(f"name {name!r} of a registered model holds / or :, which MLflow refuses; try -")
+        raise UserError(f"name {name!r} of a registered model contains / or :, which MLflow refuses; try -")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When training state is saved."""
+    """When checkpoints are saved, and which are kept."""
 
     every_epochs: float = 1.0
     """Epochs between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Checkpoints of the best val/top1 that are kept too; where none was evaluated on val, as in pretraining, of the
-    lowest training loss."""
+    """Number of checkpoints with the best val/top1 to keep in addition; with the lowest training loss if there was no
+    evaluation on val, as in pretraining."""
     keep_every_epochs: int | None = None
-    """Checkpoints of every so many epochs are kept too, for good; without a value none."""
+    """Epochs between two checkpoints that are kept permanently in addition; none if not set."""
     patience_s: float = 300.0
-    """How long a checkpoint that the storage refuses is tried again, while training goes on, before the run fails."""
+    """Seconds to retry a checkpoint that the storage refuses, while training continues, before the run fails."""
 
     def __post_init__(self) -> None:
         if not 0 < self.every_epochs < math.inf or self.keep < 1:

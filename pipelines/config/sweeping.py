@@ -1,4 +1,4 @@
-"""What a sweep tries."""
+"""Options of a sweep."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
 
 
 def parse_space(words: list[str]) -> dict[str, list[Any]]:
-    """The space that words such as `model.mask.ratio=0.5,0.75` describe; values are read as YAML."""
+    """Parse words such as `model.mask.ratio=0.5,0.75` into a search space; values are YAML. Raises UserError."""
     space = {}
     for word in words:
         dotted, equals, values = word.partition("=")
@@ -20,7 +20,7 @@ def parse_space(words: list[str]) -> dict[str, list[Any]]:
         try:
             space[dotted] = yaml.safe_load(f"[{values}]")
         except yaml.YAMLError:
-            raise UserError(f"{values!r} for {dotted} is no list of values; try model.mask.ratio=0.5,0.75") from None
+            raise UserError(f"{values!r} for {dotted} is not a list of values; try model.mask.ratio=0.5,0.75") from None
     return space
 
 
@@ -35,34 +35,34 @@ _SPACE_FLAG = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A search: every trial pretrains, is probed and fine-tuned; the best on val is registered."""
+    """A search whose trials pretrain, probe and fine-tune; the best on val is registered."""
 
     name: str = ""
-    """Name of the sweep; empty for the preset's name and a hash of the config."""
+    """Name of the sweep; if empty, the preset's name and a hash of the config."""
     output: str = "runs"
-    """Folder or s3:// prefix under which the ledger, the table, the figure and the best preset are written."""
+    """Folder or s3:// prefix for the ledger, the table, the figure and the best preset."""
     space: Annotated[dict[str, list[Any]], _SPACE_FLAG] = field(
         default_factory=lambda: {"model.mask.ratio": [0.5, 0.75, 0.9], "model.decoder_depth": [1, 4]}
     )
     """Dotted fields of `pretrain`, each with the values to try, such as model.mask.ratio=0.5,0.75."""
     search: Literal["grid", "random"] = "grid"
-    """grid tries every combination; random draws num_trials of them without repetition."""
+    """grid: try every combination; random: draw num_trials of them without repetition."""
     num_trials: int = 8
     """Trials of a random search."""
     seed: int = 0
     """Seed of a random search."""
     max_concurrent: int = 1
-    """Worker groups that run at the same time."""
+    """Worker groups that run concurrently."""
     trials_per_group: int = 1
-    """Trials that one worker group runs in turn; more save the start of a group where trials take seconds."""
+    """Trials that one worker group runs one after the other; more save start-up time if trials take only seconds."""
     select_by: Literal["finetune", "probe"] = "finetune"
-    """Accuracy on val that decides the best trial."""
+    """Accuracy on val by which the best trial is selected."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    """What every trial pretrains, before the point of the space is applied."""
+    """Pretraining of every trial, before the values of the search space are applied."""
     probe: ClassifyConfig = field(default_factory=lambda: PROBE)
-    """How a trial is probed; data.uri, backbone and compute are the trial's own."""
+    """Linear probe of every trial; data.uri, backbone and compute are set by the trial."""
     finetune: ClassifyConfig = field(default_factory=ClassifyConfig)
-    """How a trial is fine-tuned; data.uri, backbone and compute are the trial's own."""
+    """Fine-tuning of every trial; data.uri, backbone and compute are set by the trial."""
 
     def __post_init__(self) -> None:
         if not self.space or not all(isinstance(v, list) and v for v in self.space.values()):

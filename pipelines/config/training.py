@@ -1,4 +1,4 @@
-"""What is trained: pretraining, and classifiers on top of it."""
+"""Options of pretraining, and of training classifiers."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -21,20 +21,20 @@ def _check_epochs(epochs: int, optim: OptimConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Masked-autoencoder pretraining (Table 8)."""
+    """Masked-autoencoder pretraining (He et al. 2021, Table 8)."""
 
     name: str = ""
-    """Name of the run; empty for the preset's name and a hash of the config."""
+    """Name of the run; if empty, the preset's name and a hash of the config."""
     output: str = "runs"
-    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    """Folder or s3:// prefix for the checkpoints and metrics of runs."""
     seed: int = 0
-    """Seed of initial weights, order, crops and masks."""
+    """Seed of initial weights, sample order, crops and masks."""
     epochs: int = 800
     """Passes over the training split."""
     masks_per_image: int = 1
-    """Masks that a step learns from for each decoded image; every count stays one of masked images (`reading`)."""
+    """Masks per crop of a decoded image, all used in the same step. Batch and epochs still count masked images."""
     crops_per_image: int = 1
-    """Crops that a step learns from for each decoded image, each under masks of its own; counted likewise."""
+    """Crops per decoded image, each with its own masks, all used in the same step; counted in the same way."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset and batch."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -42,7 +42,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Augmentation; the paper's is a random resized crop and a flip, nothing else."""
+    """Augmentation; the paper uses only a random resized crop and a flip."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Workers and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -54,7 +54,7 @@ class PretrainConfig:
         _check_epochs(self.epochs, self.optim)
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
-                raise UserError(f"augment.{name} is for classifiers; pretraining has no labels: leave it out")
+                raise UserError(f"augment.{name} is for classifiers, and pretraining has no labels; leave it out")
         for name in ("masks_per_image", "crops_per_image"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; try 4, or 1 for the paper's")
@@ -68,14 +68,15 @@ class PretrainConfig:
 
     @property
     def views_per_image(self) -> int:
-        """Masked images that a step makes of each decoded one."""
+        """Number of masked images per decoded image."""
         return self.masks_per_image * self.crops_per_image
 
     @property
     def reading(self) -> "PretrainConfig":
-        """The same run counted in decoded images: a pass over them is as many epochs as each has views.
+        """The same run counted in decoded images instead of masked ones.
 
-        Steps, masked images a step, learning rates and, in samples, every duration are those of the recipe.
+        One pass over the decoded images stands for `views_per_image` epochs. The number of steps, masked images per
+        step, learning rates and all durations in samples are unchanged.
         """
         views = self.views_per_image
         if views == 1:
@@ -97,25 +98,25 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """Fine-tuning, linear probing or training from scratch: a classifier on labelled images (Tables 9 to 11)."""
+    """Training a classifier on labelled images: fine-tuning, linear probing or from scratch (Tables 9 to 11)."""
 
     name: str = ""
-    """Name of the run; empty for the preset's name and a hash of the config."""
+    """Name of the run; if empty, the preset's name and a hash of the config."""
     output: str = "runs"
-    """Folder or s3:// prefix under which runs keep checkpoints and metrics."""
+    """Folder or s3:// prefix for the checkpoints and metrics of runs."""
     backbone: str = "models:/mae-vit_base_patch16@candidate"
-    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> for none;
-    `mae finetune` and `mae probe` know it as --model too."""
+    """Registered model to start from (models:/NAME@ALIAS or models:/NAME/VERSION), or random:<arch> to train from
+    scratch. `mae finetune` and `mae probe` accept --model as another name."""
     image_px: tuple[int, int] | None = None
-    """Height and width of the input; without a value those of the backbone (of the stored images for random)."""
+    """Height and width of the input; if not set, those of the backbone (for random, those of the stored images)."""
     seed: int = 0
-    """Seed of head, order, augmentation, mixup and drop path."""
+    """Seed of head, sample order, augmentation, mixup and drop path."""
     epochs: int = 100
     """Passes over the training split."""
     data: DataConfig = field(default_factory=lambda: DataConfig(batch=1024))
     """Dataset and batch."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """What learns, and what is classified."""
+    """Which layers are trained, and the features that are classified."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             base_lr=5e-4, min_lr=1e-6, warmup_epochs=5.0, betas=(0.9, 0.999), layer_decay=0.65
@@ -125,9 +126,9 @@ class ClassifyConfig:
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(scale=(0.08, 1.0)))
     """Augmentation of training images."""
     eval_split: Literal["val", "test"] = "val"
-    """Split on which the final accuracy is measured; test is for the end of a study, once."""
+    """Split for the final accuracy; use test only once, at the end of a study."""
     eval_every_epochs: int = 10
-    """Epochs between two evaluations on val while training."""
+    """Epochs between two evaluations on val during training."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Workers and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -157,4 +158,4 @@ PROBE = ClassifyConfig(
     optim=OptimConfig(name="lars", base_lr=0.1, warmup_epochs=10.0, weight_decay=0.0),
     augment=AugmentConfig(scale=(0.08, 1.0)),
 )
-"""Linear probing as in Table 10, what `mae probe` starts from where no preset is named."""
+"""Linear probing as in Table 10; the default of `mae probe`."""

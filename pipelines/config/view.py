@@ -1,4 +1,4 @@
-"""What the commands take that look at images, models and runs; and the demo."""
+"""Options of the commands that show images, models and runs, and of the demo."""
 
 from dataclasses import dataclass
 
@@ -8,40 +8,40 @@ from pipelines.config.running import check_model_name
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig:
-    """Pictures in the manner of Figures 2 and 3: masked | reconstruction | original."""
+    """Pictures like Figures 2 and 3 of the paper: masked | reconstruction | original."""
 
     model: str = "models:/mae-vit_base_patch16@candidate"
-    """Registered backbone whose reconstructions are drawn."""
+    """Registered backbone that reconstructs the images."""
     uri: str = ""
     """Prepared dataset, or a folder of images."""
     split: str = "test"
     """Split of a prepared dataset that images are taken from."""
     ratios: tuple[float, ...] = (0.75, 0.8)
-    """Mask ratios, one block of rows each."""
+    """Mask ratios; each gets a block of rows."""
     num_images: int = 12
-    """Images drawn, spread evenly over the split."""
+    """Number of images, spread evenly over the split."""
     seed: int = 0
     """Seed of the masks."""
     out: str = "reconstructions.png"
-    """File that is written, here or at s3://."""
+    """Output file: a path or an s3:// URI."""
 
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
-            raise UserError("ratios and num_images must name at least one; try --ratios 0.75 0.8 --num-images 12")
+            raise UserError("ratios and num_images must be at least one each; try --ratios 0.75 0.8 --num-images 12")
         if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-            raise UserError(f"out {self.out!r} is no picture's name; try reconstructions.png")
+            raise UserError(f"out {self.out!r} must end in .png, .jpg, .jpeg or .webp; try reconstructions.png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """A look at a prepared dataset, or at a source before it is prepared."""
+    """Counts and a contact sheet of a prepared dataset, or of a source before it is prepared."""
 
     num_images: int = 32
-    """Samples drawn, and at most as many of the quarantine."""
+    """Number of samples on the sheet, and the most quarantined images added to them."""
     seed: int = 0
-    """Seed of the choice from a source."""
+    """Seed of the choice of images from a source."""
     out: str = "contact-sheet.png"
-    """File that the sheet is written to, here or at s3://."""
+    """Output file of the sheet: a path or an s3:// URI."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 1000:
@@ -50,12 +50,12 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
-    """A checkpoint of a pretraining run becomes a version of a registered model."""
+    """Registration of a checkpoint of a pretraining run as a model version."""
 
     name: str = ""
-    """Registered model; empty for the run's own, mae-<arch>."""
+    """Registered model; if empty, the name in the run's config or mae-<arch>."""
     experiment: str = ""
-    """MLflow experiment that holds the run; empty for the run's own."""
+    """MLflow experiment of the run; if empty, the one in the run's config."""
 
     def __post_init__(self) -> None:
         check_model_name(self.name)
@@ -63,19 +63,19 @@ class RegisterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """Runs with their state, step, last checkpoint and loss."""
+    """Listing of runs with their state, step, last checkpoint and loss."""
 
     watch: bool = False
-    """Follow one run, a line for each step that leaves metrics, until it has ended."""
+    """Follow one run until it ends, with a line for each step that has metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole pipeline on the embedded sample, in minutes."""
+    """End-to-end run of the pipeline on the bundled sample, in minutes."""
 
     output: str = "mae-demo"
-    """Folder for everything that the demo writes."""
+    """Folder for all files of the demo."""
     seeds: int = 3
-    """Fine-tunings and trainings from scratch that are averaged."""
+    """Number of seeds over which fine-tuning and training from scratch are averaged."""
     quick: bool = False
-    """Every part with a fraction of the training: checks an installation; its accuracies mean nothing."""
+    """Run every part with a fraction of the training, to check an installation; the accuracies mean nothing."""
