@@ -1,6 +1,6 @@
-"""A sample of real images that the package carries: Fashion-MNIST, 6,000 train and 2,000 test in ten classes, as PNG.
+"""A sample of real images that ships with the package: Fashion-MNIST, 6,000 train and 2,000 test in ten classes, PNG.
 
-Its licence (MIT, Zalando SE) lies beside it; infra/make_sample.py made it.
+Its licence (MIT, Zalando SE) is in this folder. infra/make_sample.py built it.
 """
 
 import zipfile
@@ -10,9 +10,9 @@ _ARCHIVE = Path(__file__).parent / "fashion-mnist-sample.zip"
 
 
 def unpack(folder: Path) -> Path:
-    """The sample's images are in `folder`, as train/<class>/NNNNN.png and test/<class>/NNNNN.png; returns the folder.
+    """Write the sample's images to train/<class>/NNNNN.png and test/<class>/NNNNN.png in `folder`; return the folder.
 
-    Files that are already whole are left alone, others written again; a file appears with all its bytes or not at all.
+    Complete files are kept and others rewritten. Each file appears complete or not at all.
     """
     with zipfile.ZipFile(_ARCHIVE) as archive:
         for member in archive.infolist():

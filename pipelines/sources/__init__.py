@@ -1,6 +1,6 @@
-"""Where images come from: a prefix of image files, tar files, Parquet, a list of URIs, or Kaggle's ImageNet-1K.
+"""Sources of images: a folder of image files, tar files, Parquet, a list of URIs, or Kaggle's ImageNet-1K.
 
-A source says what it has, entry by entry, and an entry where its bytes lie, so that any task can read any of them.
+A source lists its images as entries. An entry locates its bytes, so that any task can read them.
 """
 
 import logging
@@ -22,36 +22,39 @@ __all__ = ["SPLITS", "Entry", "Place", "Source", "open_source"]
 log = logging.getLogger(__name__)
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
-# An image within could be reached only by unpacking all that lies before it, anew in every task.
-_UNPACK = "which cannot be read in place; unpack it, or make it a .tar (gunzip does so with a .tar.gz)"
+# To reach one image, every task would have to unpack everything before it.
+_UNPACK = "which cannot be read in place; unpack it, or convert it to .tar (gunzip does so with a .tar.gz)"
 _KINDS = {"images": SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
 
 
 class Source(Protocol):
-    """What `mae prepare` reads from."""
+    """Input of `mae prepare`."""
 
     @property
     def place(self) -> Place:
-        """What its entries' paths are relative to."""
+        """Place that the paths of its entries are relative to."""
         ...
 
     @property
     def has_explicit_labels(self) -> bool:
-        """Whether labels were written down, rather than being names of folders. Known when entries have been read."""
+        """Whether labels are stored, rather than names of folders. Known once entries have been read."""
         ...
 
     @property
     def classes(self) -> list[str]:
-        """Names of classes in an order that the source gives; empty where it gives none."""
+        """Class names in the order that the source defines; empty if it defines none."""
         ...
 
     def entries(self) -> Iterator[Entry]:
-        """Every image, in no particular order; memory does not grow with their number."""
+        """Yield every image, in no particular order; memory does not grow with their number."""
         ...
 
 
 def open_source(uri: str) -> Source:
-    """The source that a URI names. Raises FileNotFoundError or UserError where there is none of a kind we read."""
+    """Open the source that a URI names.
+
+    Raises FileNotFoundError if there is nothing, and UserError if it is of no supported kind.
+    """
     name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
     if name.endswith(_COMPRESSED):
         raise UserError(f"{uri} is a compressed archive, {_UNPACK}")
@@ -82,14 +85,14 @@ def _of_file(folder: Storage, file: str) -> Source:
 
 
 def _of_tables(storage: Storage, files: list[ListedFile]) -> Source:
-    """Parquet with images in it, or with their URIs."""
+    """Open Parquet files that hold images, or their URIs."""
     if lists.is_list(storage, files[0].path):
         return lists.ParquetList(storage, [found.path for found in files])
     return tables.Tables(storage, files)
 
 
 def _only_file(folder: Storage, file: str) -> ListedFile:
-    """The one file that the user named, which may be a link to anywhere."""
+    """Return the file that the user named, which may be a link to anywhere."""
     found = folder.stat(file)
     if found.fault == LEAVES:
         folder, name = _split(open_storage(os.path.realpath(folder.join(file))))
@@ -100,7 +103,7 @@ def _only_file(folder: Storage, file: str) -> ListedFile:
 
 
 def _of_folder(storage: Storage) -> Source:
-    """What the first file that we know decides; files of another kind beside it are refused."""
+    """Open a folder as the kind of its first file of a known kind. Raises UserError for a mixture of kinds."""
     files = _known(storage)
     first = next(files, None)
     if first is None:
@@ -117,12 +120,12 @@ def _of_folder(storage: Storage) -> Source:
     if kind == "tar files":
         return tars.Tars(storage, sorted(found))
     if storage.exists("manifest.json"):
-        raise UserError(f"{storage.uri} is a prepared dataset already; give the source that it was made from")
+        raise UserError(f"{storage.uri} is already a prepared dataset; give the source that it was made from")
     return _of_tables(storage, sorted(found))
 
 
 def _known(storage: Storage) -> Iterator[ListedFile]:
-    """Files of the kinds that we know. What compressed archives and links to folders lead to is said to be left out."""
+    """Yield files of known kinds. Log how many compressed archives and links to folders are skipped."""
     num_links, link, num_archives, archive = 0, "", 0, ""
     for found in storage.files():
         if found.path.lower().endswith(_COMPRESSED):
@@ -132,9 +135,9 @@ def _known(storage: Storage) -> Iterator[ListedFile]:
         elif _kind(found.path):
             yield found
     if num_archives:
-        log.warning("%s: compressed archives are left out (%d, such as %r)", storage.uri, num_archives, archive)
+        log.warning("%s: skipping compressed archives (%d, such as %r)", storage.uri, num_archives, archive)
     if num_links:
-        log.warning("%s: links to folders are not followed (%d, such as %r)", storage.uri, num_links, link)
+        log.warning("%s: not following links to folders (%d, such as %r)", storage.uri, num_links, link)
 
 
 def _kind(path: str) -> str:
@@ -146,9 +149,8 @@ def _only(kind: str, first: str, files: Iterable[ListedFile], storage: Storage) 
         other = _kind(found.path)
         if other != kind:
             raise UserError(
-                f"{storage.uri} has {kind} such as {first} and {other} such as {found.path}; "
-                "prepare them one after the other"
+                f"{storage.uri} has {kind} such as {first} and {other} such as {found.path}; prepare one kind at a time"
             )
         if found.fault and kind != "images":
-            raise UserError(f"{storage.join(found.path)} cannot be read ({found.fault}); copy the file itself there")
+            raise UserError(f"{storage.join(found.path)} cannot be read ({found.fault}); replace it by the file itself")
         yield found

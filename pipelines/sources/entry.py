@@ -1,4 +1,4 @@
-"""One image of a source: what it is called, what is known of it, and where its bytes lie."""
+"""One image of a source: its name, its metadata, and the location of its bytes."""
 
 import dataclasses
 import operator
@@ -11,38 +11,38 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image. Fields are what JSON can hold, in the order in which entries are sorted."""
+    """An image. Fields are JSON types, in the order by which entries are sorted."""
 
     name: str
-    """What the dataset will call it: the path below the source, or the place within a file there."""
+    """Name in the dataset: the path below the source, followed by the position within a file of many images."""
     path: str
-    """The file that holds it; in a list of URIs also a URI."""
+    """File that contains it. In a list of URIs it may be a URI."""
     offset: int = -1
-    """Of its first byte in that file; -1 where the file is the image."""
+    """Offset of its first byte in that file; -1 if the file is the image."""
     group: int = -1
-    """Parquet row group; -1 where the file is none."""
+    """Parquet row group; -1 if the file is not Parquet."""
     row: int = -1
     """Row within the row group."""
     num_bytes: int = 0
-    """Its size; of a Parquet row the mean of its row group."""
+    """Size in bytes; for a Parquet row, the mean of its row group."""
     split: str = ""
-    """One of SPLITS, or empty where the source does not say."""
+    """One of SPLITS, or empty if the source does not specify it."""
     label: str = ""
-    """Name of its class; empty where it has none."""
+    """Name of its class; empty if it has none."""
     is_flat: bool = False
-    """Whether the label is sure: written down, or the name of the only folder that the image is in."""
+    """Whether the label is certain: stored explicitly, or the name of the only folder that contains the image."""
     version: str = ""
-    """Changes with the file that holds it; no part of what the dataset is. Empty where no listing says so."""
+    """Changes with the file that contains it; not part of the dataset's identity. Empty if the listing has none."""
     fault: str = ""
-    """Why it must not be read; mostly empty."""
+    """Why it must not be read; usually empty."""
 
 
 fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))
-"""What dataclasses.astuple says of an entry, without its copies, which cost ten times as much."""
+"""Equivalent of dataclasses.astuple for an entry, ten times faster because it does not copy."""
 
 
 def split_by_name(path: str) -> str:
-    """The split that a shard's path speaks of, such as train-00000-of-00008.parquet or val/000.tar; or empty."""
+    """Return the split that a file's path names, such as train-00000-of-00008.parquet or val/000.tar; may be empty."""
     for part in path.split("/"):
         for word in re.split(r"[-_.]", part.lower()):
             if word in _SPLIT_WORDS:
@@ -51,9 +51,9 @@ def split_by_name(path: str) -> str:
 
 
 def by_folder(path: str) -> tuple[str, str, bool]:
-    """Split, label, and whether the label is sure, of an image in folders: [split/][class/[deeper/]]name."""
+    """Return split, label, and whether the label is certain, of an image at [split/][class/[deeper/]]name."""
     parts = path.split("/")
     split = parts.pop(0) if parts[0] in SPLITS and len(parts) > 1 else ""
-    # A name that is no UTF-8 can be no class in JSON.
+    # JSON cannot hold a class name that is not valid UTF-8.
     label = parts[0].encode("utf-8", "backslashreplace").decode() if len(parts) > 1 else ""
     return split, label, len(parts) == 2

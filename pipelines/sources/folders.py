@@ -1,4 +1,4 @@
-"""Image files, nested as they like, one folder a class, with train/, val/ and test/ at the top or without."""
+"""Image files in folders of any depth: one folder per class, optionally within train/, val/ and test/."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,7 +9,7 @@ from pipelines.storage.listing import ListedFile
 
 
 class Folder:
-    """Every file is an image."""
+    """A source in which every file is an image."""
 
     has_explicit_labels = False
 
@@ -19,7 +19,7 @@ class Folder:
         self._files = files
 
     def entries(self) -> Iterator[Entry]:
-        """Once: the listing is not held."""
+        """Yield every image. Can be called once, because the listing is not kept."""
         for path, size, version, fault in self._files:
             split, label, is_flat = by_folder(path)
             yield Entry(path, path, -1, -1, -1, size, split, label, is_flat, version, fault)

@@ -1,8 +1,8 @@
-"""ImageNet-1K as Kaggle ships it: synset folders for training, a flat validation folder with its ground truth.
+"""ImageNet-1K as distributed by Kaggle: synset folders for training, a flat validation folder with its ground truth.
 
-LOC_synset_mapping.txt names the classes (`n01440764 tench, Tinca tinca`), LOC_val_solution.csv the class of every
-validation image (`ILSVRC2012_val_00048981,n03995372 85 1 499 272`), and without it the development kit; test images
-have none.
+LOC_synset_mapping.txt names the classes (`n01440764 tench, Tinca tinca`). The class of a validation image is in
+LOC_val_solution.csv (`ILSVRC2012_val_00048981,n03995372 85 1 499 272`), or else in the development kit. Test images
+have no class.
 """
 
 import csv
@@ -41,21 +41,21 @@ class ImageNet:
             parts = path.removeprefix(f"{root}/").split("/")
             split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
             if not split:
-                raise UserError(f"{self._storage.join(path)} is in none of train/, val/ and test/; move or remove it")
+                raise UserError(f"{self._storage.join(path)} is not in train/, val/ or test/; move or remove it")
             synset = parts[1] if len(parts) > 2 else ""
             if split == "val" and not synset:
                 solution = self._read_solution() if solution is None else solution
                 synset = solution.get(parts[1].split(".")[0], "")
             if split != "test" and synset not in self._names:
                 file = "the ground truth" if split == "val" and len(parts) == 2 else SYNSETS
-                raise UserError(f"{file} says nothing of {path} (synset {synset or 'unknown'}); copy it again")
+                raise UserError(f"{file} has no class for {path} (synset {synset or 'unknown'}); copy it again")
             label = self._names.get(synset, "")
             yield Entry(
                 name=path, path=path, num_bytes=size, split=split, label=label, is_flat=bool(label), version=version
             )
 
     def _read_names(self) -> dict[str, str]:
-        """Name of each class by synset, in the file's order, which is that of everybody's labels."""
+        """Return the name of each class by synset, in the file's order, which is the order of the standard labels."""
         names = {}
         for number, line in enumerate(self._text(SYNSETS).splitlines(), 1):
             synset, _, words = line.strip().partition(" ")
@@ -63,7 +63,8 @@ class ImageNet:
                 continue
             if not words or synset in names:
                 raise UserError(
-                    f"line {number} of {self._storage.join(SYNSETS)} is not `synset names`, or a second one"
+                    f"line {number} of {self._storage.join(SYNSETS)} is not `synset names`, or repeats a synset; "
+                    "copy it again"
                 )
             names[synset] = f"{synset} {words.strip()}"
         if not names:
@@ -71,12 +72,12 @@ class ImageNet:
         return names
 
     def _read_solution(self) -> dict[str, str]:
-        """Synset by the name of the image."""
+        """Return the synset of each validation image by the image's name."""
         if not self._storage.exists(_SOLUTION):
             synsets = validation_synsets(self._storage)
             if not synsets:
                 raise UserError(
-                    f"the images of val/ are in no synset folder and {self._storage.join(_SOLUTION)} is absent; "
+                    f"the images of val/ are not in synset folders, and {self._storage.join(_SOLUTION)} is missing; "
                     "copy it there"
                 )
             return {f"ILSVRC2012_val_{number:08d}": synset for number, synset in enumerate(synsets, 1)}
@@ -89,4 +90,4 @@ class ImageNet:
         try:
             return self._storage.read(path).decode()
         except UnicodeDecodeError:
-            raise UserError(f"{self._storage.join(path)} is not text in UTF-8; copy it again") from None
+            raise UserError(f"{self._storage.join(path)} is not UTF-8 text; copy it again") from None

@@ -1,4 +1,4 @@
-"""A CSV or Parquet list of URIs: a column `uri` (or path, file, image), and perhaps `label` and `split`."""
+"""A CSV or Parquet list of URIs: a column `uri` (or path, file, image), and optionally `label` and `split`."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ _BATCH_ROWS = 8192
 
 
 class CsvList:
-    """Images that a CSV file with a header names; relative paths start where the file lies."""
+    """Images that a CSV file with a header lists; relative paths are relative to its folder."""
 
     def __init__(self, storage: Storage, path: str) -> None:
         self.place = Place(storage, takes_uris=True)
@@ -36,19 +36,19 @@ class CsvList:
         for number, row in rows:
             where = f"line {number} of {self._uri}"
             if row and len(row) != self._width:
-                raise UserError(f"{where} has {len(row)} fields where the header has {self._width}; mend it")
+                raise UserError(f"{where} has {len(row)} fields where the header has {self._width}; fix it")
             if row:
                 yield _entry(self._storage, where, {key: row[i].strip() for key, i in self._columns.items()})
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Fields, with the number of the line that they end on."""
+        """Yield the fields of each row, with the number of its last line."""
         with self._text() as text:
             try:
                 rows = csv.reader(text)
                 for row in rows:
                     yield rows.line_num, row
             except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{self._uri} is not a CSV file in UTF-8 ({error}); save it as one") from None
+                raise UserError(f"{self._uri} is not a CSV file in UTF-8 ({error}); save it as UTF-8") from None
 
     def _text(self) -> io.TextIOWrapper:
         file = io.BufferedReader(self._storage.open_input(self._path), 2**20)
@@ -56,7 +56,7 @@ class CsvList:
 
 
 class ParquetList:
-    """Images that Parquet files name in a column of strings."""
+    """Images that Parquet files list in a column of strings."""
 
     def __init__(self, storage: Storage, paths: Sequence[str]) -> None:
         self.place = Place(storage, takes_uris=True)
@@ -74,7 +74,10 @@ class ParquetList:
             with open_table(self._storage, path) as file:
                 missing = sorted(set(self._columns.values()) - set(file.schema_arrow.names))
                 if missing:
-                    raise UserError(f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._paths[0]} has")
+                    raise UserError(
+                        f"{self._storage.join(path)} has no column {missing[0]!r}, unlike {self._paths[0]}; "
+                        "prepare files of one kind at a time"
+                    )
                 columns = list(self._columns.values())
                 rows = (row for batch in file.iter_batches(_BATCH_ROWS, columns=columns) for row in batch.to_pylist())
                 for number, row in enumerate(rows):
@@ -83,7 +86,7 @@ class ParquetList:
 
 
 def is_list(storage: Storage, path: str) -> bool:
-    """Whether a Parquet file names images in strings rather than holding them."""
+    """Return whether a Parquet file lists images by name instead of containing them."""
     with open_table(storage, path) as file:
         return bool(_uri_column(file)) and not any(
             pat.is_binary(kind) or pat.is_large_binary(kind) or pat.is_struct(kind) for kind in file.schema_arrow.types
@@ -101,16 +104,16 @@ def _uri_column(file: object) -> str:
 
 
 def _columns(header: Sequence[str], uri: str) -> dict[str, int]:
-    """Which field says what."""
+    """Return the position of each known field in the header."""
     names = [name.strip().lower() for name in header]
-    found = {}
+    columns = {}
     for key, known in (("uri", _URI_COLUMNS), ("label", _LABEL_COLUMNS), ("split", ("split",))):
-        place = next((names.index(name) for name in known if name in names), None)
-        if place is not None:
-            found[key] = place
-    if "uri" not in found:
-        raise UserError(f"the first line of {uri} names no column of images; let it be uri,label or path,label")
-    return found
+        position = next((names.index(name) for name in known if name in names), None)
+        if position is not None:
+            columns[key] = position
+    if "uri" not in columns:
+        raise UserError(f"the first line of {uri} names no column of images; make it uri,label or path,label")
+    return columns
 
 
 def _entry(storage: Storage, where: str, row: dict[str, str]) -> Entry:
@@ -124,5 +127,5 @@ def _entry(storage: Storage, where: str, row: dict[str, str]) -> Entry:
     if "://" in uri and not uri.startswith(("s3://", "file://")):
         raise UserError(f"{where} names {uri}, which cannot be read; give paths, s3:// or file:// URIs")
     if is_local and not storage.is_local:
-        raise UserError(f"{where} names {uri} on this machine, which a list in a bucket may not; use s3:// or relative")
+        raise UserError(f"{where} names {uri} on this machine, which a list in a bucket may not; use s3:// or a path")
     return Entry(name=uri, path=uri, split=split, label=label, is_flat=bool(label))

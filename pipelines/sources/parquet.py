@@ -1,4 +1,4 @@
-"""Parquet files, read in small parts; what Arrow says of a damaged one becomes a sentence that names it."""
+"""Read Parquet files in small parts; turn Arrow's errors about damage into messages that name the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from pipelines.storage import Storage
 
 @contextmanager
 def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
-    """The file. Raises UserError where it turns out, here or in the block, to be none, damaged or cut short."""
+    """Open the file. Raises UserError, here or in the block, if it is not Parquet, damaged or truncated."""
     try:
         with (
             storage.open_input(path) as source,
@@ -23,11 +23,14 @@ def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         if not _is_damage(error):
             raise
         reason = str(error).splitlines()[0].strip().rstrip(":")
-        raise UserError(f"{storage.join(path)} is not a whole Parquet file ({reason}); copy it again") from None
+        raise UserError(f"{storage.join(path)} is not an intact Parquet file ({reason}); copy it again") from None
 
 
 def _is_damage(error: Exception) -> bool:
-    """Arrow raises OSError for Parquet that it cannot parse, too: one without a number, and of no store."""
+    """Return whether the error means damaged Parquet.
+
+    Arrow also raises OSError for Parquet that it cannot parse: then it has no errno and does not come from a store.
+    """
     if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
         return type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
     return True

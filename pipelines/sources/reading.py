@@ -1,6 +1,6 @@
-"""Bytes of entries, in order: files and ranges some way ahead in threads, Parquet rows as they stream.
+"""Read the bytes of entries, in order: files and ranges prefetched by threads, Parquet rows as a stream.
 
-What is in memory at a time is bounded in bytes, however large the images and however many.
+Memory is bounded in bytes, for any size and number of images.
 """
 
 from collections import deque
@@ -20,12 +20,12 @@ from pipelines.storage.listing import LEAVES, check_size
 
 MAX_IMAGE_BYTES = 256 * 2**20
 Content = bytes | ValueError
-"""The bytes of an image, or why there are none."""
+"""The bytes of an image, or the reason why it cannot be read."""
 
 _THREADS = 16
 _AHEAD_BYTES = 64 * 2**20
 _AHEAD_UNITS = 256
-# Images of a tar that lie close together are one request.
+# Images that are close together in a tar are read in one request.
 _UNIT_BYTES = 4 * 2**20
 _GAP_BYTES = 64 * 2**10
 _BATCH_ROWS = 16
@@ -33,16 +33,16 @@ _BATCH_ROWS = 16
 
 @dataclass(frozen=True)
 class Place:
-    """What entries' paths are relative to, and how their bytes are found."""
+    """Where entries are: the storage that their paths are relative to, and how to read their bytes."""
 
     storage: Storage
     image_column: str = ""
-    """Parquet column of the bytes, such as `image.bytes`."""
+    """Parquet column with the image bytes, such as `image.bytes`."""
     takes_uris: bool = False
-    """Whether a path may also be a URI; nowhere but in a list that the user wrote."""
+    """Whether a path may also be a URI. Only so for a list that the user wrote."""
 
     def contents(self, entries: Sequence[Entry]) -> Iterator[Content]:
-        """What each entry holds. Raises OSError where the store fails, ValueError for a damaged Parquet file."""
+        """Yield the content of each entry. Raises OSError if the store fails, UserError for a damaged Parquet file."""
         yield from self._rows(entries) if self.image_column else self._ranges(entries)
 
     def _ranges(self, entries: Sequence[Entry]) -> Iterator[Content]:
@@ -73,12 +73,12 @@ class Place:
                 return [self._file(first.path)]
             _check_inside(first.name)
             end = unit[-1].offset + unit[-1].num_bytes
-            whole = self.storage.read_range(first.path, first.offset, end - first.offset)
+            content = self.storage.read_range(first.path, first.offset, end - first.offset)
         except (FileNotFoundError, PermissionError):
             return [ValueError("cannot be read") for _ in unit]
         except ValueError as error:
             return [error for _ in unit]
-        return [whole[entry.offset - first.offset :][: entry.num_bytes] for entry in unit]
+        return [content[entry.offset - first.offset :][: entry.num_bytes] for entry in unit]
 
     def _file(self, path: str) -> bytes:
         storage = self.storage
@@ -86,7 +86,8 @@ class Place:
             folder, _, path = open_storage(path).uri.rpartition("/")
             storage = open_storage(folder or "/")
         _check_inside(path)
-        # Before it is opened: a pipe would be waited for, a device read for ever. A list may name links to anywhere.
+        # Check before opening: opening a pipe would block, and reading a device may never end. A list may name links to
+        # anywhere.
         fault = storage.stat(path).fault if storage.is_local else ""
         if fault and not (self.takes_uris and fault == LEAVES):
             raise UserError(fault)
@@ -99,7 +100,7 @@ class Place:
                     yield from self._group(file, path, group, [entry.row for entry in wanted])
 
     def _group(self, file: pq.ParquetFile, path: str, group: int, rows: list[int]) -> Iterator[Content]:
-        """The rows, ascending, of one row group, of which a few are in memory at a time."""
+        """Yield the rows (ascending) of one row group, a few at a time in memory."""
         batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.image_column], use_threads=False)
         wanted = deque(rows)
         for number, batch in enumerate(batches):
@@ -127,7 +128,7 @@ def _check_inside(path: str) -> None:
 
 
 def _units(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Entries that are read at once."""
+    """Group adjacent entries that are read in one request."""
     unit: list[Entry] = []
     for entry in entries:
         if unit and not _adjoins(unit, entry):

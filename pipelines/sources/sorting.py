@@ -1,4 +1,4 @@
-"""Entries in order, however many: sorted runs on the local disk, merged as they are read."""
+"""Sort any number of entries: sorted runs on the local disk, merged on reading (external merge sort)."""
 
 import hashlib
 import heapq
@@ -16,8 +16,10 @@ _Row = tuple[object, ...]
 
 
 class SortedEntries:
-    """Entries by split, then mixed where each is a file, by name where files hold many; readable again and again until
-    it is closed."""
+    """Entries sorted by split, then by a hash of the name (one image per file) or by name (many images per file).
+
+    Iterable any number of times until it is closed.
+    """
 
     def __init__(self, entries: Iterable[Entry], run_entries: int = RUN_ENTRIES) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mae-listing-")
@@ -37,7 +39,7 @@ class SortedEntries:
                 yield Entry(*fields)  # pyright: ignore[reportArgumentType] -- the fields of an Entry, in order
 
     def close(self) -> None:
-        """The disk space is free again."""
+        """Free the disk space."""
         self._folder.cleanup()
 
     def _fill(self, entries: Iterable[Entry], run_entries: int) -> None:
@@ -59,7 +61,7 @@ class SortedEntries:
         self._runs.append(path)
 
     def _merge_runs(self) -> None:
-        """One run instead of many, so that few files are ever open."""
+        """Merge all runs into one, to limit the number of open files."""
         merged, self._runs = self._runs, []
         with ExitStack() as stack:
             self._spill(heapq.merge(*(_read(stack, run) for run in merged)))
@@ -68,8 +70,11 @@ class SortedEntries:
 
 
 def _mixed(entry: Entry) -> int:
-    """A hash of the name: folders hold a class each, and no shuffle window of training could mix what is stored far
-    apart. What lies within a larger file keeps its place, so that neighbours are read together."""
+    """Return a hash of the name, or 0 for an image within a larger file.
+
+    Hashing mixes the classes, because folders hold one class each and a shuffle window of training only mixes what is
+    stored close together. Images within a larger file keep their order, so that neighbours are read in one request.
+    """
     if entry.offset >= 0 or entry.group >= 0:
         return 0
     name = entry.name.encode("utf-8", "surrogateescape")

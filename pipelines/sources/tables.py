@@ -25,7 +25,7 @@ _MAX_EMPTY_ROWS = 2**20
 
 
 class Tables:
-    """Images of some Parquet files; a file whose name says so (data/train-00000.parquet) is of that split."""
+    """Images in Parquet files. A file whose name contains a split (data/train-00000.parquet) belongs to it."""
 
     def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
         self._storage, self._files = storage, files
@@ -49,21 +49,21 @@ class Tables:
             missing = [column for column in top if column not in file.schema_arrow.names]
             if missing:
                 raise UserError(
-                    f"{self._storage.join(path)} has no column {missing[0]!r}, as {self._files[0].path} has; "
+                    f"{self._storage.join(path)} has no column {missing[0]!r}, unlike {self._files[0].path}; "
                     "prepare files of one kind at a time"
                 )
             return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
 
     def _group(self, file: pq.ParquetFile, found: ListedFile, group: int) -> Iterator[Entry]:
         path = found.path
-        about = file.metadata.row_group(group)
-        columns = {about.column(i).path_in_schema: about.column(i) for i in range(about.num_columns)}
+        metadata = file.metadata.row_group(group)
+        columns = {metadata.column(i).path_in_schema: metadata.column(i) for i in range(metadata.num_columns)}
         image = columns.get(self.place.image_column)
-        # Rows cost nothing to claim, and each is an entry here.
-        if image is None or about.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
+        # A small file can claim billions of empty rows, each of which would become an entry.
+        if image is None or metadata.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
             raise UserError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
-        num_bytes = image.total_uncompressed_size // max(1, about.num_rows)
-        labels = [""] * about.num_rows
+        num_bytes = image.total_uncompressed_size // max(1, metadata.num_rows)
+        labels = [""] * metadata.num_rows
         if self._label_column:
             values = file.read_row_group(group, columns=[self._label_column])[self._label_column].to_pylist()
             labels = ["" if value is None else self._class(value, path) for value in values]
@@ -77,12 +77,14 @@ class Tables:
         if not self.classes or isinstance(value, str):
             return str(value)
         if not 0 <= value < len(self.classes):
-            raise UserError(f"{self._storage.join(path)} has label {value}, but names for {len(self.classes)} classes")
+            raise UserError(
+                f"{self._storage.join(path)} has label {value}, but {len(self.classes)} class names; fix its schema"
+            )
         return self.classes[value]
 
 
 def label_column(schema: pa.Schema) -> str:
-    """The column of integers or names that tells classes; empty where there is none."""
+    """Return the name of the integer or string column with the classes; empty if there is none."""
     for name in _LABEL_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
@@ -92,12 +94,12 @@ def label_column(schema: pa.Schema) -> str:
 
 
 def _image_column(schema: pa.Schema, uri: str) -> str:
-    """Path of the column of bytes, such as `image` or `image.bytes`."""
+    """Return the path of the column with the image bytes, such as `image` or `image.bytes`."""
     binary = {name: path for name in schema.names if (path := _bytes_of(schema.field(name)))}
     named = [path for name, path in binary.items() if name in _IMAGE_COLUMNS]
     if len(named or binary) != 1:
         raise UserError(
-            f"{uri} has no column that must be the images (columns: {', '.join(schema.names)}); "
+            f"{uri} has no unambiguous column of images (columns: {', '.join(schema.names)}); "
             "name one `image`, of type binary or struct<bytes, path>"
         )
     return named[0] if named else next(iter(binary.values()))
@@ -113,7 +115,7 @@ def _bytes_of(field: pa.Field) -> str:
 
 
 def _names(schema: pa.Schema, column: str) -> list[str]:
-    """Class names as Hugging Face's datasets writes them into the schema."""
+    """Return the class names that Hugging Face's datasets stores in the schema, if any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[column]["names"]

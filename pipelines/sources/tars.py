@@ -1,6 +1,6 @@
-"""Tar files of images in the manner of WebDataset: `x.jpg` beside `x.cls`, or in one folder a class.
+"""Tar files of images in WebDataset's layout: `x.jpg` with `x.cls`, or one folder per class.
 
-Headers are read once, here; after that an image is a range of its file.
+Headers are read once, when listing. After that an image is a byte range of its file.
 """
 
 import io
@@ -18,7 +18,7 @@ from pipelines.storage import Storage
 from pipelines.storage.listing import ListedFile
 
 _INDEX_THREADS = 4
-# Headers are this far apart in tars of small images, so that one request finds many of them.
+# In tars of small images, one request of this size covers many headers.
 _READ_AHEAD_BYTES = 2**20
 _MAX_LABEL_BYTES = 1024
 _MAX_EXTENSION_BYTES = 2**20
@@ -28,7 +28,7 @@ _EXTENSIONS = (
 
 
 class Tars:
-    """Images of some tar files; a file whose name says so (train-000.tar, val/000.tar) is of that split."""
+    """Images in tar files. A file whose name contains a split (train-000.tar, val/000.tar) belongs to it."""
 
     def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
         self.place = Place(storage)
@@ -44,7 +44,7 @@ class Tars:
                     yield from entries
 
     def _index(self, found: ListedFile) -> tuple[list[Entry], bool]:
-        """The images of one file, and whether labels stand beside them."""
+        """Return the images of one tar file, and whether it has labels."""
         images: list[_Image] = []
         labels: dict[str, str] = {}
         with self._storage.open_input(found.path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
@@ -65,7 +65,7 @@ class Tars:
             label = ""
         if not label:
             raise UserError(
-                f"{self._storage.join(path)}: {member.name} holds no class; it must be a number or a name in UTF-8"
+                f"{self._storage.join(path)}: {member.name} contains no class; it must be a number or a name in UTF-8"
             )
         return label
 
@@ -89,17 +89,17 @@ class Tars:
 
 
 class _Image(NamedTuple):
-    """What is kept of a member: tarfile's own objects are many times as large."""
+    """The part of a member that is kept: tarfile's own objects are many times larger."""
 
     name: str
     offset: int
     num_bytes: int
     link: str = ""
-    """Name of the member that it is a link to; empty for a file."""
+    """Name of the member that it links to; empty for a file."""
     fault: str = ""
 
     def at(self, other: "_Image | None") -> "_Image":
-        """Itself with the bytes of another, where there is one."""
+        """Return this image with the byte range of the linked one, or with a fault if that does not exist."""
         if other is None:
             return self._replace(fault="broken link")
         return self._replace(offset=other.offset, num_bytes=other.num_bytes, fault=other.fault)
@@ -115,7 +115,7 @@ def _image(member: tarfile.TarInfo) -> _Image:
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose extensions, which are read whole, are bounded."""
+    """A header with a limit on its extensions, which tarfile reads into memory."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTENSIONS and self.size > _MAX_EXTENSION_BYTES:
@@ -124,12 +124,12 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """All that is visible in an archive, but folders. Raises UserError that names one that is cut short or damaged."""
-    damaged = f"{uri} is cut short or damaged; copy it again"
+    """Yield all visible members of an archive except folders. Raises UserError if it is truncated or damaged."""
+    damaged = f"{uri} is truncated or damaged; copy it again"
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
-                # tarfile keeps what it has seen.
+                # tarfile keeps every member in memory.
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 hidden = any(part.startswith(".") and part.strip(".") for part in member.name.split("/"))
                 if not member.isdir() and not hidden:
@@ -137,7 +137,7 @@ def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInf
             end = tar.offset
     except tarfile.TarError:
         raise UserError(damaged) from None
-    # A damaged header in the middle ends tarfile's reading without a word; a whole archive ends in zeros.
+    # tarfile stops silently at a damaged header. A complete archive ends in zeros.
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if not block or block.strip(b"\0"):
@@ -145,6 +145,6 @@ def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInf
 
 
 def _key(name: str) -> str:
-    """WebDataset's key of a sample: the path up to the first dot of the file's name."""
+    """Return WebDataset's key of a sample: the path up to the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.split(".", 1)[0]

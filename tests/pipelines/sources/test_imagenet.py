@@ -49,7 +49,10 @@ def test_numbers_are_those_of_meta_mat(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"ILSVRC2012_validation_ground_truth.txt": b"1\n"}, r"ground_truth.txt numbers .*; copy its meta.mat beside"),
+        (
+            {"ILSVRC2012_validation_ground_truth.txt": b"1\n"},
+            r"class numbers .*; copy the kit's meta.mat",
+        ),
         (
             {"ILSVRC2012_validation_ground_truth.txt": b"1\n", "meta.mat": meta()[:200]},
             r"meta.mat is not the development kit's meta.mat; copy it again",
@@ -60,11 +63,11 @@ def test_numbers_are_those_of_meta_mat(
         ),
         (
             {"ILSVRC2012_validation_ground_truth.txt": b"1\n5\n", "meta.mat": meta()},
-            "names class 5, which meta.mat has not",
+            "has class 5, which meta.mat does not define",
         ),
         (
             {"ILSVRC2012_validation_ground_truth.txt": b"1\n2\n", "meta.mat": meta()},
-            "the ground truth says nothing of .*val_00000003.JPEG",
+            "the ground truth has no class for .*val_00000003.JPEG",
         ),
     ],
 )
@@ -86,4 +89,4 @@ def test_compressed_archives_are_refused_and_beside_images_said_to_be_left_out(
     (tmp_path / "s/a.png").write_bytes(png(0))
     manifest, _ = prepared(tmp_path / "s")
     assert manifest.num_found == 1
-    assert f"compressed archives are left out (1, such as '{name}')" in caplog.text
+    assert f"skipping compressed archives (1, such as '{name}')" in caplog.text

@@ -64,7 +64,7 @@ def test_a_file_that_was_copied_again_is_gone_on_with(png: Png, prepared: Callab
     (tmp_path / "s").mkdir()
     path = tmp_path / "s/a.parquet"
     path.write_bytes(whole[:at] + bytes(30) + whole[at + 30 :])
-    with pytest.raises(ValueError, match=r"/a.parquet is not a whole Parquet file \(.*\); copy it again"):
+    with pytest.raises(ValueError, match=r"/a.parquet is not an intact Parquet file \(.*\); copy it again"):
         prepared(tmp_path / "s")
     assert not (tmp_path / "out/manifest.json").exists()
     path.write_bytes(whole)

@@ -159,10 +159,10 @@ def test_kaggle_imagenet_has_names_ground_truth_and_a_test_without_labels(
         "test": [(png(5), None)],
     }
     (source / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nV_1,n03 1 2 3 4\n")
-    with pytest.raises(ValueError, match=r"the ground truth says nothing of .*V_2.JPEG"):
+    with pytest.raises(ValueError, match=r"the ground truth has no class for .*V_2.JPEG"):
         list(open_source(str(source)).entries())
     (source / "LOC_val_solution.csv").unlink()
-    with pytest.raises(ValueError, match=r"LOC_val_solution.csv is absent; copy it there"):
+    with pytest.raises(ValueError, match=r"LOC_val_solution.csv is missing; copy it there"):
         list(open_source(str(source)).entries())
 
 
@@ -243,26 +243,26 @@ def parquet(tmp_path: Path, columns: dict[str, list]) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda t, png: cut_short(a_tar(t, png)), "a.tar is cut short or damaged; copy it again"),
-        (lambda t, png: damaged_header(a_tar(t, png)), "a.tar is cut short or damaged; copy it again"),
-        (lambda t, png: without_end(a_tar(t, png)), "a.tar is cut short or damaged; copy it again"),
-        (lambda t, png: a_tar(t, png, b"1", b""), "a.tar: 1.cls holds no class"),
-        (lambda t, png: a_tar(t, png, b"1", b"\xff\xfe"), "a.tar: 1.cls holds no class"),
+        (lambda t, png: cut_short(a_tar(t, png)), "a.tar is truncated or damaged; copy it again"),
+        (lambda t, png: damaged_header(a_tar(t, png)), "a.tar is truncated or damaged; copy it again"),
+        (lambda t, png: without_end(a_tar(t, png)), "a.tar is truncated or damaged; copy it again"),
+        (lambda t, png: a_tar(t, png, b"1", b""), "a.tar: 1.cls contains no class"),
+        (lambda t, png: a_tar(t, png, b"1", b"\xff\xfe"), "a.tar: 1.cls contains no class"),
         (lambda t, png: a_tar(t, png, b"1", b"2"), "has a label and .* has none; label all"),
         (lambda t, png: a_tar(t, png).rename(t / "s/a.tar.gz"), "compressed archive, .* unpack it"),
-        (lambda t, png: cut_short(parquet(t, {"image": [png(1)]})), "a.parquet is not a whole Parquet file"),
-        (lambda t, png: parquet(t, {"x": [1], "y": [2]}), r"no column that must be the images \(columns: x, y\)"),
+        (lambda t, png: cut_short(parquet(t, {"image": [png(1)]})), "a.parquet is not an intact Parquet file"),
+        (lambda t, png: parquet(t, {"x": [1], "y": [2]}), r"no unambiguous column of images \(columns: x, y\)"),
         (
             lambda t, png: parquet(t, {"p": [b""], "q": [b""]}),
-            r"no column that must be the images .*; name one `image`",
+            r"no unambiguous column of images .*; name one `image`",
         ),
-        (lambda t, png: fill(t, {"l.csv": b"name,age\na,1\n"}) / "l.csv", "names no column of images; let it be uri"),
+        (lambda t, png: fill(t, {"l.csv": b"name,age\na,1\n"}) / "l.csv", "names no column of images; make it uri"),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\na.png\n"}) / "l.csv", "line 2 of .* has 1 fields where"),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\n,cat\n"}) / "l.csv", "line 2 of .* names no image"),
         (lambda t, png: fill(t, {"l.csv": b"uri,split\na.png,dev\n"}) / "l.csv", "has split 'dev'; it must be train"),
         (lambda t, png: fill(t, {"l.csv": b"uri\nhttp://h/a.png\n"}) / "l.csv", "names http://h/a.png, which cannot"),
         (lambda t, png: fill(t, {"l.csv": b"uri\n\xff\xfe\n"}) / "l.csv", "is not a CSV file in UTF-8"),
-        (lambda t, png: fill(t / "s", {"a.png": png(1), "b.tar": b""}), "has .* such as .* prepare them one after"),
+        (lambda t, png: fill(t / "s", {"a.png": png(1), "b.tar": b""}), "has .* such as .* prepare one kind"),
         (lambda t, png: fill(t / "s", {"LOC_synset_mapping.txt": b"n01\n"}), "line 1 of .* is not `synset names`"),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_list_in_a_bucket_may_not_name_files_of_this_machine(tmp_path: Path) -
 
 def test_a_prepared_dataset_is_no_source(png: Png, prepared: Callable, tmp_path: Path) -> None:
     prepared(as_folder(tmp_path, png))
-    with pytest.raises(ValueError, match="is a prepared dataset already"):
+    with pytest.raises(ValueError, match="is already a prepared dataset"):
         prepared(tmp_path / "out", out="again")
 
 

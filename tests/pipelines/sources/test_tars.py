@@ -43,5 +43,5 @@ def test_a_header_that_would_fill_memory_is_refused(layout: int, png: Png, prepa
     with tarfile.open(tmp_path / "s/a.tar", "w", format=layout) as tar:
         tar.addfile(member("d/1.png", size=len(png(1))), io.BytesIO(png(1)))
         tar.addfile(member("x" * 2_000_000 + ".png", size=len(png(2))), io.BytesIO(png(2)))
-    with pytest.raises(ValueError, match=r"a.tar is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"a.tar is truncated or damaged"):
         prepared(tmp_path / "s")
