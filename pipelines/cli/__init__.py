@@ -1,4 +1,4 @@
-"""The `mae` commands: data to stdout, everything else to stderr, and the only sys.exit."""
+"""The `mae` commands. Results go to stdout, everything else to stderr; only `main` calls sys.exit."""
 
 import contextlib
 import os
@@ -6,32 +6,19 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import IntEnum
 
 import mae_core
 from mae_core.errors import UserError
 from pipelines.cli.commands import COMMANDS, Command, Invocation
+from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
 
-__all__ = ["COMMANDS", "Command", "Invocation", "main", "parse"]
-
-
-class ExitCode(IntEnum):
-    """What a command's exit status means; docs/commands.md has the same table."""
-
-    DONE = 0
-    FAILED = 1
-    """The run failed, or a check of `mae doctor` did."""
-    WRONG_INPUT = 2
-    """The message has the remedy."""
-    BUG = 70
-    """A traceback is printed, with the request to report it (EX_SOFTWARE of sysexits.h)."""
-    INTERRUPTED = 130
+__all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit with the status that `ExitCode` names."""
+    """Run one command and exit with an `ExitCode`."""
     sys.exit(_main(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -41,20 +28,20 @@ def _main(argv: list[str]) -> ExitCode:
     set_up_logging()
     try:
         call = parse(argv)
-        # Ray's own warnings go to stdout, where only the result belongs.
+        # Ray prints warnings to stdout, which is for the result only.
         with contextlib.redirect_stdout(sys.stderr):
             result = COMMANDS[call.command].run(call)
     except BrokenPipeError:
-        return _unheard()
+        return _reader_closed()
     except (UserError, OSError) as error:
         print(f"mae: {_one_line(error)}", file=sys.stderr)
-        return ExitCode.WRONG_INPUT
+        return ExitCode.USER_ERROR
     except KeyboardInterrupt:
-        print("mae: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mae: interrupted; rerun the same command to resume from the newest checkpoint", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except CommandFailed as error:
         print(f"mae: failed: {_one_line(error)}", file=sys.stderr)
-        return ExitCode.FAILED
+        return ExitCode.RUN_FAILED
     except Exception:
         traceback.print_exc()
         print(
@@ -67,17 +54,17 @@ def _main(argv: list[str]) -> ExitCode:
         print_result(call.command, result, as_json=call.json)
         sys.stdout.flush()
     except BrokenPipeError:
-        return _unheard()
-    return ExitCode.DONE if result.get("ok", True) else ExitCode.FAILED
+        return _reader_closed()
+    return ExitCode.SUCCESS if result.get("ok", True) else ExitCode.RUN_FAILED
 
 
-def _unheard() -> ExitCode:
-    """Whoever read the output has seen enough (`mae ... | head`), so that Python must not try to write the rest."""
+def _reader_closed() -> ExitCode:
+    """Discard further output after its reader closed it (`mae ... | head`), so that Python does not flush it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return ExitCode.DONE
+    return ExitCode.SUCCESS
 
 
 def _one_line(error: BaseException) -> str:
-    """What it says, without what a file's name could do to a terminal."""
+    """Return the message on one line, with control characters escaped: a file's name could hold some."""
     said = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)

@@ -1,4 +1,4 @@
-"""What each `mae` command takes and where its work is done; nothing heavy is imported before it is called for."""
+"""The table of `mae` commands: their arguments and the functions that run them, imported only when called."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from pipelines.config import (
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One `mae` command: what it takes and where its work is done."""
+    """One `mae` command: its arguments and the function that runs it."""
 
     help: str
     config: type | None
     run: Callable[["Invocation"], dict[str, Any]]
     positional: tuple[tuple[str, str], ...] = ()
     default: Any = None
-    """Config in use where no preset is named; None for the defaults of its type."""
+    """Config to use without --preset; None for the defaults of its type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def _config(call: Invocation) -> dict[str, Any]:
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
-        help="Images become shards and a manifest.",
+        help="Turn images into shards and a manifest.",
         config=PrepareConfig,
         run=_prepare,
         positional=(
@@ -154,60 +154,64 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "inspect": Command(
-        help="Counts, sizes, classes and a contact sheet of a source or a prepared dataset.",
+        help="Show counts, sizes, classes and a contact sheet of a source or a prepared dataset.",
         config=InspectConfig,
         run=_inspect,
         positional=(("URI", "source of images, or prepared dataset"),),
     ),
-    "pretrain": Command(help="Shards become a pretrained, registered MAE.", config=PretrainConfig, run=_pretrain),
+    "pretrain": Command(help="Pretrain an MAE and register it.", config=PretrainConfig, run=_pretrain),
     "probe": Command(
-        help="A linear probe measures a backbone's frozen features.",
+        help="Train a linear probe on the frozen features of a backbone.",
         config=ClassifyConfig,
         run=_probe,
         default=PROBE,
     ),
-    "finetune": Command(help="A registered backbone becomes a classifier.", config=ClassifyConfig, run=_finetune),
-    "sweep": Command(help="Trials over mask ratio, decoder depth and more.", config=SweepConfig, run=_sweep),
+    "finetune": Command(
+        help="Fine-tune a registered backbone as a classifier, or train one from scratch.",
+        config=ClassifyConfig,
+        run=_finetune,
+    ),
+    "sweep": Command(help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep),
     "reconstruct": Command(
-        help="Pictures of masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
+        help="Draw masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
     ),
     "register": Command(
-        help="A checkpoint of a pretraining run becomes a model version.",
+        help="Register a checkpoint of a pretraining run as a model version.",
         config=RegisterConfig,
         run=_register,
-        positional=(("RUN", "folder or URI of a pretraining run, RUN@STEP for one of its checkpoints"),),
+        positional=(("RUN", "folder or URI of a pretraining run, or RUN@STEP for one of its checkpoints"),),
     ),
     "runs": Command(
-        help="Runs at a URI with state, step, last checkpoint and loss.",
+        help="List runs with their state, step, last checkpoint and loss.",
         config=RunsConfig,
         run=_runs,
-        positional=(("URI", "folder or s3:// prefix of one run or of many, such as runs"),),
+        positional=(("URI", "folder or s3:// prefix of one run or of several, such as runs"),),
     ),
-    "demo": Command(help="The whole pipeline on an embedded sample, in minutes.", config=DemoConfig, run=_demo),
+    "demo": Command(help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo),
     "doctor": Command(
-        help="What would be used (Ray, MLflow, storage), and whether it answers.", config=None, run=_doctor
+        help="Show which Ray, MLflow and storage would be used, and whether they answer.", config=None, run=_doctor
     ),
     "bench step": Command(
-        help="Training steps a second, beside the plain computation and transformers.",
+        help="Measure training steps per second against the plain computation and transformers.",
         config=StepConfig,
         run=_bench_step,
     ),
     "bench data": Command(
-        help="Images a second, decoded and on the whole way from S3 to training, beside other loaders.",
+        help="Measure images per second, decoding alone and from S3 to training, against other loaders.",
         config=DataBenchConfig,
         run=_bench_data,
     ),
     "bench recipes": Command(
-        help="Linear probes of recipes that were given equal time.", config=RecipesConfig, run=_bench_recipes
+        help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=_bench_recipes
     ),
     "config": Command(
-        help="The whole config that a preset and overrides come to.",
+        help="Print the full config that a preset and options result in.",
         config=None,
         run=_config,
         positional=(("COMMAND", "pretrain, probe, finetune or sweep"),),
     ),
     "completion": Command(
-        help="A script that completes commands and options in a shell.",
+        help="Print a script that completes commands and options in a shell.",
         config=None,
         run=_completion,
         positional=(("SHELL", "bash, zsh or fish"),),

@@ -1,6 +1,6 @@
-"""Scripts that complete `mae` in bash, zsh and fish: commands, and the options of each.
+"""Shell scripts that complete the commands and options of `mae` in bash, zsh and fish.
 
-A script holds all words, so that completing starts no Python.
+A script contains all words, so that completion does not start Python.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The whole mission on an embedded sample: shards, pretraining, registry, probes, fine-tuning, a sweep, pictures."""
+"""End-to-end demo on a bundled sample: shards, pretraining, registry, probes, fine-tuning, a sweep, pictures."""
 
 import json
 import logging
@@ -52,12 +52,16 @@ _QUICK: dict[str, dict[str, Any]] = {
         "finetune.optim.warmup_epochs": 0,
     },
 }
-"""What `--quick` changes of the presets."""
+"""Fields of the presets that `--quick` replaces."""
 _CONCURRENT_TRIALS = 2
 
 
 def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
-    """What the demo found, and where its pictures are. A finished demo is shown again unless `fresh`."""
+    """Run the demo; return its accuracies and the paths of its pictures.
+
+    A finished demo is not run again, but its result returned, unless `fresh`. Raises UserError if the output folder
+    holds something other than a demo.
+    """
     out = Path(config.output).resolve()
     if fresh and (out / "demo.json").is_file():
         shutil.rmtree(out)
@@ -65,7 +69,7 @@ def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
         log.info("the demo in %s is finished; `mae demo --fresh` runs it again", out)
         return json.loads((out / "demo.json").read_text())
     if out.exists() and any(out.iterdir()) and not (out / "images").is_dir():
-        raise UserError(f"folder {out} holds something else than a demo; try --output with a new folder")
+        raise UserError(f"folder {out} holds something other than a demo; try --output with a new folder")
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{out}/mlflow.db")
     started_s = time.monotonic()
@@ -80,7 +84,7 @@ def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
 def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
     from tune.sweep import sweep
 
-    log.info("1/6  preparing: images become shards")
+    log.info("1/6  preparing: turning images into shards")
     manifest = prepare(str(sample.unpack(out / "images")), str(out / "prepared"), PrepareConfig())
     log.info("     %s images, digest %s", f"{manifest.num_ok:,}", manifest.digest[:12])
 
@@ -107,7 +111,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
     figure = out / "masking_ratio.png"
     shutil.copyfile(swept["figure"], figure)
 
-    log.info("6/6  keeping the pictures in MLflow, beside the run that they are of")
+    log.info("6/6  logging the pictures to MLflow, in the run of the pretraining")
     tracking = registry.open_tracking("mae")
     run = tracking.known_run(pretrained["run_id"])
     for path in (picture, figure):
@@ -129,7 +133,7 @@ def _preset(cls: type[T], preset: str, config: DemoConfig, point: dict[str, Any]
 
 
 def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str, Any]:
-    """Top-1 on test, mean over seeds, of what starts from the registered model and of what does not."""
+    """Return top-1 on test, mean over seeds, starting from the registered model and from random weights."""
     tracking = registry.open_tracking("mae")
     scratch = f"random:{load_preset(PretrainConfig, 'demo_pretrain').model.arch}"
     num_seeds = 1 if config.quick else config.seeds
@@ -178,7 +182,7 @@ _ROWS = (
 
 
 def _text(result: dict[str, Any], out: Path) -> str:
-    """What a person reads at the end."""
+    """Format the result as the table that is printed at the end."""
     lines = ["", f"{'':38}top-1 on test, %   each seed"]
     for measure, title in _ROWS:
         seeds = "  ".join(f"{score:.1f}" for score in result[f"{measure}_seeds"])
@@ -190,7 +194,7 @@ def _text(result: dict[str, Any], out: Path) -> str:
         f"backbone          {result['model']}",
         f"classifier        {result['classifier']}",
         f"best of the sweep {result['best']}  (mae pretrain --preset {result['best_preset']})",
-        f"all of it, {result['duration_s']:.0f} s, is in MLflow:",
+        f"took {result['duration_s']:.0f} s; to see all results in MLflow:",
         f"  {result['ui']}",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which Ray, MLflow, storage and device a command would use here, and whether each answers."""
+"""`mae doctor`: which Ray, MLflow, storage and device a command would use here, and whether each answers."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ _TIMEOUT_S = 5.0
 
 
 def doctor() -> dict[str, Any]:
-    """One entry a part: what would be used, whether it answers, and the remedy where it does not."""
+    """Check each part: what would be used, whether it answers, and the remedy if it does not."""
     checks: dict[str, Callable[[], str]] = {
         "python": lambda: sys.version.split()[0],
         "packages": lambda: ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
@@ -71,7 +71,7 @@ def _storage() -> str:
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(folder)
         storage.write("probe", b"x")
-        assert storage.read("probe") == b"x", "a folder gives back what it was given"
+        assert storage.read("probe") == b"x", "a folder returns what was written to it"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not endpoint:
         return "folders work; s3:// goes to AWS unless AWS_ENDPOINT_URL names another endpoint"

@@ -1,4 +1,4 @@
-"""A command line becomes a command with its config; what does not parse becomes one sentence."""
+"""Parse a command line to a command with its config; turn every parsing error into one sentence."""
 
 import contextlib
 import dataclasses
@@ -12,14 +12,15 @@ from typing import Annotated, Any
 import mae_core
 from mae_core.errors import UserError
 from pipelines.cli.commands import COMMANDS, Invocation
+from pipelines.cli.exit_codes import ExitCode
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
 
-# Commands that resume, so that starting again must be said.
+# Commands that resume a run or show its result, unless --fresh starts another one.
 _STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
 
 
 def parse(argv: Sequence[str]) -> Invocation:
-    """Return the command and its config; options may stand before, between and behind the other words.
+    """Return the command and its config; options may stand before, between and after the other words.
 
     Raises UserError for what does not parse; exits with status 0 after --help and --version.
     """
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str]) -> Invocation:
 
 
 def _command_first(argv: Sequence[str]) -> list[str]:
-    """Move options that stand before the command behind it."""
+    """Move --json, --fresh and --preset from before the command to after it."""
     rest, before = list(argv), []
     while rest and (rest[0] in ("--json", "--fresh") or rest[0].startswith("--preset=")):
         before.append(rest.pop(0))
@@ -54,8 +55,12 @@ def _command_first(argv: Sequence[str]) -> list[str]:
 
 
 def _take_command(rest: list[str]) -> str:
-    """Take the command out of the words. Raises UserError with the nearest name if there is no such command."""
+    """Remove the command from the words and return it. Raises UserError with the nearest name if it does not exist."""
     name = rest.pop(0)
+    if name.startswith("-"):
+        first_words = {known.split()[0] for known in COMMANDS}
+        command = next((word for word in rest if word in first_words), "COMMAND")
+        raise UserError(f"option {name} stands before the command; try `mae {command} {name} ...`")
     if any(known.startswith(f"{name} ") for known in COMMANDS) and rest:
         name = f"{name} {rest.pop(0)}"
     if name not in COMMANDS:
@@ -66,7 +71,7 @@ def _take_command(rest: list[str]) -> str:
 
 
 def _take_shown(rest: list[str]) -> str:
-    """Take out of the words the command whose config `mae config` shows."""
+    """Remove from the words the command whose config `mae config` prints, and return it."""
     first = next((word for word in rest if not word.startswith("-")), "")
     shown = next(filter(_takes_preset, rest), first)
     if not shown:
@@ -127,7 +132,7 @@ def _take_switch(rest: list[str], flag: str) -> bool:
 
 
 def _take_option(rest: list[str], flag: str) -> str:
-    """The value after `flag` (or `flag=value`), taken out of the words; empty where the flag is absent."""
+    """Remove `flag VALUE` or `flag=VALUE` from the words and return the value; empty if the flag is absent."""
     for i, word in enumerate(rest):
         if word.startswith(f"{flag}="):
             del rest[i]
@@ -145,23 +150,23 @@ def _usage(name: str) -> str:
 
 
 def _describe(name: str, target: type) -> str:
-    """What --help says above the fields: the switches that belong to the command, not to its config."""
+    """Return the text of --help above the fields: the options of the command that are not in its config."""
     lines = [COMMANDS[name].help, ""]
     if name == "config":
         lines += [f"  {word}: {what}." for word, what in COMMANDS[name].positional]
     if target in (PretrainConfig, ClassifyConfig, SweepConfig) or name == "config":
-        lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; fields given as flags go on top of it.")
+        lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; options override its fields.")
     if name in _STARTING:
-        lines.append("  --fresh: start again, where the same command would resume or print the finished result.")
+        lines.append("  --fresh: start again instead of resuming a run or printing the result of a finished one.")
     if target in (PretrainConfig, ClassifyConfig, SweepConfig):
-        lines.append("  On resuming may change: output, name, data.uri, checkpoint, tracking and compute (but for")
-        lines.append("  compute.precision); any other field makes it another run.")
-    lines.append("  --json: one JSON object with the result on stdout.")
+        lines.append("  Only output, name, data.uri, checkpoint, tracking and compute (except compute.precision)")
+        lines.append("  may change on resuming; a change of any other field makes it another run.")
+    lines.append("  --json: print the result to stdout as one JSON object.")
     return "\n".join(lines)
 
 
 def _tyro_in_words(text: str, name: str) -> str:
-    """tyro's box as one sentence, without its frame."""
+    """Rewrite the error box that tyro prints as one sentence, without its frame."""
     body = " ".join(re.sub("[│╭╰╮╯─|+]|-{3,}", " ", text).split())
     lacks = re.match(r"Required options Missing from [^:]+: (\w+)|Missing argument .*argument '(\w+)'", body)
     for word, what in COMMANDS[name].positional:
@@ -183,6 +188,7 @@ def _tyro_in_words(text: str, name: str) -> str:
 
 
 def overview() -> str:
+    """Return the text of `mae --help`: commands, environment variables and exit codes."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -193,10 +199,11 @@ def overview() -> str:
             "",
             *rows,
             "",
-            "RAY_ADDRESS, MLFLOW_TRACKING_URI and AWS_ENDPOINT_URL decide what is used; without them all is local.",
+            "RAY_ADDRESS, MLFLOW_TRACKING_URI and AWS_ENDPOINT_URL select the services; without them all is local.",
             "`mae COMMAND --help` explains every field; `mae --version` prints the version;",
             "`mae completion bash|zsh|fish` prints a script that completes commands and options in that shell.",
             "",
-            "exit status: 0 done; 1 the run failed; 2 wrong input, with the remedy; 70 a bug; 130 interrupted.",
+            "exit codes:",
+            *(f"  {code:<{width}}  {code.meaning}" for code in ExitCode),
         ]
     )

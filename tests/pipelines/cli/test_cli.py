@@ -176,10 +176,10 @@ def test_probe_and_finetune_do_not_take_each_others_presets() -> None:
         (UserError("a\nb"), 2, "mae: a b\n"),
         (PermissionError("no permission to write x; try y"), 2, "mae: no permission to write x; try y\n"),
         (CommandFailed("the workers gave up"), 1, "mae: failed: the workers gave up\n"),
-        (KeyboardInterrupt(), 130, "mae: interrupted; the same command goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "mae: interrupted; rerun the same command to resume from the newest checkpoint\n"),
     ],
 )
-def test_exit_status_tells_who_can_mend_it(
+def test_exit_code_tells_user_errors_from_failed_runs(
     error: BaseException,
     status: int,
     said: str,
@@ -193,6 +193,17 @@ def test_exit_status_tells_who_can_mend_it(
     assert cli._main(["doctor"]) == status
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", said)
+
+
+def test_help_and_docs_list_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out.split("exit codes:")[1]
+    assert [line.split(maxsplit=1) for line in shown.strip().splitlines()] == [
+        [str(int(code)), code.meaning] for code in cli.ExitCode
+    ]
+    page = (Path(__file__).parents[3] / "docs" / "commands.md").read_text()
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == list(cli.ExitCode)
 
 
 @pytest.mark.parametrize("error", [ValueError("not a user's"), RuntimeError("at all"), KeyError("x")])

@@ -86,6 +86,7 @@ Says = tuple[str, ...]
     ("argv", "says"),
     [
         (["pretrian"], ("'pretrian'", "did you mean pretrain?")),
+        (["--epochs", "3", "pretrain"], ("--epochs", "before the command", "try `mae pretrain --epochs ...`")),
         (["pretrain", "--data.bacth", "3"], ("--data.bacth", "did you mean --data.batch?")),
         (["pretrain", "--preset", "vit_bas"], ("'vit_bas'", "did you mean vit_base?")),
         (["pretrain", "--epochs", "many"], ("'many'", "--epochs", "--help")),
