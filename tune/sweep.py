@@ -187,12 +187,12 @@ def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, flo
         )
         jobs[measure] = classify_job(on_test, measure, winner.pretrain, manifest)
         _hand_over(on_val, jobs[measure])
-    unread = [job for job in jobs.values() if RunFolder(job.folder).result() is None]
+    unread = [job for job in jobs.values() if RunFolder(job.folder).read_result() is None]
     if unread:
         log.info("reading test once, for the best trial")
         stack.enter_context(ray_session(config.compute))
         launch(unread, f"{checked.name}-test")
-    return {measure: (RunFolder(job.folder).result() or {})["top1"] for measure, job in jobs.items()}
+    return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, job in jobs.items()}
 
 
 def _hand_over(source: ClassifyJob, target: ClassifyJob) -> None:

@@ -12,7 +12,7 @@ from mae_core.config import patch_grid
 from mae_core.errors import UserError
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.classify import Start, published_classify_job, with_labelled_dataset
+from pipelines.drivers.classify import StartingEncoder, published_classify_job, with_labelled_dataset
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import published_pretrain_job, with_dataset
 from pipelines.runs.folder import RunFolder
@@ -58,7 +58,7 @@ class Trial:
 
     def enter(self, error: str = "") -> dict[str, Any]:
         """The ledger says how the trial ended; returns the entry. What was killed counts from its last start."""
-        found = {} if error else {name: RunFolder(job.folder).result() or {} for name, job in self.jobs.items()}
+        found = {} if error else {name: RunFolder(job.folder).read_result() or {} for name, job in self.jobs.items()}
         model = self.pretrain.config.model
         entry = {
             "key": self.key,
@@ -96,10 +96,10 @@ def run(trials: Sequence[Trial]) -> None:
     What an earlier start left undone goes on from its newest checkpoint. One trial's failure is not the others': a
     group that fails is started again for each of its unfinished trials alone.
     """
-    unfinished = [job for trial in trials for job in trial.jobs.values() if RunFolder(job.folder).result() is None]
+    unfinished = [job for trial in trials for job in trial.jobs.values() if RunFolder(job.folder).read_result() is None]
     error = _failure(unfinished, f"trial-{trials[0].key}") if unfinished else ""
     for trial in trials:
-        if all(RunFolder(job.folder).result() for job in trial.jobs.values()):
+        if all(RunFolder(job.folder).read_result() for job in trial.jobs.values()):
             trial.enter()
         elif len(trials) > 1:
             run([trial])
@@ -170,7 +170,7 @@ def classify_job(config: ClassifyConfig, name: str, pretrained: PretrainJob, man
     model = pretrained.config.model
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
-    start = Start(
+    start = StartingEncoder(
         arch=model.arch, image_px=image_px, channels=model.channels, pixels=pretrained.pixels, ref=None, encoder=b""
     )
     job = published_classify_job(config, name, start, manifest).job

@@ -23,7 +23,12 @@ from pipelines.config import (
     load_preset,
     with_overrides,
 )
-from pipelines.drivers.classify import frozen, published_classify_job, start_of, with_labelled_dataset
+from pipelines.drivers.classify import (
+    published_classify_job,
+    starting_encoder,
+    with_labelled_dataset,
+    with_pinned_backbone,
+)
 from pipelines.drivers.drive import PublishedJob, drive
 from pipelines.drivers.pretrain import pretrain
 from pipelines.pictures import reconstruct
@@ -169,8 +174,8 @@ def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str,
 
 def _published_job(config: ClassifyConfig, name: str, tracking: registry.Tracking) -> PublishedJob:
     config, manifest = with_labelled_dataset(config)
-    config, ref = frozen(config, tracking)
-    return published_classify_job(config, name, start_of(config, ref, tracking, manifest), manifest)
+    config, ref = with_pinned_backbone(config, tracking)
+    return published_classify_job(config, name, starting_encoder(config, ref, tracking, manifest), manifest)
 
 
 _ROWS = (

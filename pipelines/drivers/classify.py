@@ -12,7 +12,7 @@ from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict, run_name
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.drive import Publish, PublishedJob, drive, exported
+from pipelines.drivers.drive import Publish, PublishedJob, drive, read_export
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob
@@ -22,8 +22,8 @@ _RANDOM = "random:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a classifier starts from: an encoder of the registry, or a random one."""
+class StartingEncoder:
+    """The encoder that a classifier starts from: one of the registry, or a random one."""
 
     arch: str
     image_px: Size
@@ -59,13 +59,15 @@ def _run(config: ClassifyConfig, method: Literal["finetune", "probe"], preset: s
         )
     config, manifest = with_labelled_dataset(config)
     tracking = registry.open_tracking(config.tracking.experiment)
-    config, ref = frozen(config, tracking)
-    start = start_of(config, ref, tracking, manifest)
+    config, ref = with_pinned_backbone(config, tracking)
+    start = starting_encoder(config, ref, tracking, manifest)
     published = published_classify_job(config, run_name(config, preset, manifest.digest), start, manifest)
     return drive([published], published.name, tracking, fresh=fresh)[0]
 
 
-def frozen(config: ClassifyConfig, tracking: registry.Tracking) -> tuple[ClassifyConfig, registry.ModelRef | None]:
+def with_pinned_backbone(
+    config: ClassifyConfig, tracking: registry.Tracking
+) -> tuple[ClassifyConfig, registry.ModelRef | None]:
     """The config with its backbone's alias replaced by the version that it means now."""
     if config.backbone.startswith(_RANDOM):
         return config, None
@@ -93,9 +95,9 @@ def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manif
     return config, manifest
 
 
-def start_of(
+def starting_encoder(
     config: ClassifyConfig, ref: registry.ModelRef | None, tracking: registry.Tracking, manifest: Manifest
-) -> Start:
+) -> StartingEncoder:
     """The encoder's numbers and weights, read from the registry alone."""
     if ref is None:
         arch = config.backbone.removeprefix(_RANDOM)
@@ -103,7 +105,7 @@ def start_of(
         if image_px is None:
             raise UserError(f"images of dataset {config.data.uri} differ in size; try --image-px 224 224")
         patch_grid(image_px, parse_arch(arch).patch_px)
-        return Start(
+        return StartingEncoder(
             arch=arch,
             image_px=image_px,
             channels=manifest.channels,
@@ -125,7 +127,7 @@ def start_of(
             f"dataset {config.data.uri} has {manifest.channels} channels but {ref.uri} takes {model.channels}; "
             "try a backbone that was pretrained on such images"
         )
-    return Start(
+    return StartingEncoder(
         arch=model.arch,
         image_px=image_px,
         channels=model.channels,
@@ -135,7 +137,9 @@ def start_of(
     )
 
 
-def published_classify_job(config: ClassifyConfig, name: str, start: Start, manifest: Manifest) -> PublishedJob:
+def published_classify_job(
+    config: ClassifyConfig, name: str, start: StartingEncoder, manifest: Manifest
+) -> PublishedJob:
     """Return the run as a job to publish.
 
     Publishing a fine-tuned classifier registers it, unless the config says not to. Raises UserError if more blocks
@@ -164,13 +168,13 @@ def published_classify_job(config: ClassifyConfig, name: str, start: Start, mani
     )
 
 
-def _register(config: ClassifyConfig, start: Start) -> Publish:
+def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:
     def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
         name = config.tracking.name or ("" if start.ref else f"scratch-{start.arch}-classifier")
-        result = folder.result() or {}
+        result = folder.read_result() or {}
         ref = registry.register_classifier(
             run,
-            exported(folder, "classifier.safetensors", "config.json"),
+            read_export(folder, "classifier.safetensors", "config.json"),
             start.ref,
             name,
             description=f"top-1 {result.get('top1')} % on {result.get('split')}",

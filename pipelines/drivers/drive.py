@@ -68,7 +68,7 @@ def drive(
         if fresh:
             folder.clear()
         key = claim(published.job, published.kind, published.manifest)
-        if folder.outcome() is None:
+        if folder.read_outcome() is None:
             runs[i] = _start(published, folder, tracking, key)
     try:
         with Pulse([folders[i].storage for i in runs]):
@@ -78,15 +78,15 @@ def drive(
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         for i, run in runs.items():
-            if folders[i].outcome() is None:
+            if folders[i].read_outcome() is None:
                 run.finish(status)
         raise
-    return [outcome for folder in folders if (outcome := folder.outcome()) is not None]
+    return [outcome for folder in folders if (outcome := folder.read_outcome()) is not None]
 
 
 def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_name: str, died_s: float | None) -> None:
     """The jobs with these runs are finished, and what they spooled is in MLflow."""
-    unfinished = [i for i in runs if RunFolder(jobs[i].job.folder).result() is None]
+    unfinished = [i for i in runs if RunFolder(jobs[i].job.folder).read_result() is None]
     with ExitStack() as stack:
         for i, run in runs.items():
             stack.enter_context(_following(jobs[i], RunFolder(jobs[i].job.folder), run, shows=len(runs) == 1))
@@ -138,7 +138,7 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
     key = folder.claim(
         {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
     )
-    if folder.outcome() is None:
+    if folder.read_outcome() is None:
         folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
         folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
     return key
@@ -167,15 +167,15 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
 
 def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> None:
     """Publish the job's result, close its MLflow run and write its outcome into the folder."""
-    added, result = published.publish(run, folder), folder.result() or {}
+    added, result = published.publish(run, folder), folder.read_result() or {}
     run.finish("FINISHED")
     if shares := result.get("goodput"):
         parts = ", ".join(f"{share:.1%} {_SPENT[kind]}" for kind, share in shares.items())
         log.info("%s: of its time %s", published.name, parts)
-    folder.remember({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
+    folder.mark_published({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
 
 
-def exported(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:
+def read_export(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:
     """Files of the run's export/, by name."""
     return {name: folder.storage.read(f"export/{name}") for name in names}
 

@@ -36,15 +36,15 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     attempt = {"launched_s": time.time(), "died_s": died_s}
     while True:
         for folder in folders:
-            folder.go_on()
+            folder.clear_stop_reason()
             folder.clear_restart_request()
         _fit(jobs, name, attempt)
-        causes = [cause for folder in folders if (cause := folder.restart_cause())]
+        causes = [cause for folder in folders if (cause := folder.restart_reason())]
         if not causes:
             break
         log.warning("%s; the workers start again from the newest intact one", causes[0])
     for folder in folders:
-        if cause := folder.stopped():
+        if cause := folder.stop_reason():
             raise RunFailed(cause)
 
 

@@ -8,7 +8,7 @@ from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import PretrainConfig, run_name
 from pipelines.dataset.manifest import Manifest, read_manifest
-from pipelines.drivers.drive import PublishedJob, drive, exported, manifest_json, newest_picture
+from pipelines.drivers.drive import PublishedJob, drive, manifest_json, newest_picture, read_export
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
@@ -68,7 +68,7 @@ def published_pretrain_job(config: PretrainConfig, name: str, manifest: Manifest
     def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
         if not config.tracking.register:
             return {}
-        files = exported(folder, "encoder.safetensors", "mae.safetensors", "config.json")
+        files = read_export(folder, "encoder.safetensors", "mae.safetensors", "config.json")
         files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
         ref = registry.register_backbone(
             run, files, config.tracking.name or f"mae-{config.model.arch}", description=describe(config, manifest)

@@ -22,7 +22,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     from pipelines.worker.export import backbone_files
 
     folder, step = _checkpoint_named(run_and_step)
-    values, uri = folder.described(), folder.storage.uri
+    values, uri = folder.read_identity(), folder.storage.uri
     assert values is not None, "a folder without a run has no checkpoint to name"
     checkpoint = folder.checkpoints.load(step)
     run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
@@ -52,7 +52,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     try:
         ref = registry.register_backbone(run, files, name, tags=tags)
     finally:
-        run.finish("FINISHED" if folder.result() else "KILLED")
+        run.finish("FINISHED" if folder.read_result() else "KILLED")
     return {"model": ref.uri, "step": step, "run_id": run.id}
 
 
@@ -60,13 +60,13 @@ def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:
     """The folder and the step that RUN or RUN@STEP means. Raises UserError where there is no such checkpoint."""
     uri, at, wanted = run_and_step.rpartition("@")
     folder = RunFolder(run_and_step)
-    if at and folder.described() is None:
+    if at and folder.read_identity() is None:
         if not wanted.isdigit():
             raise UserError(f"step {wanted!r} of {run_and_step!r} is not a number; try RUN@STEP, such as {uri}@1000")
         folder = RunFolder(uri)
     else:
         uri, wanted = run_and_step, ""
-    values = folder.described()
+    values = folder.read_identity()
     if values is None or values.get("kind") != "pretrain":
         raise UserError(f"{uri} is not the folder of a pretraining run; try the folder that `mae pretrain` printed")
     steps = folder.checkpoints.steps()

@@ -99,7 +99,7 @@ class CheckpointStore:
         except OSError as error:
             log.warning("what need not stay beside the checkpoint of step %d is removed with the next: %s", step, error)
 
-    def judge(self, step: int, score: float) -> None:
+    def record_score(self, step: int, score: float) -> None:
         """The checkpoint of the step, if there is one, has this score, the higher the better."""
         if step in self.steps():
             self._storage.write(f"{self._folder(step)}/{_SCORE}", json.dumps({"score": score}).encode())

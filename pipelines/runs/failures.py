@@ -74,9 +74,9 @@ def witness(folders: list[str], allowed: int) -> Any:
             cause = cause_of(worker_exceptions)
             log.warning("failure %d (%d allowed): %s", self.count, allowed, cause)
             try:
-                unfinished = (run for run in map(RunFolder, folders) if run.result() is None)
+                unfinished = (run for run in map(RunFolder, folders) if run.read_result() is None)
                 if run := next(unfinished, None):
-                    run.name_failure(cause)
+                    run.add_failure(cause)
             except OSError as error:  # Ray catches nothing of a callback's, and the run can go on without
                 log.warning("the failure is not kept in the run's folder: %s", error)
 

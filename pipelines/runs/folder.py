@@ -1,4 +1,19 @@
-"""The folder that remembers a run: what it is, how far it has come, what it found, why it could not go on."""
+"""The record of one run: what it is, how far it got, what it found, and why it stopped.
+
+    empty --claim--> claimed --mark_trained--> trained --mark_published--> published
+                      |  ^                     (result.json)              (outcome.json)
+         mark_stopped |  | clear_stop_reason, at the next launch
+                      v  |
+                     stopped (stopped.json)
+
+Every state is a file, so that whoever opens the folder later reads it there. `claim` writes run.json. While the run is
+claimed, its workers write checkpoints/, metrics/, pictures/ and export/, and these notes about themselves:
+
+- failures/: why a worker group ended early, one file each.
+- restart.json: the driver must launch the group again, which counts as no failure.
+- bad_steps/: the samples of every step whose gradient was not finite.
+- left_out.json: ranges of steps that are skipped after a roll-back.
+"""
 
 import json
 import time
@@ -10,44 +25,23 @@ from mae_core.errors import UserError
 from pipelines.runs.checkpoints import CheckpointStore
 from pipelines.storage import Storage, open_storage
 
-_SHOWN = 24
-"""Characters of a value that an error shows."""
+_MAX_SHOWN_CHARS = 24
+"""Longest text of a value in an error message."""
 
 
 class RunFolder:
-    """What one run leaves: run.json (what it is), config.json (how it is run), checkpoints/, metrics/, pictures/,
-    export/, result.json when it is trained and outcome.json when it is published."""
+    """Read and write the state of one run. Any process may hold one; it keeps nothing in memory."""
 
     def __init__(self, uri: str) -> None:
         self.storage: Storage = open_storage(uri)
         self.checkpoints = CheckpointStore(self.storage)
 
-    def result(self) -> dict[str, Any] | None:
-        """What the finished run found; None while it is unfinished."""
-        return json.loads(self.storage.read("result.json")) if self.storage.exists("result.json") else None
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """The run counts as finished."""
-        self.storage.write("result.json", json.dumps(result, indent=1).encode())
-
-    def outcome(self) -> dict[str, Any] | None:
-        """What the driver published after the run had finished; None until then."""
-        return json.loads(self.storage.read("outcome.json")) if self.storage.exists("outcome.json") else None
-
-    def remember(self, outcome: dict[str, Any]) -> None:
-        """The run is published, and the same command will only print this."""
-        self.storage.write("outcome.json", json.dumps(outcome, indent=1).encode())
-
-    def described(self) -> dict[str, Any] | None:
-        """What the run's driver claimed the folder with; None where there is no run."""
-        return json.loads(self.storage.read("run.json")) if self.storage.exists("run.json") else None
-
     def claim(self, identity: dict[str, Any]) -> str:
-        """The folder belongs to the run so described; returns the id that it has had since it was claimed first.
+        """Reserve the folder for the run with this identity; return the id that the run got when it was first claimed.
 
-        Raises UserError where it belongs to another, or holds something else than a run.
+        Raises UserError if the folder belongs to another run, or holds something other than a run.
         """
-        found = self._described_or_empty()
+        found = self._identity_or_empty()
         if found is not None:
             key = found.pop("id")
             differing = list(_differing(found, identity))
@@ -62,78 +56,110 @@ class RunFolder:
         self.storage.write("run.json", json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode())
         return key
 
-    def stop(self, cause: str) -> None:
-        """The run cannot go on by itself, and the folder says why."""
-        self.storage.write("stopped.json", json.dumps({"cause": cause}).encode())
+    def read_identity(self) -> dict[str, Any] | None:
+        """Return the identity that the folder was claimed with, and the run's id; None if it holds no run."""
+        return self._read("run.json")
 
-    def stopped(self) -> str:
-        """Why the run could not go on; empty where it can."""
-        return json.loads(self.storage.read("stopped.json"))["cause"] if self.storage.exists("stopped.json") else ""
+    def mark_trained(self, result: dict[str, Any]) -> None:
+        """Record what the run found. Its workers have nothing left to do."""
+        self._write("result.json", result)
 
-    def go_on(self) -> None:
-        """What stopped the run is forgotten."""
+    def read_result(self) -> dict[str, Any] | None:
+        """Return what the run found; None until it is trained."""
+        return self._read("result.json")
+
+    def mark_published(self, outcome: dict[str, Any]) -> None:
+        """Record what the driver published. From now on the same command only prints this outcome."""
+        self._write("outcome.json", outcome)
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        """Return the outcome of the run; None until it is published."""
+        return self._read("outcome.json")
+
+    def mark_stopped(self, reason: str) -> None:
+        """Record why the run cannot continue without a change by the user."""
+        self._write("stopped.json", {"cause": reason})
+
+    def stop_reason(self) -> str:
+        """Return why the run cannot continue; empty if it can."""
+        return (self._read("stopped.json") or {"cause": ""})["cause"]
+
+    def clear_stop_reason(self) -> None:
+        """Let the run continue: a new launch tries again."""
         self.storage.delete("stopped.json")
 
-    def request_restart(self, cause: str) -> None:
-        """The group must be launched again, which counts as no failure."""
-        self.storage.write("restart.json", json.dumps({"cause": cause}).encode())
+    def request_restart(self, reason: str) -> None:
+        """Ask the driver to launch the worker group again, which counts as no failure."""
+        self._write("restart.json", {"cause": reason})
 
-    def restart_cause(self) -> str:
-        """Why the group must be launched again; empty where it need not."""
-        return json.loads(self.storage.read("restart.json"))["cause"] if self.storage.exists("restart.json") else ""
+    def restart_reason(self) -> str:
+        """Return why the group must be launched again; empty if it need not."""
+        return (self._read("restart.json") or {"cause": ""})["cause"]
 
     def clear_restart_request(self) -> None:
-        """The group is launched again."""
+        """Forget the request, just before the group is launched."""
         self.storage.delete("restart.json")
 
-    def failures(self) -> list[str]:
-        """What ended a worker group of the run before its time, in order."""
-        return [json.loads(self.storage.read(path))["cause"] for path, _ in self.storage.list("failures")]
-
-    def name_failure(self, cause: str) -> None:
-        """The folder says so of one more."""
+    def add_failure(self, cause: str) -> None:
+        """Record one more early end of a worker group."""
         number = len(self.storage.list("failures"))
         self.storage.write(f"failures/{number:06d}.json", json.dumps({"time_s": time.time(), "cause": cause}).encode())
 
-    def left_out(self) -> set[int]:
-        """Steps, counted from 0, that must not be learnt from."""
-        found = json.loads(self.storage.read("left_out.json")) if self.storage.exists("left_out.json") else []
-        return {step for first, stop in found for step in range(first, stop)}
+    def read_failures(self) -> list[str]:
+        """Return the causes of all early ends of worker groups, in order."""
+        return [json.loads(self.storage.read(path))["cause"] for path, _ in self.storage.list("failures")]
 
-    def leave_out(self, steps: range) -> None:
-        """These steps, too, will not be learnt from."""
-        found = json.loads(self.storage.read("left_out.json")) if self.storage.exists("left_out.json") else []
-        self.storage.write("left_out.json", json.dumps([*found, [steps.start, steps.stop]]).encode())
+    def skip_steps(self, steps: range) -> None:
+        """Add steps, counted from 0, that are read but not learnt from."""
+        ranges = self._read("left_out.json") or []
+        self.storage.write("left_out.json", json.dumps([*ranges, [steps.start, steps.stop]]).encode())
 
-    def name_bad_step(self, step: int, sample_ids: list[int]) -> None:
-        """The folder says which samples made up a step whose gradient was not finite."""
+    def read_skipped_steps(self) -> set[int]:
+        """Return all steps, counted from 0, that must not be learnt from."""
+        return {step for first, stop in self._read("left_out.json") or [] for step in range(first, stop)}
+
+    def record_bad_step(self, step: int, sample_ids: list[int]) -> None:
+        """Record the samples of a step whose gradient was not finite."""
         self.storage.write(f"bad_steps/{step:010d}.json", json.dumps({"step": step, "ids": sample_ids}).encode())
 
     def clear(self) -> None:
-        """Everything that the run left is gone; its results first and run.json last, so that nothing else is seen of a
-        half-cleared run than that it is unfinished. Raises UserError where the folder holds something else than a run.
+        """Delete everything that the run left, so that the folder is empty.
+
+        Results go first and run.json last: a run whose deletion was interrupted is unfinished, and nothing else.
+        Raises UserError if the folder holds something other than a run.
         """
-        if self._described_or_empty() is None:
+        if self._identity_or_empty() is None:
             return
         order = {"outcome.json": 0, "result.json": 0, "run.json": 2}
         for path in sorted((path for path, _ in self.storage.list()), key=lambda path: order.get(path, 1)):
             self.storage.delete(path)
         self.storage.delete_empty("")
 
-    def _described_or_empty(self) -> dict[str, Any] | None:
-        found = self.described()
+    def _identity_or_empty(self) -> dict[str, Any] | None:
+        """Return the run's identity; None if the folder is empty. Raises UserError if it holds something else."""
+        found = self.read_identity()
         if found is None and not self.storage.is_empty():
             raise UserError(
                 f"folder {self.storage.uri} holds something else than a run; try another --name or --output"
             )
         return found
 
+    def _read(self, name: str) -> Any:
+        """Return the parsed JSON file; None if it does not exist."""
+        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        self.storage.write(name, json.dumps(values, indent=1).encode())
+
 
 def _differing(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the values that differ between two dicts of plain values, with both."""
+    """Yield the dotted name of every value that differs between two dicts of plain values, with both values."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             yield from _differing(found.get(key), wanted.get(key), f"{prefix}{key}.")
     elif found != wanted:
-        there, here = (text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..." for text in (str(found), str(wanted)))
+        there, here = (
+            text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
+            for text in (str(found), str(wanted))
+        )
         yield f"{prefix.removesuffix('.')} ({there} there, {here} here)"

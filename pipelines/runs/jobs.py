@@ -191,7 +191,7 @@ def remaining_segments(jobs: list[Job]) -> list[FeedSegment]:
 
 def _remaining(job: Job) -> list[FeedSegment]:
     folder = RunFolder(job.folder)
-    return [] if folder.result() else segments(job, folder.checkpoints.latest_step())
+    return [] if folder.read_result() else segments(job, folder.checkpoints.latest_step())
 
 
 def _evaluation_steps(config: ClassifyConfig, steps_per_epoch: int, total: int) -> Iterator[int]:

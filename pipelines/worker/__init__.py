@@ -38,7 +38,7 @@ def work(config: dict[str, Any]) -> None:
     iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
     feed = Feed(micro_batches(iterator_of, FeedChannel.of_run(config["run"])))
     attempt = Attempt(**config["attempt"])
-    for job in rank.agree([job for job in jobs if RunFolder(job.folder).result() is None]):
+    for job in rank.agree([job for job in jobs if RunFolder(job.folder).read_result() is None]):
         try:
             run_job(with_workers(job, rank.world), rank, feed, attempt)
         except (Stopped, RestartRequested):
@@ -66,12 +66,12 @@ def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
         found = probing.run(job, rank, feed, folder, checkpoint)
     if rank.is_main:
         shares = {kind: round(share, 4) for kind, share in feed.clock.shares().items()}
-        folder.finish(
+        folder.mark_trained(
             found
             | {
                 "duration_s": round(time.monotonic() - started_s, 1),
                 "goodput": shares,
-                "failures": len(folder.failures()),
+                "failures": len(folder.read_failures()),
             }
         )
     rank.barrier()

@@ -41,7 +41,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
             train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
         else:
             accuracy = evaluate(job, rank, feed, manifest, phase, state.ema or bare(state.model))
-            recorder.judge(phase.first_step, phase.split, accuracy)
+            recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     if rank.is_main:
         export(job, state.ema or bare(state.model), folder)

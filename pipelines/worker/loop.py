@@ -39,7 +39,7 @@ class TrainState:
     ema_decay: float = 0.0
     clip_norm: float | None = None
     step: int = 0
-    left_out: frozenset[int] = frozenset()
+    skipped_steps: frozenset[int] = frozenset()
     """Steps, counted from 0, whose micro-batches are read and not learnt from."""
 
     @classmethod
@@ -180,7 +180,7 @@ def train(
     with feed.clock.spent("steps"):
         while state.step < last_step:
             batches = [batch.to(rank.device) for batch in feed.take(state.step, per_rank)]
-            if state.step in state.left_out:
+            if state.step in state.skipped_steps:
                 state.step += 1
                 after_step(state.step, None, None)
             else:

@@ -67,7 +67,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
                 _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
         else:
             accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
-            recorder.judge(phase.first_step, phase.split, accuracy)
+            recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     return result_of(job, accuracy, state.step)
 
@@ -100,7 +100,7 @@ def _fit(
     smoothing, num_classes = job.config.augment.label_smoothing, len(job.classes)
     while state.step < last_step:
         examples = examples_of(state.step)
-        if state.step in state.left_out:
+        if state.step in state.skipped_steps:
             state.step += 1
             recorder.after_step(state.step, None, None)
             continue

@@ -56,7 +56,7 @@ class Recorder:
         self._folder, self._picture, self._clock = folder, picture, clock
         self._meter = Meter(rank)
         self._num_skipped = 0
-        self._run = (folder.described() or {}).get("id")
+        self._run = (folder.read_identity() or {}).get("id")
         self.spool = MetricSpool(folder.storage)
         self.writer = CheckpointWriter(
             folder.checkpoints,
@@ -66,7 +66,7 @@ class Recorder:
         )
         self.last: dict[str, float] = {}
         """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
-        state.left_out = frozenset(rank.agree(sorted(folder.left_out())))
+        state.skipped_steps = frozenset(rank.agree(sorted(folder.read_skipped_steps())))
 
     @classmethod
     def of(
@@ -110,7 +110,7 @@ class Recorder:
         save = warned or self._due.save(step)
         if save or self._due.log(step):
             for bad_step in self._meter.bad_steps():
-                self._face(bad_step)
+                self._apply_nan_policy(bad_step)
         if self._due.log(step):
             self._log(step)
         if save and self._rank.is_main:
@@ -123,7 +123,7 @@ class Recorder:
             with self._clock.spent("other"):
                 self._draw(step)
 
-    def judge(self, step: int, split: str, accuracy: dict[str, float]) -> None:
+    def record_accuracy(self, step: int, split: str, accuracy: dict[str, float]) -> None:
         """The accuracy on the split after `step` steps is recorded; on val it is the score of the step's checkpoint."""
         if not self._rank.is_main:
             return
@@ -132,7 +132,7 @@ class Recorder:
             with self._clock.spent("checkpoint"):
                 self.writer.wait()
                 try:
-                    self._folder.checkpoints.judge(step, accuracy["val/top1"])
+                    self._folder.checkpoints.record_score(step, accuracy["val/top1"])
                 except OSError as error:
                     log.warning("the checkpoint of step %d keeps no score: %s", step, error)
 
@@ -172,7 +172,7 @@ class Recorder:
         except OSError as error:
             log.warning("no picture of step %d: %s", step, error)
 
-    def _face(self, step: int) -> None:
+    def _apply_nan_policy(self, step: int) -> None:
         """What the policy says about a step whose gradient was not finite has been done; every rank calls it."""
         ids = [i for i in self._plan.step_ids(step - 1).tolist() if i >= 0]
         shown = ", ".join(map(str, ids[:_MOST_IDS_LOGGED]))
@@ -180,7 +180,7 @@ class Recorder:
         if len(ids) > _MOST_IDS_LOGGED:
             said += f" and {len(ids) - _MOST_IDS_LOGGED} more, all in bad_steps/{step:010d}.json"
         if self._rank.is_main:
-            self._folder.name_bad_step(step, ids)
+            self._folder.record_bad_step(step, ids)
         policy = self._rank.compute.on_nan
         self._num_skipped += 1
         if policy == "stop" or self._num_skipped > _MOST_SKIPPED:
@@ -193,7 +193,7 @@ class Recorder:
         if self._rank.is_main:
             self.writer.wait()
             self.spool.flush()
-            self._folder.stop(cause)
+            self._folder.mark_stopped(cause)
         self._rank.barrier()
         raise Stopped(cause)
 
@@ -203,6 +203,6 @@ class Recorder:
         if self._rank.is_main:
             self.writer.wait()
             newest = self._folder.checkpoints.latest_intact_step()
-            self._folder.leave_out(range(newest, step))
+            self._folder.skip_steps(range(newest, step))
         self._rank.barrier()
         raise RolledBack(f"{said}; the group goes back to the newest checkpoint and leaves out the steps up to there")

@@ -49,15 +49,15 @@ def test_more_failures_than_allowed_end_the_run_with_the_cause_and_a_checkpoint_
         wait_for_step(place, "failing", 9, driver)
         rank = random.SystemRandom().choice(ranks(driver))
         rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms // 2,) * 2)
-        while not folder.failures():
+        while not folder.read_failures():
             assert runs(driver), place.log
             time.sleep(0.1)
         # Torch says what it lacked; where a small piece is refused first, C++ ends the process.
-        assert re.search("ran out of memory|perhaps for its memory", folder.failures()[0])
+        assert re.search("ran out of memory|perhaps for its memory", folder.read_failures()[0])
         wait_for_step(place, "failing", place.newest("failing") + 5, driver)
         random.SystemRandom().choice(ranks(driver)).kill()
         assert exit_status(driver) == 1
-    assert len(folder.failures()) == 2
+    assert len(folder.read_failures()) == 2
     (said,) = [line for line in place.log.splitlines() if line.startswith("mae: failed: ")]
     assert re.search(r"the process of rank \d died without a word", said)
     assert said.endswith("allows; the same command goes on from the newest checkpoint")
@@ -106,7 +106,7 @@ def test_faults_at_twenty_random_moments_change_nothing(place: Place) -> None:
                         rank.kill()
                 elif fault == "stop":
                     chance.choice(members).suspend()
-    assert place.run_folder("long").result() is None, f"the run was over before the faults: {moments}"
+    assert place.run_folder("long").read_result() is None, f"the run was over before the faults: {moments}"
     finished = place.run(command)
     assert finished.returncode == 0, finished.stderr
     assert place.weights("long") == place.weights("long-undisturbed"), moments

@@ -121,7 +121,7 @@ def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes
     assert 0 < step < 80 * STEPS_PER_EPOCH
     assert step % WARNING_EVERY_STEPS == 0
     assert reached - step <= WARNING_EVERY_STEPS
-    assert place.run_folder("drained").failures() == [], "an announced end is no failure"
+    assert place.run_folder("drained").read_failures() == [], "an announced end is no failure"
     assert place.losses("drained") == place.losses("calm")
     assert place.weights("drained") == place.weights("calm")
 
@@ -136,11 +136,11 @@ def test_a_node_gone_without_a_word_and_a_dead_gcs_change_nothing(place: Place) 
         cluster.remove_node(node_of_a_rank(cluster), allow_graceful=False)
         lost_at = place.newest("lost")
         wait_for_step(place, "lost", lost_at + 18, driver)
-        assert len(place.run_folder("lost").failures()) == 1
+        assert len(place.run_folder("lost").read_failures()) == 1
         cluster.head_node.kill_gcs_server()
         # Ray's processes give up a minute later; a run may come to its end before, and then that is its end.
         status = exit_status(driver, 300)
-        assert (status == 0) == (place.run_folder("lost").result() is not None), place.log
+        assert (status == 0) == (place.run_folder("lost").read_result() is not None), place.log
     headless_at = place.newest("lost")
     with cluster_of(2, 2, place) as cluster, driving(place, "lost", cluster, **two) as driver:
         assert exit_status(driver) == 0, place.log

@@ -51,7 +51,7 @@ def test_a_run_that_was_killed_equals_one_that_was_not(place: Place, num_workers
             rank.kill()
         steps.append(wait_for_step(place, name, place.newest(name) + chance.randint(5, 25), driver))
         time.sleep(chance.uniform(0, 0.2))
-    assert place.run_folder(name).result() is None, f"killed after {steps}: the run was over before"
+    assert place.run_folder(name).read_result() is None, f"killed after {steps}: the run was over before"
 
     finished = place.run(command(place, num_workers, name))
     assert finished.returncode == 0, finished.stderr
@@ -71,10 +71,10 @@ def test_a_hung_worker_is_noticed_and_changes_nothing(place: Place) -> None:
         assert exit_status(driver) == 0, place.log
         assert not hung.is_running(), "the worker that hung must be gone"
     assert before < TOTAL
-    result = place.run_folder("hung").result()
+    result = place.run_folder("hung").read_result()
     assert result is not None
     assert result["goodput"]["recovery"] > 0
-    assert place.run_folder("hung").failures()[0].endswith("did not answer for compute.stall_s")
+    assert place.run_folder("hung").read_failures()[0].endswith("did not answer for compute.stall_s")
     assert weights(place, "hung") == weights(place, "undisturbed-3")
 
 

@@ -271,7 +271,7 @@ def test_another_config_of_a_finished_run(place: Path, capsys: pytest.CaptureFix
 
     folder = RunFolder(str(place / "runs" / "mine"))
     folder.claim({"kind": "pretrain", "config": {"epochs": 1}})
-    folder.remember({"loss": 0.1})
+    folder.mark_published({"loss": 0.1})
     said = refusal(place, capsys, "pretrain", "--name", "mine", "--data.uri", labelled(place), *SMALL)
     assert "holds a run with another config." in said
 

@@ -87,4 +87,4 @@ def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run
         launch([job], "damaged")
     assert len(set(trainer.runs)) == 3
     assert "step 7 is damaged; the workers start again from the newest intact one" in caplog.text
-    assert not RunFolder(job.folder).restart_cause()
+    assert not RunFolder(job.folder).restart_reason()

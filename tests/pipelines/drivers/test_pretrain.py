@@ -103,7 +103,7 @@ def test_killed_after_publishing_nothing_is_published_twice(place: Place) -> Non
     from pipelines.drivers.pretrain import pretrain
 
     run = place.run("calm")
-    outcome = run.outcome()
+    outcome = run.read_outcome()
     run.storage.delete("outcome.json")
     assert pretrain(place.config("calm"), "calm") == outcome
     assert place.versions(place.undisturbed["run_id"]) == ["1"]
@@ -114,7 +114,7 @@ def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(
     preset.write_text(yaml.safe_dump({"kind": "pretrain"} | to_dict(place.config("killed"))))
     command = [MAE, "pretrain", "--preset", str(preset), "--json"]
     kill_once_trained(command, place)
-    assert place.run("killed").outcome() is None, "the kill came too late to mean anything"
+    assert place.run("killed").read_outcome() is None, "the kill came too late to mean anything"
 
     done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_two_workers_its_steps_and_
     assert run.checkpoints.steps() == [first, newest]
     run.checkpoints.verify(newest)
     assert again["failures"] == 0
-    assert not run.failures()
+    assert not run.read_failures()
 
 
 def test_fresh_starts_anew_in_a_run_of_its_own(place: Place) -> None:

@@ -80,8 +80,8 @@ def test_a_score_on_held_out_images_decides_before_training_losses_do(store: Che
     for step, loss in enumerate([0.5, 0.4, 0.1, 0.2, 0.3], 1):
         store.save(checkpoint(step, loss), policy)
         if step in scores:
-            store.judge(step, scores[step])
-    store.judge(7, 99.0)
+            store.record_score(step, scores[step])
+    store.record_score(7, 99.0)
     assert store.steps() == [2, 5]
     again = CheckpointStore(store._storage)
     again.save(checkpoint(6, 0.0), policy)

@@ -57,14 +57,14 @@ def test_the_cause_is_what_the_most_telling_rank_died_of(failures: Mapping[int, 
 
 def test_an_announced_end_is_no_failure_and_every_other_is_kept_by_the_unfinished_run(tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("done", "goes on", "waits")]
-    RunFolder(folders[0]).finish({})
+    RunFolder(folders[0]).mark_trained({})
     watching = witness(folders, 3)
     announced = {0: COLLATERAL, 1: Dead("its node has died", preempted=True)}
     assert is_preemption(announced)
     watching.after_exception(None, announced)
     for cause in ("first", "second"):
         watching.after_exception(None, {1: ValueError(cause)})
-    assert [RunFolder(folder).failures() for folder in folders] == [
+    assert [RunFolder(folder).read_failures() for folder in folders] == [
         [],
         ["rank 1 failed: first", "rank 1 failed: second"],
         [],
@@ -77,5 +77,5 @@ def test_a_failure_that_the_storage_refuses_to_keep_ends_nothing(
     def refuses(self: RunFolder, cause: str) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(RunFolder, "name_failure", refuses)
+    monkeypatch.setattr(RunFolder, "add_failure", refuses)
     witness([str(tmp_path)], 3).after_exception(None, {0: ValueError("x")})

@@ -15,22 +15,22 @@ def folder(tmp_path: Any) -> RunFolder:
 
 def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
     mine = {"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "a"}}}
-    assert folder.described() is None
+    assert folder.read_identity() is None
     key = folder.claim(mine)
     assert folder.claim(mine) == key
-    assert folder.described() == {"id": key} | mine
+    assert folder.read_identity() == {"id": key} | mine
     with pytest.raises(ValueError, match=r"with another config\.model\.arch \(a there, b here\); only .* may change"):
         folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
-    assert folder.described() == {"id": key} | mine
+    assert folder.read_identity() == {"id": key} | mine
 
 
 def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
-    assert folder.result() is folder.outcome() is None
-    folder.finish({"loss": 0.5})
-    assert folder.result() == {"loss": 0.5}
-    assert folder.outcome() is None
-    folder.remember({"model": "models:/x/1"})
-    assert folder.outcome() == {"model": "models:/x/1"}
+    assert folder.read_result() is folder.read_outcome() is None
+    folder.mark_trained({"loss": 0.5})
+    assert folder.read_result() == {"loss": 0.5}
+    assert folder.read_outcome() is None
+    folder.mark_published({"model": "models:/x/1"})
+    assert folder.read_outcome() == {"model": "models:/x/1"}
 
 
 def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
@@ -38,8 +38,8 @@ def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
 ) -> None:
     key = folder.claim({"kind": "pretrain"})
     folder.storage.write("checkpoints/step-0000000001/model.safetensors", b"x")
-    folder.finish({})
-    folder.remember({})
+    folder.mark_trained({})
+    folder.mark_published({})
     deleted: list[str] = []
     storage = folder.storage
 
@@ -49,7 +49,7 @@ def test_a_cleared_folder_is_nobodys_and_a_half_cleared_one_is_unfinished(
 
     watched = SimpleNamespace(list=storage.list, delete=delete, delete_empty=storage.delete_empty)
     monkeypatch.setattr(folder, "storage", watched)
-    monkeypatch.setattr(folder, "described", lambda: {"id": key})
+    monkeypatch.setattr(folder, "read_identity", lambda: {"id": key})
     folder.clear()
     monkeypatch.undo()
     assert set(deleted[:2]) == {"outcome.json", "result.json"}

@@ -65,13 +65,13 @@ def test_the_state_is_what_the_driver_last_said(tmp_path: Path, monkeypatch: pyt
     assert abs(alive_s - time.time()) < 60
     monkeypatch.setattr(module, "_SILENT_AFTER_S", -1.0)
     assert state_of(tmp_path, "a") == "stopped"
-    run.finish({"loss": 0.1})
+    run.mark_trained({"loss": 0.1})
     assert state_of(tmp_path, "a") == "trained"
     with pytest.raises(RuntimeError), Pulse([run.storage]):
         raise RuntimeError("no\nroom")
     assert state_of(tmp_path, "a") == "failed"
     assert list_runs(str(tmp_path))[0].error == "no room"
-    run.remember({"loss": 0.1})
+    run.mark_published({"loss": 0.1})
     assert state_of(tmp_path, "a") == "finished"
 
 
@@ -96,7 +96,7 @@ def test_watching_ends_with_the_run_and_shows_each_step(
             started.set()
             over.wait(30)
             make(tmp_path, "a", range(2, 4))
-            run.remember({})
+            run.mark_published({})
 
     started = threading.Event()
     driver = threading.Thread(target=drive)

@@ -347,7 +347,7 @@ def infinite_loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int)
 def test_a_step_that_is_left_out_is_read_and_not_learnt_from() -> None:
     rank, plan = rank_of(0, 1), plan_of(1)
     state = state_of(rank)
-    state.left_out = frozenset({0, 2})
+    state.skipped_steps = frozenset({0, 2})
     seen: list[tuple[int, bool]] = []
     feed = Feed(batch for step in range(4) for batch in batches_of(plan, step, rank))
     train(state, rank, plan, feed, 4, loss_of, lambda step, loss, bad: seen.append((step, loss is None)))

@@ -75,7 +75,7 @@ def test_stop_ends_the_run_with_the_sample_ids_and_leaves_the_last_good_checkpoi
     ids = sorted(i for i in plan_of(1).step_ids(BAD).tolist() if i >= 0)
     with pytest.raises(Stopped, match=rf"not finite at step {BAD + 1}, whose 10 samples .*; try a lower") as stopped:
         run(folder, "stop", log_every_steps)
-    assert folder.stopped() == str(stopped.value)
+    assert folder.stop_reason() == str(stopped.value)
     newest = folder.checkpoints.latest()
     assert newest is not None
     assert newest.step == BAD
@@ -83,8 +83,8 @@ def test_stop_ends_the_run_with_the_sample_ids_and_leaves_the_last_good_checkpoi
     named = json.loads(folder.storage.read(f"bad_steps/{BAD + 1:010d}.json"))
     assert sorted(named["ids"]) == ids
     assert all(str(i) in str(stopped.value) for i in ids)
-    folder.go_on()
-    assert not folder.stopped()
+    folder.clear_stop_reason()
+    assert not folder.stop_reason()
 
 
 def test_skip_goes_on_as_if_the_step_had_no_gradient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,7 +93,7 @@ def test_skip_goes_on_as_if_the_step_had_no_gradient(tmp_path: Path, caplog: pyt
     assert f"not finite at step {BAD + 1}" in caplog.text
     assert "the step is skipped" in caplog.text
     rank, plan, by_hand = rank_of(0, 1), plan_of(1), state_of(rank_of(0, 1))
-    by_hand.left_out = frozenset({BAD})
+    by_hand.skipped_steps = frozenset({BAD})
     feed = Feed(batch for step in range(6) for batch in batches_of(plan, step, rank))
     train(by_hand, rank, plan, feed, 6, loss_of, lambda step, loss, bad: None)
     assert digests_of(found) == digests_of(by_hand)
@@ -103,8 +103,8 @@ def test_roll_back_leaves_out_what_lies_between_the_newest_checkpoint_and_the_ba
     folder = RunFolder(str(tmp_path))
     with pytest.raises(RolledBack, match=f"not finite at step {BAD + 1}"):
         run(folder, "roll_back")
-    assert folder.left_out() == {BAD}
-    assert not folder.stopped()
+    assert folder.read_skipped_steps() == {BAD}
+    assert not folder.stop_reason()
     found = run(folder, "roll_back")
     assert found.step == 6
     assert digests_of(found) == digests_of(run(RunFolder(str(tmp_path / "other")), "skip"))
@@ -133,7 +133,7 @@ def test_accuracy_on_val_and_on_nothing_else_decides_which_checkpoint_is_best(
     for step, (top1, loss) in enumerate([(90.0, 0.9), (10.0, 0.1), (20.0, 0.5)], 1):
         recorder.last["train/loss"] = loss
         recorder.writer.save(step, state.snapshot, {"last": dict(recorder.last)})
-        recorder.judge(step, split, {f"{split}/top1": top1})
+        recorder.record_accuracy(step, split, {f"{split}/top1": top1})
     recorder.finish()
     assert folder.checkpoints.steps() == kept
 

@@ -38,12 +38,12 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_a_run_without_a_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     assert load_newest(folder, ALONE) is None
-    assert not folder.restart_cause()
+    assert not folder.restart_reason()
 
 
 def test_an_intact_checkpoint_is_resumed_from(folder: RunFolder) -> None:
     assert load_newest(folder, ALONE) == checkpoint(6)
-    assert not folder.restart_cause()
+    assert not folder.restart_reason()
 
 
 def test_a_damaged_checkpoint_is_discarded_and_a_restart_requested(folder: RunFolder, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_discarded_and_a_restart_requested(folder: RunFo
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(RestartRequested, match=r"step 6 in .* is damaged"):
         load_newest(folder, ALONE)
-    assert "step 6" in folder.restart_cause()
+    assert "step 6" in folder.restart_reason()
     assert folder.checkpoints.steps() == [5]
     assert load_newest(folder, ALONE) == checkpoint(5)
 
