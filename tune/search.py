@@ -19,7 +19,7 @@ from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.drive import claim
 from pipelines.registry import Point
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.metrics import MetricFollower, PictureFollower
+from pipelines.runs.followers import MetricFollower, PictureFollower
 from pipelines.storage import open_storage
 from tune.space import said
 from tune.trial import MEASURES, Trial, run

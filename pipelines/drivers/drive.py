@@ -15,9 +15,9 @@ from pipelines.config import identity, to_dict
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
 from pipelines.runs.folder import RunFolder
+from pipelines.runs.followers import MetricFollower, PictureFollower
 from pipelines.runs.jobs import Job, train_plan
 from pipelines.runs.listing import Pulse, last_alive_s
-from pipelines.runs.metrics import MetricFollower, PictureFollower
 from pipelines.runs.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.registry import Point
-from pipelines.runs.metrics import MetricFollower, MetricSpool, PictureFollower, read_points
+from pipelines.runs.followers import MetricFollower, PictureFollower
+from pipelines.runs.metrics import MetricSpool, read_points
 from pipelines.runs.progress import ProgressDisplay
 from pipelines.storage import Storage, open_storage
 
@@ -225,12 +226,16 @@ def test_on_a_terminal_the_display_is_a_bar_on_stderr(monkeypatch, capsys, no_co
 
 
 class Album:
-    """A picture sink that remembers what it was given."""
+    """A picture sink that remembers what it was given, and refuses the first pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_refused: int = 0) -> None:
         self.pictures: dict[str, bytes] = {}
+        self.num_refused = num_refused
 
     def log_file(self, path: Path, folder: str = "") -> None:
+        if self.num_refused:
+            self.num_refused -= 1
+            raise RuntimeError("MLflow refused the picture")
         self.pictures[f"{folder}/{path.name}"] = path.read_bytes()
 
 
@@ -242,3 +247,20 @@ def test_pictures_are_delivered_once_drawn_and_all_by_the_end(tmp_path: Path) ->
             time.sleep(0.01)
         storage.write("pictures/two.png", b"2")
     assert album.pictures == {"pictures/one.png": b"1", "pictures/two.png": b"2"}
+
+
+def test_a_refused_picture_is_delivered_later_and_reported_at_the_end_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("pictures/one.png", b"1")
+    album = Album(num_refused=1)
+    with PictureFollower(storage, album, poll_every_s=0.01):
+        while not album.pictures:
+            time.sleep(0.01)
+    assert "pictures could not be delivered, retrying in 0.01 s: MLflow refused" in caplog.text
+    with (
+        pytest.raises(RuntimeError, match="MLflow refused"),
+        PictureFollower(storage, Album(num_refused=1), poll_every_s=60),
+    ):
+        pass
