@@ -1,4 +1,4 @@
-"""What a sweep over mask ratios found, drawn in the manner of the paper's Figure 5."""
+"""Draw the result of a sweep over mask ratios in the style of the paper's Figure 5."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,23 @@ _FONT_PT, _LABEL_WIDTH_PT, _LABEL_HEIGHT_PT, _MARKER_PT = 8.5, 25.0, 10.5, 10.0
 _CLUMP_PT, _SIDE_PT = 12.0, 20.0
 _LIFTS_PT = (10.0, 12.0, 14.0, 17.0, 20.0, 23.0, 26.0, 29.0, 32.0)
 _SMALLEST_PAD = 0.6
-"""Percent left free above and below, so that a flat line looks flat."""
+"""Minimum margin above and below in percent, so that a flat line looks flat."""
 
 
 def masking_ratio_figure(
     points: Sequence[Point], path: Path, baselines: Mapping[str, float | None] | None = None
 ) -> None:
-    """A figure with fine-tuning above and linear probing below, against mask ratio, one line a decoder depth.
+    """Draw fine-tuning above linear probing, against mask ratio, with one line per decoder depth.
 
-    A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None where a trial did not measure
+    A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None if the trial did not measure
     it) and optionally `finetune_std` and `probe_std`. `baselines` may give `finetune` (from scratch) and `probe` (a
-    random encoder), drawn as dashed lines. Raises UserError where there is no point.
+    random encoder), drawn as dashed lines. Raises UserError if there is no point.
     """
     from matplotlib.figure import Figure
 
     measures: list[Measure] = [m for m in _TITLES if any(p.get(m) is not None for p in points)]
     if not measures:
-        raise UserError("no trial has a result, so there is nothing to draw; look at the trials' errors")
+        raise UserError("no trial has a result, so there is nothing to draw; check the trials' errors")
     figure = Figure(figsize=(7.2, 1.2 + 3.0 * len(measures)), dpi=150, layout="constrained")
     panels: list[Axes] = list(figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0])
     depths = sorted({p["decoder_depth"] for p in points if any(p.get(m) is not None for m in measures)})
@@ -50,14 +50,14 @@ def masking_ratio_figure(
     figure.legend(
         [handles[name] for name in named], named, loc="outside upper center", ncols=min(3, len(named)), frameon=False
     )
-    figure.draw_without_rendering()  # the layout is settled here; labels are then placed by distances on paper
+    figure.draw_without_rendering()  # fixes the layout, so that labels can be placed by distances in points
     for axes, measure in zip(panels, measures):
         _write_values(axes, points, measure, depths, (baselines or {}).get(measure))
     figure.savefig(path)
 
 
 def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baseline: float | None) -> None:
-    """Lines, spread and baseline of one measure."""
+    """Draw lines, spread and baseline of one measure."""
     low, high = _range(points, measure, baseline)
     for i, depth in enumerate(depths):
         line = _line(points, measure, depth)
@@ -70,7 +70,7 @@ def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[
             axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=1, capsize=3, alpha=0.6)
     if baseline is not None:
         axes.axhline(baseline, color=_GRAY, linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
-        # Beside the panel, where no line can cross it.
+        # To the right of the panel, where no line can cross it.
         at = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
         text = f"{_BASELINES[measure]}\n{baseline:.1f}"
         axes.annotate(text, (1, baseline), ha="left", va="center", fontsize=_FONT_PT, color=_GRAY, **at)
@@ -84,7 +84,7 @@ def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[
 
 
 def _mark_ratios(axes: "Axes", ratios: list[float]) -> None:
-    """The shared axis has a tick at every ratio that was tried, as far as there is room."""
+    """Place a tick at every measured ratio on the shared axis, if there is room."""
     width = max(ratios[-1] - ratios[0], 10.0)
     axes.set_xlim(ratios[0] - 0.09 * width, ratios[-1] + 0.09 * width)
     if min([b - a for a, b in itertools.pairwise(ratios)], default=width) > width / 24:
@@ -95,7 +95,7 @@ def _mark_ratios(axes: "Axes", ratios: list[float]) -> None:
 def _write_values(
     axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baseline: float | None
 ) -> None:
-    """Every value stands near its marker and over no marker and no other value; what finds no room is left out."""
+    """Write every value near its marker, overlapping no marker and no other value; omit values without room."""
     pt_per_dot = 72 / axes.figure.dpi
 
     def on_paper(ratio: float, value: float) -> tuple[float, float]:
@@ -110,14 +110,14 @@ def _write_values(
     for i, depth in enumerate(depths):
         for point in lines[depth]:
             at = on_paper(point["ratio"], point[measure])
-            place = _free_place(at, markers, taken, dashes, outwards=1 if at[0] > middle else -1)
-            if place is None:
+            position = _free_position(at, markers, taken, dashes, outwards=1 if at[0] > middle else -1)
+            if position is None:
                 continue
-            taken.append((*place, at[1]))
+            taken.append((*position, at[1]))
             axes.annotate(
                 f"{point[measure]:.1f}",
                 (100 * point["ratio"], point[measure]),
-                (place[0] - at[0], place[1] - at[1]),
+                (position[0] - at[0], position[1] - at[1]),
                 textcoords="offset points",
                 ha="center",
                 va="center",
@@ -128,34 +128,32 @@ def _write_values(
             )
 
 
-def _free_place(
+def _free_position(
     at: tuple[float, float],
     markers: list[tuple[float, float]],
     taken: list[tuple[float, float, float]],
     dashes: float | None,
     outwards: int,
 ) -> tuple[float, float] | None:
-    """Where the value of the marker at `at` has room: above or below it, beside it, or None; all in points."""
+    """Return a free position for the value of the marker at `at`: above, below or beside it, or None; all in points."""
     x, y = at
     near = [my for mx, my in markers if abs(mx - x) < _LABEL_WIDTH_PT / 2 + 3]
     # The upper of two neighbours is labelled above, the lower below.
     side = 1 if sum(my > y for my in near) <= sum(my < y for my in near) else -1
     lifts = [direction * lift for lift, direction in itertools.product(_LIFTS_PT, (side, -side))]
-    # Beyond another marker a value would be taken for that one's, unless the two are all but one.
+    # Beyond another marker, a value would seem to belong to that one, unless the two almost coincide.
     own = [lift for lift in lifts if not any(_CLUMP_PT < (my - y) * (1 if lift > 0 else -1) < abs(lift) for my in near)]
     beside = [(x + outwards * _SIDE_PT, y), (x - outwards * _SIDE_PT, y)]
-    for place in [(x, y + lift) for lift in own] + beside:
+    for px, py in [(x, y + lift) for lift in own] + beside:
         is_free = (
-            all(abs(my - place[1]) >= _MARKER_PT - 0.5 or abs(mx - place[0]) >= _SIDE_PT - 4 for mx, my in markers)
-            and all(
-                abs(ty - place[1]) >= _LABEL_HEIGHT_PT or abs(tx - place[0]) >= _LABEL_WIDTH_PT for tx, ty, _ in taken
-            )
-            # Values of one ratio stand in the order of their markers.
-            and all((ty - place[1]) * (my - y) >= 0 for tx, ty, my in taken if abs(tx - place[0]) < 8)
-            and (dashes is None or abs(dashes - place[1]) >= _LABEL_HEIGHT_PT / 2)
+            all(abs(my - py) >= _MARKER_PT - 0.5 or abs(mx - px) >= _SIDE_PT - 4 for mx, my in markers)
+            and all(abs(ty - py) >= _LABEL_HEIGHT_PT or abs(tx - px) >= _LABEL_WIDTH_PT for tx, ty, _ in taken)
+            # Values of one ratio are in the order of their markers.
+            and all((ty - py) * (my - y) >= 0 for tx, ty, my in taken if abs(tx - px) < 8)
+            and (dashes is None or abs(dashes - py) >= _LABEL_HEIGHT_PT / 2)
         )
         if is_free:
-            return place
+            return px, py
     return None
 
 
@@ -166,7 +164,7 @@ def _line(points: Sequence[Point], measure: Measure, depth: int) -> list[Point]:
 
 
 def _range(points: Sequence[Point], measure: Measure, baseline: float | None) -> tuple[float, float]:
-    """Lowest and highest of all that the panel shows."""
+    """Return the lowest and highest value that the panel shows."""
     measured = [(p[measure], p.get(f"{measure}_std") or 0.0) for p in points if p.get(measure) is not None]
     extra = [] if baseline is None else [baseline]
     return min([v - s for v, s in measured] + extra), max([v + s for v, s in measured] + extra)

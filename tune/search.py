@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials, and each is followed into a child run of MLflow from its start to its end."""
+"""Run the trials with Ray Tune, and mirror each to a child run in MLflow from start to end."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from pipelines.registry import Point
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower, PictureFollower
 from pipelines.storage import open_storage
-from tune.space import said
+from tune.space import describe
 from tune.trial import MEASURES, Trial, run
 
 log = logging.getLogger(__name__)
@@ -29,20 +29,21 @@ log = logging.getLogger(__name__)
 _PREFIXES = {"pretrain": "", "probe": "probe/", "finetune": "finetune/"}
 _CLOSED = "closed.json"
 _ENVIRONMENT = {
-    # Tune's tables, loggers and hints are for a person at Tune; ours are the table, MLflow and the log.
+    # Turn off Tune's tables, loggers and hints: we report with our table, MLflow and the log.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Ctrl-C ends the sweep, where Tune would end the search and carry on with what it has.
+    # Let Ctrl-C end the sweep. Tune's handler would end only the search and continue with its partial result.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurrent: int) -> None:
-    """Every trial has ended and is in the ledger and in MLflow; so many groups run at the same time.
+    """Run every trial, at most `max_concurrent` groups at a time, and record each in the ledger and MLflow.
 
-    The ledger is ours, so Tune's own state is thrown away: a sweep that starts again is a search over what is left.
+    Tune's own state is discarded because the ledger replaces it: a restarted sweep is a new search over the unfinished
+    trials.
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
     from ray import tune
@@ -50,8 +51,8 @@ def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurre
     quiet_ray()
     with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children:
         tuner = tune.Tuner(
-            # A trial's driver only waits for its worker group, which asks for CPUs itself; Tune refuses an empty
-            # request, so it asks for a byte.
+            # A trial's driver only waits for its worker group, which requests CPUs itself. Tune refuses an empty
+            # request, so the driver requests one byte of memory.
             tune.with_resources(tune.with_parameters(_run_group, groups=groups), {"CPU": 0, "memory": 1}),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
@@ -69,7 +70,10 @@ def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Trial]]) -> dic
 
 
 class _Watch(Callback):
-    """Tells the driver of a group's start and end. Tune pickles it for a restoring that never happens."""
+    """Report each group's start and end to the driver.
+
+    Pickled empty: Tune pickles it to restore a search, which we never do.
+    """
 
     def __init__(self, groups: Sequence[Sequence[Trial]], children: "Children") -> None:
         self._groups, self._children = groups, children
@@ -86,37 +90,40 @@ class _Watch(Callback):
             self._children.close(one)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # The group's driver process died, so nobody wrote what happened.
+        # The group's driver process died before it could record a result.
         for one in self._groups[trial.config["group"]]:
             if not one.is_finished():
-                one.enter("the trial's driver process died; look for a lack of memory")
+                one.record("the trial's driver process died; check whether memory ran out")
             self._children.close(one)
 
 
 @dataclass(frozen=True)
 class Prefixed:
-    """A run of MLflow to which one job of a trial gives its points under a prefix of their own."""
+    """An MLflow run in which one job of a trial logs points under its own prefix."""
 
     run: registry.Run
     prefix: str
 
     @property
     def num_waiting(self) -> int:
-        """Points that MLflow has not confirmed."""
+        """Number of points that MLflow has not confirmed."""
         return self.run.num_waiting
 
     def last_steps(self) -> dict[str, int]:
-        """The last stored step of the job's metrics, by their names without the prefix."""
+        """Return the last stored step of the job's metrics, by name without the prefix."""
         found = self.run.last_steps().items()
         return {key.removeprefix(self.prefix): step for key, step in found if key.startswith(self.prefix)}
 
     def log_points(self, points: Sequence[Point]) -> None:
-        """The points will be stored under the prefix."""
+        """Queue the points, named with the prefix."""
         self.run.log_points([point._replace(key=self.prefix + point.key) for point in points])
 
 
 class Children:
-    """The trials' runs in MLflow, below the sweep's: each is opened, followed while its trial runs, and closed once."""
+    """The trials' MLflow runs, children of the sweep's run.
+
+    Each is opened, followed while its trial runs, and closed.
+    """
 
     def __init__(self, tracking: registry.Tracking, parent: registry.Run, trials: Sequence[Trial]) -> None:
         self._tracking, self._parent = tracking, parent
@@ -127,18 +134,18 @@ class Children:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Runs of trials that were cut short are marked as such."""
+        """Mark the runs of interrupted trials as killed."""
         for child, following in self._open.values():
             following.close()
             child.finish("KILLED")
         self._open.clear()
 
     def name(self, trial: Trial) -> str:
-        """The trial's name in MLflow."""
+        """Return the trial's name in MLflow."""
         return f"{self._parent.name}/{trial.key}"
 
     def open(self, trial: Trial) -> None:
-        """The trial's run is there, and what its jobs spool arrives in it."""
+        """Find or create the trial's run, and start copying what its jobs report to it."""
         if trial.key in self._open:
             return
         config = trial.pretrain.config
@@ -160,10 +167,10 @@ class Children:
             following.enter_context(MetricFollower(storage, Prefixed(child, prefix)))
         following.enter_context(PictureFollower(RunFolder(trial.pretrain.folder).storage, child))
         self._open[trial.key] = child, following
-        log.info("trial %s: %s", self._place(trial), said(trial.point))
+        log.info("trial %s: %s", self._place(trial), describe(trial.point))
 
     def close(self, trial: Trial) -> None:
-        """The trial's run has every point, picture and final number, and has ended as the ledger says."""
+        """Wait until the trial's run has every point, picture and final number, and end it as the ledger says."""
         self.open(trial)
         child, following = self._open.pop(trial.key)
         following.close()
@@ -185,14 +192,14 @@ class Children:
         )
 
     def catch_up(self, trials: Sequence[Trial]) -> None:
-        """Finished trials whose driver was killed before it had told MLflow are told now."""
+        """Report finished trials that MLflow does not know, because the driver was killed before reporting them."""
         with self:
             for trial in trials:
                 if trial.is_finished() and not trial.storage.exists(_CLOSED):
                     self.close(trial)
 
     def find(self, trial: Trial) -> registry.Run:
-        """The run of a finished trial; told again where MLflow does not know it."""
+        """Return the run of a finished trial; report the trial again if MLflow does not know it."""
         key = claim(trial.pretrain, "pretrain", read_manifest(open_storage(trial.pretrain.config.data.uri)))
         found = self._tracking.find_run(key)
         if found is None:

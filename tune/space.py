@@ -1,4 +1,4 @@
-"""The points of a sweep: which values the trials' pretraining takes."""
+"""The points of a sweep: field values for each trial's pretraining."""
 
 import difflib
 import itertools
@@ -15,11 +15,11 @@ Point = dict[str, Any]
 
 
 def points(config: SweepConfig) -> list[Point]:
-    """The trials' points, in a stable order: dotted fields of the pretraining with the values they will have.
+    """Return the trials' points, in a stable order: dotted fields of the pretraining config with their parsed values.
 
-    A grid varies the last field fastest; a random search draws without repetition, and more trials of the same seed
-    begin with the fewer. Raises UserError for a field or a value that pretraining refuses, and for two points that
-    would be the same trial.
+    A grid varies the last field fastest. A random search draws without repetition, and with the same seed a longer
+    search begins with the shorter one. Raises UserError for a field or value that pretraining refuses, and for two
+    points that would be the same trial.
     """
     for field in config.space:
         _check_field(field, config.pretrain)
@@ -27,32 +27,35 @@ def points(config: SweepConfig) -> list[Point]:
     first: dict[str, Point] = {}
     for point in _grid(config.space) if config.search == "grid" else _random(config):
         pretrain = at(config.pretrain, point)
-        found.append(_as_taken(pretrain, point))
+        found.append(_parsed(pretrain, point))
         key = json.dumps(identity(pretrain), sort_keys=True)
         if key in first:
             raise UserError(
-                f"space points {said(first[key])} and {said(point)} are the same trial; leave one out (names, outputs, "
-                "tracking, checkpoints and workers change no result)"
+                f"space points {describe(first[key])} and {describe(point)} are the same trial; remove one (names, "
+                "outputs, tracking, checkpoints and workers change no result)"
             )
         first[key] = point
     return found
 
 
 def at(config: PretrainConfig, point: Point) -> PretrainConfig:
-    """The pretraining with the point's values. Raises UserError that names the point where they are refused."""
+    """Return the pretraining config with the point's values.
+
+    Raises UserError that names the point if one is refused.
+    """
     try:
         return with_overrides(config, point)
     except ValueError as error:
-        raise UserError(f"space point {said(point)}: {error}") from None
+        raise UserError(f"space point {describe(point)}: {error}") from None
 
 
-def said(point: Point) -> str:
-    """The point as a person writes it."""
+def describe(point: Point) -> str:
+    """Format the point as a user writes it."""
     return ", ".join(f"{field}={value_text(value)}" for field, value in point.items())
 
 
 def value_text(value: Any) -> str:
-    """A value of a point in few characters."""
+    """Format a value of a point compactly."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":")).replace('"', "")
 
 
@@ -62,27 +65,27 @@ def _grid(space: dict[str, list[Any]]) -> Iterator[Point]:
 
 
 def _random(config: SweepConfig) -> Iterator[Point]:
-    """Points by their place in the grid, which is never built: a space may have more points than memory."""
+    """Draw points by their index in the grid, which is never built: it may have more points than fit in memory."""
     total = math.prod(map(len, config.space.values()))
     draw = random.Random(config.seed)
     seen: set[int] = set()
     while len(seen) < min(config.num_trials, total):
-        place = draw.randrange(total)
-        if place not in seen:
-            seen.add(place)
-            yield _point_at(place, config.space)
+        index = draw.randrange(total)
+        if index not in seen:
+            seen.add(index)
+            yield _point_at(index, config.space)
 
 
-def _point_at(place: int, space: dict[str, list[Any]]) -> Point:
+def _point_at(index: int, space: dict[str, list[Any]]) -> Point:
     point = {}
     for field in reversed(space):
-        place, i = divmod(place, len(space[field]))
+        index, i = divmod(index, len(space[field]))
         point[field] = space[field][i]
     return {field: point[field] for field in space}
 
 
-def _as_taken(config: PretrainConfig, point: Point) -> Point:
-    """The point with its values as the config made from it has them: YAML's "1e-3" is a number there."""
+def _parsed(config: PretrainConfig, point: Point) -> Point:
+    """Return the point with the values that the config made from it has: YAML's "1e-3" becomes a number."""
     values = to_dict(config)
     return {field: _look_up(values, field) for field in point}
 

@@ -1,4 +1,4 @@
-"""What a sweep found: a table for people, the figure, and the best configuration as a preset."""
+"""Summary of a sweep: a table, the figure, and the best configuration as a preset."""
 
 import shlex
 import statistics
@@ -12,7 +12,7 @@ import yaml
 from mae_core.errors import UserError
 from pipelines.config import KINDS, PretrainConfig, to_dict
 from tune.figures import masking_ratio_figure
-from tune.space import said, value_text
+from tune.space import describe, value_text
 from tune.trial import MEASURES, Measure, Trial
 
 RATIO = "model.mask.ratio"
@@ -20,19 +20,19 @@ Entry = dict[str, Any]
 
 
 def best_of(entries: Sequence[Entry], select_by: Measure) -> Entry:
-    """The finished trial with the highest accuracy on val; the other measure, then the order, decides between equals.
+    """Return the finished trial with the highest accuracy on val; ties go to the other measure, then to the order.
 
-    Raises UserError where none has finished.
+    Raises UserError if none has finished.
     """
     finished = [entry for entry in entries if not entry["error"]]
     if not finished:
-        raise UserError("no trial has finished, so none is the best; look at the trials' errors")
+        raise UserError("no trial has finished, so none is the best; check the trials' errors")
     other = next(measure for measure in MEASURES if measure != select_by)
     return max(finished, key=lambda entry: (entry[select_by], entry[other]))
 
 
 def table(entries: Sequence[Entry], best_key: str) -> str:
-    """One aligned row a trial: its point, what stays visible, what it reached on val; `*` marks the best."""
+    """Format one aligned row per trial: point, visible patches, results on val; `*` marks the best."""
     names = _short_names(list(entries[0]["point"]))
     head = ["", *names.values(), "visible", "probe", "fine-tuned", "loss", "minutes"]
     rows = [head]
@@ -43,25 +43,25 @@ def table(entries: Sequence[Entry], best_key: str) -> str:
         if entry["error"]:
             rows.append([*cells, "failed", "failed", "", ""])
         else:
-            found = [f"{entry[measure]:.2f}" for measure in MEASURES]
-            rows.append([*cells, *found, f"{entry['loss']:.4f}", f"{entry['duration_s'] / 60:.1f}"])
+            accuracies = [f"{entry[measure]:.2f}" for measure in MEASURES]
+            rows.append([*cells, *accuracies, f"{entry['loss']:.4f}", f"{entry['duration_s'] / 60:.1f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # The mark stands left, every value right, where digits align.
+    # Align the mark left and every value right, so that digits line up.
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join(lines)
 
 
 def report(result: dict[str, Any]) -> str:
-    """The whole result as a person reads it on a terminal."""
+    """Format the full result for a terminal."""
     best = next(entry for entry in result["trials"] if entry["key"] == result["best_key"])
     lines = [table(result["trials"], result["best_key"]), ""]
-    lines.append(f"best by {result['select_by']} on val: {said(best['point'])}")
+    lines.append(f"best by {result['select_by']} on val: {describe(best['point'])}")
     if result["finetune_test"] is not None:
         lines.append(f"its test accuracy: probe {result['probe_test']:.2f}, fine-tuned {result['finetune_test']:.2f}")
     failed = [entry for entry in result["trials"] if entry["error"]]
-    lines += [f"failed: {said(entry['point'])}: {entry['error']}" for entry in failed]
+    lines += [f"failed: {describe(entry['point'])}: {entry['error']}" for entry in failed]
     if failed:
-        lines.append("the same command tries failed trials again")
+        lines.append("rerun the same command to retry failed trials")
     labels = {"model": "model", "figure": "figure", "best_preset": "preset"}
     lines += [f"{label}: {result[key]}" for key, label in labels.items() if result[key]]
     lines.append(f"next: mae pretrain --preset {shlex.quote(result['best_preset'])}")
@@ -69,12 +69,12 @@ def report(result: dict[str, Any]) -> str:
 
 
 def preset_of(config: PretrainConfig, sweep: str, best: Entry, tests: Mapping[Measure, float | None]) -> bytes:
-    """A preset file that `mae pretrain` takes; its header says where it comes from and what it reached."""
+    """Return a preset file for `mae pretrain`, with a header that states its origin and results."""
     reached = [f"val: probe {best['probe']:.2f}, fine-tuned {best['finetune']:.2f}"]
     if tests["finetune"] is not None:
         reached.append(f"test: probe {tests['probe']:.2f}, fine-tuned {tests['finetune']:.2f}")
     header = [
-        f"The best of sweep {sweep}: {said(best['point'])}.",
+        f"The best of sweep {sweep}: {describe(best['point'])}.",
         "Run:     mae pretrain --preset best.yaml",
         f"Cost:    {best['duration_s'] / 60:.1f} minutes in the sweep, with probe and fine-tuning.",
         f"Reached: top-1 in percent on {'; on '.join(reached)}.",
@@ -85,9 +85,9 @@ def preset_of(config: PretrainConfig, sweep: str, best: Entry, tests: Mapping[Me
 
 
 def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
-    """masking_ratio.png of the finished trials; empty where mask ratio is not what was varied.
+    """Return masking_ratio.png of the finished trials; empty if the mask ratio was not varied.
 
-    Trials of one ratio and decoder depth that differ otherwise, such as in their seed, are a mean and a spread.
+    Trials of one ratio and decoder depth that differ in other fields, such as the seed, become a mean and a spread.
     """
     groups: dict[tuple[float, int], list[Entry]] = {}
     for trial, entry in zip(trials, entries, strict=True):
@@ -97,10 +97,10 @@ def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
     if not groups:
         return b""
     points = []
-    for (ratio, depth), found in groups.items():
+    for (ratio, depth), members in groups.items():
         point: dict[str, Any] = {"ratio": ratio, "decoder_depth": depth}
         for measure in MEASURES:
-            values = [entry[measure] for entry in found]
+            values = [entry[measure] for entry in members]
             point |= {measure: statistics.mean(values), f"{measure}_std": statistics.pstdev(values)}
         points.append(point)
     with TemporaryDirectory(prefix="mae-figure-") as scratch:
@@ -110,7 +110,7 @@ def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
 
 
 def _short_names(fields: Sequence[str]) -> dict[str, str]:
-    """Every field with the fewest last words that no other field ends with."""
+    """Map every field to its shortest suffix of words that no other field ends with."""
     names = {}
     for field in fields:
         parts = field.split(".")

@@ -1,4 +1,4 @@
-"""A sweep: every point is pretrained, probed and fine-tuned; the best on val is registered, then tested once."""
+"""Sweep: pretrain, probe and fine-tune every point; register the best on val, then evaluate it on test once."""
 
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ _SUMMARY, _MARKER = "summary.json", "sweep.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sweep:
-    """A sweep that has been checked and not yet run."""
+    """A sweep that has been validated but not yet run."""
 
     config: SweepConfig
     name: str
@@ -45,10 +45,10 @@ class _Sweep:
 
 
 def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str, Any]:
-    """What the sweep found: table, best point and preset, test accuracy, model version.
+    """Run the sweep; return its table, best point and preset, test accuracy and model version.
 
-    The same command goes on with an unfinished sweep, tries failed trials again, and repeats a finished result.
-    Raises UserError for what the user can mend, before anything is written, and CommandFailed when every trial failed.
+    The same command resumes an unfinished sweep, retries failed trials, and repeats a finished result. Raises UserError
+    for what the user can fix, before anything is written, and CommandFailed if every trial failed.
     """
     checked = _check(config, preset)
     if fresh:
@@ -79,32 +79,32 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
 
 
 def _check(config: SweepConfig, preset: str) -> _Sweep:
-    """The sweep with its trials. Raises UserError for every mistake that can be seen without training."""
+    """Return the sweep with its trials. Raises UserError for every mistake that can be found without training."""
     config, manifest = settled(config)
-    # Neither how many trials run at once nor by what the best is chosen makes other trials.
-    lasting = dataclasses.replace(
+    # Concurrency and the selection criterion do not change the trials.
+    fixed = dataclasses.replace(
         config,
         max_concurrent=1,
         trials_per_group=1,
         select_by="finetune",
         **{measure: of_trial(getattr(config, measure), config.pretrain) for measure in MEASURES},
     )
-    name = run_name(lasting, preset, manifest.digest)
+    name = run_name(fixed, preset, manifest.digest)
     storage = open_storage(open_storage(config.output).join(name))
     trials = plan(config, storage)
-    said = json.dumps([identity(lasting), config.select_by, [trial.key for trial in trials]], sort_keys=True)
+    content = json.dumps([identity(fixed), config.select_by, [trial.key for trial in trials]], sort_keys=True)
     return _Sweep(
         config=config,
         name=name,
         storage=storage,
         manifest=manifest,
         trials=trials,
-        identity=hashlib.sha256(said.encode()).hexdigest(),
+        identity=hashlib.sha256(content.encode()).hexdigest(),
     )
 
 
 def _claim(checked: _Sweep) -> str:
-    """The id that the sweep's folder has had since it was first started, by which MLflow's run is found."""
+    """Return the id of the sweep's folder, created at its first start, by which the MLflow run is found."""
     if checked.storage.exists(_MARKER):
         return json.loads(checked.storage.read(_MARKER))["id"]
     key = uuid.uuid4().hex
@@ -114,14 +114,14 @@ def _claim(checked: _Sweep) -> str:
 
 
 def _clear(storage: Storage) -> None:
-    """An earlier sweep is gone, its summary first and its marker last; a folder of something else is left alone."""
+    """Delete an earlier sweep, its summary first and its marker last. A folder without a marker is left alone."""
     if storage.exists(_MARKER):
         for path in sorted((path for path, _ in storage.list()), key=lambda path: (path != _SUMMARY, path == _MARKER)):
             storage.delete(path)
 
 
 def _summary(checked: _Sweep) -> dict[str, Any] | None:
-    """The result of the finished sweep; None where it is unfinished, was another, or has failed trials to repeat."""
+    """Return the result of the finished sweep; None if it is unfinished, another sweep's, or has failed trials."""
     if not checked.storage.exists(_SUMMARY):
         return None
     found = json.loads(checked.storage.read(_SUMMARY))
@@ -131,7 +131,7 @@ def _summary(checked: _Sweep) -> dict[str, Any] | None:
 
 
 def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> dict[str, Any]:
-    """All trials have ended; the best is registered, tested, drawn and written down."""
+    """Run all trials; register, test and plot the best one, and write the result."""
     from tune.search import Children, search
 
     config, trials = checked.config, checked.trials
@@ -142,30 +142,26 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
         log.info("%d of %d trials are finished already", len(trials) - len(unfinished), len(trials))
     with ExitStack() as stack:
         if unfinished:
-            # Points may differ in workers: Ray is sized for the largest group.
+            # Points may differ in their number of workers: size Ray for the largest group.
             largest = max((t.pretrain.config.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
             groups = grouped(unfinished, config.trials_per_group)
             stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
             search(groups, children, config.max_concurrent)
-        entries = [trial.entry() or _lost(trial) for trial in trials]
+        entries = [trial.entry() or trial.record("the trial ended without a result") for trial in trials]
         if all(entry["error"] for entry in entries):
-            raise CommandFailed(f"every trial of sweep {checked.name} failed; the first: {entries[0]['error']}")
+            raise CommandFailed(f"every trial of sweep {checked.name} failed; first error: {entries[0]['error']}")
         best = best_of(entries, config.select_by)
         winner = next(trial for trial in trials if trial.key == best["key"])
         model = _register(winner, children)
         tests = _test(checked, winner, stack)
     result = _write(checked, entries, best, tests) | {"model": model, "run_id": parent.id}
     result["text"] = report(result)
-    _tell(parent, checked.storage, result, best, tests)
+    _log_result(parent, checked.storage, result, best, tests)
     return result
 
 
-def _lost(trial: Trial) -> Entry:
-    return trial.enter("the trial ended without a result")
-
-
 def _register(winner: Trial, children: Any) -> str:
-    """The winner's model version, made by the winner's own run, so that lineage leads to its dataset and commit."""
+    """Register the winner's model from the winner's own run, so that lineage leads to its dataset and commit."""
     config = winner.pretrain.config
     if not config.tracking.register:
         return ""
@@ -174,7 +170,7 @@ def _register(winner: Trial, children: Any) -> str:
 
 
 def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:
-    """The winner's top-1 on test, by the very classifiers that were measured on val; None without such a split."""
+    """Return the winner's top-1 on test, by the classifiers that were measured on val; None without a test split."""
     config = winner.pretrain.config
     manifest = read_manifest(open_storage(config.data.uri))
     if "test" not in manifest.splits:
@@ -186,24 +182,24 @@ def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, flo
             on_val.config, eval_split="test", output=checked.storage.join(f"test/{winner.key}")
         )
         jobs[measure] = classify_job(on_test, measure, winner.pretrain, manifest)
-        _hand_over(on_val, jobs[measure])
+        _copy_checkpoint(on_val, jobs[measure])
     unread = [job for job in jobs.values() if RunFolder(job.folder).read_result() is None]
     if unread:
-        log.info("reading test once, for the best trial")
+        log.info("evaluating the best trial on test")
         stack.enter_context(ray_session(config.compute))
         launch(unread, f"{checked.name}-test")
     return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, job in jobs.items()}
 
 
-def _hand_over(source: ClassifyJob, target: ClassifyJob) -> None:
-    """The target has the source's last checkpoint, after which nothing is left to it but to evaluate."""
+def _copy_checkpoint(source: ClassifyJob, target: ClassifyJob) -> None:
+    """Copy the source's last checkpoint to the target, which then only has to evaluate."""
     trained, folder = RunFolder(source.folder).checkpoints.latest(), RunFolder(target.folder)
     if trained is not None and not folder.checkpoints.steps():
         folder.checkpoints.save(trained, Retention(newest=1))
 
 
 def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measure, float | None]) -> dict[str, Any]:
-    """Preset and figure lie in the sweep's folder."""
+    """Write preset and figure to the sweep's folder; return the result."""
     storage, config = checked.storage, checked.config
     storage.write("best.yaml", preset_of(at(config.pretrain, best["point"]), checked.name, best, tests))
     figure = figure_of(checked.trials, entries)
@@ -223,10 +219,10 @@ def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measu
     }
 
 
-def _tell(
+def _log_result(
     parent: registry.Run, storage: Storage, result: dict[str, Any], best: Entry, tests: dict[Measure, float | None]
 ) -> None:
-    """The sweep's run has table, summary, figure, preset and the final numbers."""
+    """Log table, summary, figure, preset and final numbers to the sweep's MLflow run."""
     storage.write("table.txt", result["text"].encode() + b"\n")
     with TemporaryDirectory(prefix="mae-sweep-") as scratch:
         (Path(scratch) / _SUMMARY).write_bytes(_json(result))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import PretrainConfig, SweepConfig
-from tune.space import points, said, value_text
+from tune.space import describe, points, value_text
 
 SPACES = st.fixed_dictionaries(
     {},
@@ -58,7 +58,9 @@ def test_more_random_trials_begin_with_the_fewer(seed: int, fewer: int) -> None:
 
 def test_seeds_draw_differently() -> None:
     space = {"seed": list(range(1000))}
-    drawn = [said(point) for s in (0, 1) for point in points(sweep_of(space, search="random", seed=s, num_trials=5))]
+    drawn = [
+        describe(point) for s in (0, 1) for point in points(sweep_of(space, search="random", seed=s, num_trials=5))
+    ]
     assert drawn[:5] != drawn[5:]
 
 
