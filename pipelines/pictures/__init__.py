@@ -1,1 +1,1 @@
-"""PNG files for people."""
+"""PNG figures: reconstructions and contact sheets."""

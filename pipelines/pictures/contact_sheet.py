@@ -1,4 +1,4 @@
-"""A picture of many images, each with its name and what is known of it; broken ones show what can be shown."""
+"""Draw a sheet of thumbnails, each with its name and a note. A broken image is drawn as far as it decodes."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ _GAP_PX = 8
 _TEXT_PX = 11
 _LINE_PX = 14
 _HEADING_PX = 26
-# What is shown of a broken file is decoded by a tolerant decoder, so only where its header claims little.
+# Broken files are decoded by a tolerant decoder without our checks, so only if their header claims few pixels.
 _MAX_TOLERATED_PIXELS = 16_000_000
 
 
@@ -27,12 +27,12 @@ class Tile:
     note: str
     content: bytes
     orientation: int | None = None
-    """That of EXIF, where the content no longer says it."""
+    """EXIF orientation, if the content no longer contains it."""
 
 
-def contact_sheet(title: str, whole: Sequence[Tile], broken: Sequence[Tile]) -> bytes:
-    """A PNG: whole images first, then those of the quarantine."""
-    sections = [(f"{title}: samples", whole), ("quarantine", broken)]
+def contact_sheet(title: str, readable: Sequence[Tile], broken: Sequence[Tile]) -> bytes:
+    """Return a PNG with the readable images, followed by the quarantined ones."""
+    sections = [(f"{title}: samples", readable), ("quarantine", broken)]
     sections = [(heading, tiles) for heading, tiles in sections if tiles]
     row_px = _SIDE_PX + 2 * _LINE_PX + _GAP_PX
     heights = [_HEADING_PX + -(-len(tiles) // _COLUMNS) * row_px for _, tiles in sections]
@@ -70,7 +70,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
 
 
 def _thumbnail(content: bytes, orientation: int | None) -> Image.Image | None:
-    """The image, small; of a broken one what a tolerant decoder makes of it; None where that is nothing."""
+    """Return a thumbnail of the image, by a tolerant decoder if it is broken; None if nothing can be decoded."""
     try:
         pixels = decode(content, 3, orientation)
         picture = Image.fromarray(pixels)
@@ -90,7 +90,7 @@ def _tolerated(content: bytes) -> Image.Image | None:
                 return None
             return image.convert("RGB")
     except Exception:
-        # Whatever a decoder makes of garbage: there is nothing to show.
+        # A decoder may raise anything on malformed bytes.
         return None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
@@ -101,5 +101,5 @@ def _fit(text: str, letters: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without control characters, which a source's names may hold."""
+    """Replace control characters, which names in a source may contain."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -1,4 +1,4 @@
-"""Reconstructions as a picture, in the manner of the paper's Figures 2 and 3: masked, predicted, original."""
+"""Draw reconstructions in the style of the paper's Figures 2 and 3: masked, predicted, original."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_core.errors import UserError
+from pipelines.images.decode import ImageArray
 
-ImageArray = NDArray[np.uint8]
 Triple = tuple[ImageArray, ImageArray, ImageArray]
 
 COLUMNS = ("masked", "reconstruction", "original")
@@ -25,17 +24,17 @@ _INK, _GRAY = (20, 20, 20), (95, 95, 95)
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Triples that share a title, such as those at one mask ratio."""
+    """Triples that share a title, such as those of one mask ratio."""
 
     title: str
     rows: Sequence[Triple]
-    """(masked, reconstruction, original) of each image, uint8 [height width channels], channels 1 or 3, one size."""
+    """(masked, reconstruction, original) per image: uint8 [height width channels], 1 or 3 channels, all of one size."""
 
 
 def reconstruction_rows(blocks: Sequence[Block], path: Path) -> None:
-    """A PNG (or what the suffix says) with the blocks one under the other, each with triples side by side in rows.
+    """Write an image file, PNG or as the suffix says: blocks below each other, triples side by side in rows.
 
-    Small images are enlarged by whole factors, pixel by pixel. Raises UserError where there is nothing to show.
+    Small images are enlarged by integer factors without interpolation. Raises UserError if there is no image.
     """
     if not blocks or any(not block.rows for block in blocks):
         raise UserError("no image to show; try at least one image and one mask ratio")
@@ -77,18 +76,18 @@ def _block_height(block: Block, across: int, height_px: int) -> int:
 
 
 def _header_px() -> int:
-    """Height of a block's title and of its columns' names."""
+    """Return the height of a block's title and column names."""
     return round(1.5 * _TITLE_PX) + round(1.5 * _COLUMN_PX)
 
 
 def _triples_across(count: int, triple_px: int) -> int:
-    """As many triples as fit the page, spread so that no row is much shorter than the others."""
+    """Return how many triples to place in a row: as many as fit, balanced so that rows differ little in length."""
     fitting = max(1, (_WIDTH_PX - 2 * _MARGIN_PX + _TRIPLE_GAP_PX) // (triple_px + _TRIPLE_GAP_PX))
     return math.ceil(count / math.ceil(count / fitting))
 
 
 def _shown_size(pixels: ImageArray) -> tuple[int, int]:
-    """Height and width on the page: a whole multiple of a small image's, a large one's scaled down."""
+    """Return height and width on the page: small images are enlarged by an integer factor, large ones are reduced."""
     height_px, width_px = pixels.shape[:2]
     longest = max(height_px, width_px)
     factor: float = math.ceil(_SMALLEST_SIDE_PX / longest)
@@ -108,7 +107,7 @@ def _enlarged(pixels: ImageArray, size_px: tuple[int, int]) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _font(size_px: int, width_px: int, text: str) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib, which is always there, at most `size_px` high and small enough for the text to fit."""
+    """Return matplotlib's bundled font, at most `size_px` high and small enough for the text to fit."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

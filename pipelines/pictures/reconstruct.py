@@ -1,4 +1,4 @@
-"""Pictures of what a model makes of hidden patches, in the manner of the paper's Figures 2 and 3."""
+"""Reconstruct hidden patches with a pretrained model, for figures in the style of the paper's Figures 2 and 3."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from pipelines.storage import Storage, open_storage, storage_of
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A whole pretrained model and the pixels that it was trained on."""
+    """A complete pretrained model, encoder and decoder, with the normalization of its inputs."""
 
     mae: MaskedAutoencoder
     config: ModelConfig
@@ -34,7 +34,7 @@ class Backbone:
 
 
 def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
-    """The model in mae.safetensors, built as config.json says."""
+    """Build the model that config.json describes and load mae.safetensors."""
     values = json.loads(config_json)
     config = from_dict(ModelConfig, values["model"])
     mae = build_mae(config, seed=0)
@@ -46,7 +46,7 @@ def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
 def reconstruct(
     backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]]:
-    """(masked, reconstruction, original) of each image [n h w c], uint8, with `ratio` of the patches hidden."""
+    """Return (masked, reconstruction, original) of each image [n h w c], uint8, with `ratio` of the patches hidden."""
     config = dataclasses.replace(backbone.config, mask=MaskConfig(kind=backbone.config.mask.kind, ratio=ratio))
     device = next(backbone.mae.parameters()).device
     ids = torch.arange(len(images), device=device)
@@ -58,9 +58,9 @@ def reconstruct(
 
 
 def sample_images(uri: str, split: str, count: int, image_px: Size, channels: int) -> NDArray[np.uint8]:
-    """Images [n h w c] spread evenly over a prepared split or a folder of images, seen as in evaluation.
+    """Load images [n h w c], evenly spaced over a prepared split or a folder, with evaluation's preprocessing.
 
-    Raises UserError where the split, or any image, is missing.
+    Raises UserError if there is no such split or no image, or if an image cannot be decoded.
     """
     storage = open_storage(uri)
     encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
@@ -69,12 +69,12 @@ def sample_images(uri: str, split: str, count: int, image_px: Size, channels: in
         try:
             views.append(evaluation_view(decode(content, channels, orientation), image_px))
         except ValueError as error:
-            raise UserError(f"image {path} of {uri} cannot be drawn ({error}); take it away") from None
+            raise UserError(f"image {path} of {uri} cannot be drawn ({error}); remove it") from None
     return np.stack(views)
 
 
 def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int) -> Block:
-    """One block of a picture: rows at one mask ratio, titled with the counts of patches."""
+    """Return one block of a figure: reconstructions at one mask ratio, titled with the numbers of patches."""
     total = backbone.config.num_patches
     rows = reconstruct(backbone, images, ratio, seed)
     visible = dataclasses.replace(
@@ -84,10 +84,10 @@ def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, s
 
 
 def run(config: ReconstructConfig) -> str:
-    """The picture is written, from the registry alone; returns its path or URI."""
+    """Write the figure, using a model from the registry; return its path or URI."""
     if not config.uri:
-        raise UserError("no images are named; try --uri with a prepared dataset or a folder of images")
-    place, name = storage_of(config.out)
+        raise UserError("no images are given; try --uri with a prepared dataset or a folder of images")
+    output, name = storage_of(config.out)
     tracking = registry.open_tracking("mae")
     with TemporaryDirectory() as folder:
         files = tracking.fetch(tracking.resolve(config.model), Path(folder))
@@ -101,12 +101,12 @@ def run(config: ReconstructConfig) -> str:
     with TemporaryDirectory() as folder:
         picture = Path(folder) / name
         reconstruction_rows(blocks, picture)
-        place.write(name, picture.read_bytes())
-    return place.join(name)
+        output.write(name, picture.read_bytes())
+    return output.join(name)
 
 
 def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:
-    """Sources, encoded images and their EXIF orientations, of rows spread evenly over the split."""
+    """Return source, encoded image and EXIF orientation of rows evenly spaced over the split."""
     import pyarrow as pa
 
     from pipelines.dataset.row_groups import RowGroups
@@ -116,22 +116,22 @@ def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, b
         raise UserError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
     rows = manifest.splits[split].num_rows
     wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
-    found: list[tuple[str, bytes, int | None]] = []
+    images: list[tuple[str, bytes, int | None]] = []
     start = 0
     for shard in manifest.splits[split].shards:
         inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
         start += shard.num_rows
         for group in np.unique(inside // shard.rows_per_group):
-            rows_of = row_groups.read(shard.path, int(group), ["source", "image", "orientation"])
-            chosen = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
-            taken = rows_of.take(pa.array(chosen)).to_pylist()
-            found += [(row["source"], row["image"], row["orientation"]) for row in taken]
-    return found
+            table = row_groups.read(shard.path, int(group), ["source", "image", "orientation"])
+            selected = inside[inside // shard.rows_per_group == group] % shard.rows_per_group
+            rows_of_group = table.take(pa.array(selected)).to_pylist()
+            images += [(row["source"], row["image"], row["orientation"]) for row in rows_of_group]
+    return images
 
 
 def _from_folder(storage: Storage, count: int) -> list[tuple[str, bytes, int | None]]:
     paths = [path for path, _ in storage.list() if path.lower().endswith(SUFFIXES)]
     if not paths:
         raise UserError(f"{storage.uri} is neither a prepared dataset nor a folder of images; try `mae prepare` first")
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
-    return [(paths[i], storage.read(paths[i]), None) for i in chosen]
+    selected = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
+    return [(paths[i], storage.read(paths[i]), None) for i in selected]
