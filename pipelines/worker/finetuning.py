@@ -31,7 +31,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     plan = train_plan(job, manifest)
     state = _start(job, rank, plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
-    warm_up(state, rank, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    warm_up(state, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
     recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
     if checkpoint:
         recorder.resume(checkpoint)

@@ -129,7 +129,7 @@ def schedule(optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int)
     )
 
 
-def warm_up(state: TrainState, rank: Rank, batch: MicroBatch, loss_of: LossOf) -> None:
+def warm_up(state: TrainState, batch: MicroBatch, loss_of: LossOf) -> None:
     """Two discarded iterations have settled DDP's buckets, so that a resumed run sums gradients in the same order.
 
     DDP rebuilds its buckets after the first backward; without this, hashes differ at three ranks and more.

@@ -36,7 +36,7 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image)
-    warm_up(state, rank, blank.to(rank.device), loss_of)
+    warm_up(state, blank.to(rank.device), loss_of)
     recorder = Recorder.of(
         reading, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
     )

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mae_core.errors import UserError
 from pipelines.registry import (
     Tracking,
     TrackingUnreachable,
@@ -151,8 +152,17 @@ class TestWhichMlflow:
     @pytest.mark.parametrize(
         "address", [None, "", "local", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001"]
     )
-    def test_a_local_file_beside_local_ray_is_fine(self, address):
-        refuse_local_tracking(address)
+    def test_a_local_file_is_refused_beside_a_remote_cluster_and_accepted_beside_local_ray(self, monkeypatch, address):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////tmp/mlflow.db")
+
+        def is_accepted(address):
+            try:
+                refuse_local_tracking(address)
+            except UserError:
+                return False
+            return True
+
+        assert [is_accepted("10.0.0.7:6379"), is_accepted(address)] == [False, True]
 
     def test_importing_the_registry_does_not_import_mlflow(self):
         code = "import pipelines.registry, pipelines.runs.metrics, sys; sys.exit('mlflow' in sys.modules)"

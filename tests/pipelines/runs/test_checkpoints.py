@@ -264,6 +264,8 @@ def test_a_process_killed_between_any_two_writes_leaves_a_whole_checkpoint(tmp_p
 def test_the_list_of_kills_above_covers_every_write(tmp_path: Path) -> None:
     CheckpointStore(open_storage(tmp_path)).save(checkpoint(5), ONE)
     CheckpointStore(mortal(tmp_path, 8)).save(checkpoint(6), ONE)
+    assert CheckpointStore(open_storage(tmp_path)).latest() == checkpoint(6)
+    assert folders(tmp_path) == ["step-0000000006"]
 
 
 def test_a_storage_that_refuses_leaves_the_checkpoint_before_and_no_temporary_file(tmp_path: Path) -> None:

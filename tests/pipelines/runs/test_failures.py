@@ -71,11 +71,16 @@ def test_an_announced_end_is_no_failure_and_every_other_is_kept_by_the_unfinishe
     ]
 
 
-def test_a_failure_that_the_storage_refuses_to_keep_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_that_the_storage_refuses_to_keep_is_logged_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuses(self: RunFolder, cause: str) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(RunFolder, "add_failure", refuses)
-    witness([str(tmp_path)], 3).after_exception(None, {0: ValueError("x")})
+    watching = witness([str(tmp_path)], 3)
+    for _ in range(2):
+        watching.after_exception(None, {0: ValueError("x")})
+    assert caplog.messages[-2] == "failure 2 (3 allowed): rank 0 failed: x"
+    assert "No space left on device" in caplog.messages[-1]
+    assert RunFolder(str(tmp_path)).read_failures() == []

@@ -14,6 +14,7 @@ from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.listing import Pulse, Row, last_alive_s, list_runs, runs, table
 from pipelines.runs.metrics import MetricSpool
+from pipelines.storage import Storage
 
 
 def make(folder: Path, name: str, steps: range = range(1, 6)) -> RunFolder:
@@ -75,13 +76,27 @@ def test_the_state_is_what_the_driver_last_said(tmp_path: Path, monkeypatch: pyt
     assert state_of(tmp_path, "a") == "finished"
 
 
-def test_the_driver_goes_on_saying_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pulse_is_renewed_while_the_driver_lives_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_BEAT_EVERY_S", 0.01)
     run = make(tmp_path, "a")
+    assert last_alive_s(run.storage) is None
+    beats, renewed = [], threading.Event()
+    write = Storage.write
+
+    def noted(self: Storage, path: str, content: bytes) -> None:
+        write(self, path, content)
+        beats.append(json.loads(content)["time_s"])
+        if len(beats) == 3:
+            renewed.set()
+
+    monkeypatch.setattr(Storage, "write", noted)
     with Pulse([run.storage]):
-        first = last_alive_s(run.storage)
-        while last_alive_s(run.storage) == first:
-            time.sleep(0.01)
+        assert renewed.wait(60)
+    assert last_alive_s(run.storage) == beats[-1]
+    assert beats == sorted(set(beats))
+    assert not [thread for thread in threading.enumerate() if thread.name == "pulse"]
 
 
 def test_watching_ends_with_the_run_and_shows_each_step(

@@ -104,7 +104,7 @@ def state_of(rank: Rank) -> TrainState:
 def pretrained(rank: Rank, micro_batch: int = 4) -> tuple[dict[str, Tensor], list[float]]:
     """Weights after three epochs, and this rank's share of each step's loss."""
     plan, state = plan_of(rank.world, micro_batch), state_of(rank)
-    warm_up(state, rank, MicroBatch.blank(micro_batch, MODEL.image_px, MODEL.channels), loss_of)
+    warm_up(state, MicroBatch.blank(micro_batch, MODEL.image_px, MODEL.channels), loss_of)
     losses = []
     while state.step < EPOCHS * plan.steps_per_epoch:
         batches = batches_of(plan, state.step, rank)
@@ -178,7 +178,7 @@ def resumed(rank: Rank, folder: RunFolder, stop: int) -> tuple[str, str]:
             optimizer=build_optimizer(mae, OPTIM, 1e-2),
             schedule=schedule(OPTIM, 1e-2, 2, EPOCHS),
         )
-        warm_up(state, rank, MicroBatch.blank(4, MODEL.image_px, MODEL.channels), single_loss_of)
+        warm_up(state, MicroBatch.blank(4, MODEL.image_px, MODEL.channels), single_loss_of)
         if first:
             state.restore(folder.checkpoints.load(first))
         while state.step < last:
