@@ -10,7 +10,7 @@ setup: .venv/.done
 .venv/.done: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip>=25'
-	$(BIN)/pip install --quiet --editable '.[pipeline,dev,postgres]'
+	$(BIN)/pip install --quiet --editable '.[pipeline,export,dev,postgres]'
 	touch $@
 
 # The whole pipeline on the embedded sample: shards, pretraining, registry, fine-tuning, sweep, pictures.
