@@ -1,4 +1,4 @@
-"""What every driver does around its jobs: claim folders, run the group, follow it into MLflow, publish, remember."""
+"""Execute jobs for a command: claim run folders, run the worker group, deliver metrics to MLflow, publish results."""
 
 import json
 import logging
@@ -27,16 +27,16 @@ _SPENT = {
     "data": "waiting for data",
     "checkpoint": "waiting for checkpoints",
     "recovery": "in recovery",
-    "other": "in starting, evaluating and drawing",
+    "other": "starting, evaluating and drawing",
 }
 
-# (the job's MLflow run, its folder) -> what is added to the outcome, such as the model version
+# (MLflow run, run folder) -> values to add to the outcome, such as the model version
 Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedJob:
-    """A job with its run's name, its dataset, the files that it needs, and how its result is published."""
+    """A job with its run's name, its dataset, its input files, and the function that publishes its result."""
 
     name: str
     kind: registry.Kind
@@ -44,7 +44,7 @@ class PublishedJob:
     manifest: Manifest
     publish: Publish
     inputs: dict[str, bytes] = field(default_factory=dict)
-    """Files that the workers need in the job's folder."""
+    """Files that the workers read from the run folder: content by path."""
     backbone: registry.ModelRef | None = None
     parent: registry.Run | None = None
 
@@ -52,13 +52,14 @@ class PublishedJob:
 def drive(
     jobs: Sequence[PublishedJob], group_name: str, tracking: registry.Tracking, *, fresh: bool
 ) -> list[dict[str, Any]]:
-    """The outcome of every job, in one worker group; finished ones are not run again.
+    """Run all unfinished jobs in one worker group, publish them, and return the outcomes of all jobs.
 
-    A driver that was killed goes on where it stopped: training from the newest checkpoint, publishing by finding
-    what was published. Raises RunFailed when the workers give up.
+    The call is idempotent. After a driver was killed, training resumes from the newest checkpoint, and publishing
+    finds what is already published. Raises UserError for wrong input, before anything is written, and RunFailed if
+    the worker group fails.
     """
     registry.refuse_local_tracking(ray_address())
-    for published in jobs:  # refuses what cannot be, before anything is written
+    for published in jobs:  # Both calls raise UserError for wrong input.
         registry.check_run_name(published.name)
         train_plan(published.job, published.manifest)
     folders = [RunFolder(published.job.folder) for published in jobs]
@@ -85,7 +86,10 @@ def drive(
 
 
 def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_name: str, died_s: float | None) -> None:
-    """The jobs with these runs are finished, and what they spooled is in MLflow."""
+    """Train the unfinished jobs among those with an MLflow run, and deliver all their metrics and pictures to MLflow.
+
+    `runs` has the MLflow run of each job by its index in `jobs`.
+    """
     unfinished = [i for i in runs if RunFolder(jobs[i].job.folder).read_result() is None]
     with ExitStack() as stack:
         for i, run in runs.items():
@@ -96,7 +100,7 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
 
 
 def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
-    """The workers find what they need in the folder, and the MLflow run of that key is there."""
+    """Write the job's input files into its folder, and create its MLflow run or reopen the one with that key."""
     _refuse_foreign(folder, key)
     for path, content in published.inputs.items():
         folder.storage.write(path, content)
@@ -116,12 +120,12 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
 
 
 def _refuse_foreign(folder: RunFolder, key: str) -> None:
-    """Raises UserError where the newest checkpoint was written by another run than that which claimed the folder."""
+    """Raise UserError if the newest checkpoint was written by another run than the one that claimed the folder."""
     for step in folder.checkpoints.steps()[-1:]:
         try:
             run = folder.checkpoints.meta(step).get("run")
         except ValueError:
-            return  # damaged: the workers pass it over
+            return  # Its manifest is damaged, so the workers skip it.
         if run not in (None, key):
             raise UserError(
                 f"the checkpoint of step {step} in {folder.storage.uri} was written by another run; remove it, or "
@@ -130,9 +134,9 @@ def _refuse_foreign(folder: RunFolder, key: str) -> None:
 
 
 def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
-    """The job's folder says what it is, on what data and how it is run; returns its id, the key of the run in MLflow.
+    """Claim the job's run folder and write its config and dataset manifest; return the run's id, its key in MLflow.
 
-    Raises UserError where the folder holds another run, or something else.
+    Raises UserError if the folder holds another run, or something other than a run.
     """
     folder = RunFolder(job.folder)
     key = folder.claim(
@@ -145,7 +149,7 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
 
 
 def _resolved(job: Job) -> dict[str, Any]:
-    """What the job fixed beyond its config, such as the pixels' mean; not where its files lie."""
+    """Return what the job resolved beyond its config, such as the normalization, without any URI."""
     values = to_dict(job)
     for key in ("folder", "config", "backbone"):
         values.pop(key, None)
@@ -154,7 +158,7 @@ def _resolved(job: Job) -> dict[str, Any]:
 
 @contextmanager
 def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *, shows: bool) -> Iterator[None]:
-    """What the workers spool arrives in MLflow, and on the terminal, while the block runs."""
+    """Deliver the workers' metrics and pictures to MLflow while the block runs; if `shows`, display progress too."""
     with ExitStack() as stack:
         display = None
         if shows:
@@ -171,21 +175,21 @@ def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> No
     run.finish("FINISHED")
     if shares := result.get("goodput"):
         parts = ", ".join(f"{share:.1%} {_SPENT[kind]}" for kind, share in shares.items())
-        log.info("%s: of its time %s", published.name, parts)
+        log.info("%s: share of wall-clock time: %s", published.name, parts)
     folder.mark_published({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
 
 
 def read_export(folder: RunFolder, *names: str) -> dict[str, bytes | Path]:
-    """Files of the run's export/, by name."""
+    """Read files of the run's export/, by name."""
     return {name: folder.storage.read(f"export/{name}") for name in names}
 
 
 def newest_picture(folder: RunFolder) -> dict[str, bytes | Path]:
-    """The last reconstructions that the workers drew, as reconstructions.png; empty where they drew none."""
+    """Return the newest picture of reconstructions as {"reconstructions.png": content}; empty if there is none."""
     found = folder.storage.list("pictures", suffix=".png")
     return {"reconstructions.png": folder.storage.read(found[-1][0])} if found else {}
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The manifest as the registry keeps it."""
+    """Serialize the manifest as JSON, the form in which run folder and registry store it."""
     return json.dumps(to_dict(manifest), indent=1).encode()

@@ -1,4 +1,4 @@
-"""Jobs go to a Ray Train worker group, and what they spool goes to MLflow while they run."""
+"""Run jobs in a Ray Train worker group: build its feed, restart it after failures, report why it ended."""
 
 import logging
 import math
@@ -21,16 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class RunFailed(CommandFailed):
-    """A worker group gave up; the message names the cause."""
+    """The worker group ended with unfinished jobs; the message names the cause."""
 
 
 def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     """Run every job to its end in one worker group.
 
-    Checkpoints never pass through Ray Train's report(): our store is the only commit record, and a worker group
-    that starts again finds in it what is left to do. `died_s` is when the previous driver of the run was last alive,
-    in Unix seconds. Raises RunFailed if workers fail more often than compute.max_failures allows, or if a job cannot
-    continue.
+    `died_s` is when the previous driver of the run was last alive, in Unix seconds. Raises RunFailed if workers fail
+    more often than compute.max_failures allows, or if a job cannot continue.
+
+    Checkpoints never pass through Ray Train's report(): the run folder is the only commit record, and a restarted
+    worker group reads from it what remains to be done.
     """
     jobs, folders = list(jobs), [RunFolder(job.folder) for job in jobs]
     attempt = {"launched_s": time.time(), "died_s": died_s}
@@ -42,21 +43,21 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
         causes = [cause for folder in folders if (cause := folder.restart_reason())]
         if not causes:
             break
-        log.warning("%s; the workers start again from the newest intact one", causes[0])
+        log.warning("%s; restarting the workers from the newest intact checkpoint", causes[0])
     for folder in folders:
         if cause := folder.stop_reason():
             raise RunFailed(cause)
 
 
 def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
-    """Run one worker group, restarted by Ray Train after failures, until it is done, stopped or needs another feed."""
+    """Run one worker group, which Ray Train restarts after failures, until it ends or needs another feed."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     run, compute = uuid4().hex, jobs[0].config.compute
-    # The controller, which starts with this environment, gives up a worker that has not answered for so long.
+    # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
-    # A rank answers while it waits for its checkpoint; those that wait for it in a collective must wait as long.
+    # While rank 0 retries a checkpoint, it still answers, but the others wait for it in a collective: allow both times.
     joining_s = compute.stall_s + max(job.config.checkpoint.patience_s for job in jobs)
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
@@ -79,28 +80,28 @@ def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
         except WorkerGroupError as error:
             raise RunFailed(
                 f"{cause_of(error.worker_failures)}; that is more than the {compute.max_failures} failures that "
-                "compute.max_failures allows; the same command goes on from the newest checkpoint"
+                "compute.max_failures allows; rerun the same command to resume from the newest checkpoint"
             ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What every rank does; only ranks import the models, which costs each of Ray's other processes seconds."""
+    """Run a rank. The import is here because importing torch would cost each of Ray's other processes 1.5 to 2 s."""
     from pipelines.worker import work
 
     work(config)
 
 
 def _nothing() -> Any:
-    """What stands for the feed until the number of workers is known; nobody reads it."""
+    """Return a placeholder for a dataset of the feed, replaced in `configure` once the number of workers is known."""
     import ray.data
 
     return ray.data.range(1)
 
 
 def _feeds(jobs: list[Job], run: str) -> Any:
-    """Ray Train's view of the feed: made anew, of what is left of the jobs, for each group of whatever size."""
+    """Return a DataConfig that builds a feed of the remaining phases whenever Ray Train starts a group, of any size."""
     from ray.train import DataConfig
 
     from pipelines.feed.driver import Feed, data_config, feed
@@ -111,7 +112,7 @@ def _feeds(jobs: list[Job], run: str) -> Any:
         def configure(
             self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
         ) -> Any:
-            # Ray Train asks for the second dataset when the first is well under way, and other steps are left.
+            # Ray Train calls this for the second dataset later, when other steps remain: keep the feed of the first.
             if self.feed is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
                 self.feed = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
                 self.feed.channel.publish(run)
@@ -124,7 +125,7 @@ def _feeds(jobs: list[Job], run: str) -> Any:
 
 
 def scaling(compute: ComputeConfig) -> Any:
-    """Ray Train's view of the worker group."""
+    """Return Ray Train's description of the worker group: size, resources and placement."""
     from ray.train import ScalingConfig
 
     least = compute.min_workers
@@ -137,6 +138,6 @@ def scaling(compute: ComputeConfig) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what went wrong on a worker, without Ray's wrapping."""
+    """Return the last line of an error, which holds the cause; Ray's wrapping precedes it."""
     text = str(error).strip()
     return text.splitlines()[-1] if text else type(error).__name__

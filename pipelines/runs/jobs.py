@@ -1,4 +1,4 @@
-"""A job is one training run for a worker group: what it reads, and in which phases."""
+"""A job: one training run as a worker group executes it, with its epoch plans and its phases."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from pipelines.storage import open_storage
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
-    """Pretraining, ready for a worker group."""
+    """Pretraining run, ready for a worker group."""
 
     folder: str
     """URI of the run's folder."""
@@ -37,12 +37,16 @@ class PretrainJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyJob:
-    """Fine-tuning or probing, ready for a worker group: all that the backbone's config would say is resolved."""
+    """Fine-tuning or probing run, ready for a worker group.
+
+    Everything that depends on the backbone is already read from its config.
+    """
 
     folder: str
     """URI of the run's folder."""
     config: ClassifyConfig
     arch: str
+    """Encoder architecture, such as vit_base_patch16."""
     image_px: Size
     channels: int
     pixels: Normalization
@@ -58,12 +62,12 @@ class ClassifyJob:
 
     @property
     def reading(self) -> ClassifyConfig:
-        """The config whose epochs and batches count decoded images: any classifier's."""
+        """The config whose epochs and batches count decoded images; for a classifier, its own."""
         return self.config
 
     @property
     def caches_features(self) -> bool:
-        """A probe whose images never vary computes each image's features once."""
+        """Whether each image's features are computed once: in a probe without random augmentation."""
         return self.config.classifier.method == "probe" and not self.config.augment.is_random
 
 
@@ -71,25 +75,25 @@ Job = PretrainJob | ClassifyJob
 
 
 def job_to_dict(job: Job) -> dict[str, Any]:
-    """Plain values, such that job_from_dict(job_to_dict(job)) == job."""
+    """Convert a job to plain values, such that job_from_dict(job_to_dict(job)) == job."""
     return to_dict(job)
 
 
 def with_workers(job: Job, num_workers: int) -> Job:
-    """The job as a group of so many workers does it."""
+    """Return a copy of the job for a group of `num_workers` workers."""
     config = job.config
     compute = dataclasses.replace(config.compute, num_workers=num_workers)
     return dataclasses.replace(job, config=dataclasses.replace(config, compute=compute))
 
 
 def job_from_dict(values: dict[str, Any]) -> Job:
-    """The job that a train_loop_config describes."""
+    """Build a job from the plain values of `job_to_dict`."""
     return from_dict(PretrainJob if values["kind"] == "pretrain" else ClassifyJob, values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of a job: steps [first_step, last_step) of its plan, or one reading of a split in storage order."""
+    """Part of a job: training steps [first_step, last_step), or one pass over a split in storage order ("read")."""
 
     kind: Literal["train", "read"]
     split: str
@@ -98,7 +102,7 @@ class Phase:
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:
-    """The rows that the job trains on: its training split, or so many labelled images of each class."""
+    """Return the samples that the job trains on: the training split, or `labels_per_class` images of each class."""
     per_class = job.config.data.labels_per_class
     index = Index.from_manifest(manifest, "train")
     if per_class is None:
@@ -107,7 +111,7 @@ def train_index(job: Job, manifest: Manifest) -> Index:
 
 
 def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
-    """The order in which the job visits its training rows."""
+    """Return the shuffled epoch plan of the job's training samples."""
     data = job.reading.data
     return EpochPlan(
         index=train_index(job, manifest),
@@ -121,7 +125,7 @@ def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
 
 
 def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
-    """The whole split in storage order, in micro-batches, padded to the number of workers."""
+    """Return the plan of one pass over a split in storage order, padded to a multiple of the number of workers."""
     compute, data = job.config.compute, job.reading.data
     return EpochPlan(
         index=train_index(job, manifest) if split == "train" else Index.from_manifest(manifest, split),
@@ -135,7 +139,7 @@ def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
 
 
 def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[str]) -> list[Phase]:
-    """What remains of the job after `first_step` steps; a pure function, so that driver and workers agree."""
+    """Return the phases that remain after `first_step` steps; a pure function, so that driver and workers agree."""
     total = job.reading.epochs * steps_per_epoch
     if isinstance(job, PretrainJob):
         return (
@@ -156,7 +160,7 @@ def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[st
 
 
 def segments(job: Job, first_step: int) -> list[FeedSegment]:
-    """The job's remaining phases as segments of a feed."""
+    """Return the job's phases that remain after `first_step` steps, as segments of a feed."""
     manifest = read_manifest(open_storage(job.config.data.uri))
     plan = train_plan(job, manifest)
     image_px, channels = job.input
@@ -185,7 +189,7 @@ def segments(job: Job, first_step: int) -> list[FeedSegment]:
 
 
 def remaining_segments(jobs: list[Job]) -> list[FeedSegment]:
-    """Segments of all that is left of the jobs, by what their folders say now."""
+    """Return the segments that remain of all jobs, from the results and checkpoints in their folders."""
     return [segment for job in jobs for segment in _remaining(job)]
 
 

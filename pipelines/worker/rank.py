@@ -1,4 +1,4 @@
-"""One rank of a worker group: its device, its share of the feed, and what it says to the others."""
+"""One rank of a worker group: its device, its collectives, and its stream of micro-batches."""
 
 import logging
 import os
@@ -21,21 +21,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rank:
-    """Where this process stands. Rank checks are made here and nowhere else; every rank calls every collective."""
+    """This process's position in its worker group, and the collectives, which every rank must call.
+
+    With one rank the collectives do nothing.
+    """
 
     index: int
     world: int
     device: torch.device
     compute: ComputeConfig
     watches: bool = False
-    """Whether Ray Train says when a node is about to be taken away."""
+    """Whether Ray Train announces the preemption of a node."""
 
     @property
     def is_main(self) -> bool:
         return self.index == 0
 
     def agree(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Broadcast rank 0's value, which is pickled; return it on every rank."""
         if self.world == 1:
             return value
         box: list[Any] = [value]
@@ -43,13 +46,13 @@ class Rank:
         return box[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over ranks, in place."""
+        """Sum the tensor over ranks in place; return it."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, all of one shape, in rank order."""
+        """Return every rank's tensor, in rank order. All must have the same shape."""
         if self.world == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -57,12 +60,15 @@ class Rank:
         return found
 
     def barrier(self) -> None:
-        """All ranks have come this far."""
+        """Wait until every rank has reached this call."""
         if self.world > 1:
             dist.barrier()
 
     def is_warned(self) -> bool:
-        """A node of the group is about to be taken away; every rank calls it, which takes milliseconds."""
+        """Return whether the preemption of one of the group's nodes is announced.
+
+        Every rank must call it. It takes milliseconds.
+        """
         if not self.watches:
             return False
         import ray.train
@@ -70,17 +76,17 @@ class Rank:
         return ray.train.get_preemption_info() is not None
 
     def log(self, logger: logging.Logger, message: str, *args: object) -> None:
-        """Rank 0 logs the message."""
+        """Log the message on rank 0."""
         if self.is_main:
             logger.info(message, *args)
 
     def autocast(self) -> torch.autocast:
-        """The forward pass computes in the precision asked for."""
+        """Return the context in which the forward pass computes in `compute.precision`."""
         dtype = torch.bfloat16 if self.compute.precision == "bfloat16" else torch.float32
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model on this rank's device under DDP (or bare where there is one rank), compiled if asked for."""
+        """Move the model to this rank's device, compile it if configured, and wrap it in DDP if ranks are many."""
         model = model.to(self.device)
         if self.compute.compile:
             model.compile(dynamic=False)
@@ -91,15 +97,15 @@ class Rank:
 
 
 class Feed:
-    """The worker's stream of micro-batches, taken step by step; refuses one that is not the step asked for."""
+    """The rank's stream of micro-batches, taken step by step; each micro-batch must belong to the expected step."""
 
     def __init__(self, batches: Iterator[MicroBatch]) -> None:
         self._batches = batches
         self.clock = Clock()
-        """The clock of the job that is fed now."""
+        """Clock of the current job; waiting for data counts on it."""
 
     def take(self, step: int, count: int) -> Iterator[MicroBatch]:
-        """This rank's `count` micro-batches of a step."""
+        """Yield this rank's `count` micro-batches of a step."""
         for _ in range(count):
             with self.clock.spent("data"):
                 batch = next(self._batches, None)
@@ -109,7 +115,7 @@ class Feed:
 
 
 def join_group(compute: ComputeConfig) -> Rank:
-    """This process as a rank of Ray Train's group, with threads and determinism set."""
+    """Return this process's rank in Ray Train's worker group, after setting threads, determinism and CUDA device."""
     import ray.train
     import ray.train.torch
 
@@ -131,12 +137,12 @@ def join_group(compute: ComputeConfig) -> Rank:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients accumulate on this rank without being averaged over the others."""
+    """Return a context in which gradients accumulate on this rank and DDP does not average them over ranks."""
     from contextlib import nullcontext
 
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model under DDP's wrapper."""
+    """Return the model without DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -60,7 +60,7 @@ def test_more_failures_than_allowed_end_the_run_with_the_cause_and_a_checkpoint_
     assert len(folder.read_failures()) == 2
     (said,) = [line for line in place.log.splitlines() if line.startswith("mae: failed: ")]
     assert re.search(r"the process of rank \d died without a word", said)
-    assert said.endswith("allows; the same command goes on from the newest checkpoint")
+    assert said.endswith("allows; rerun the same command to resume from the newest checkpoint")
     assert 0 < folder.checkpoints.latest_step() < 90
     finished = place.run(place.command("failing", **WIDE))
     assert finished.returncode == 0, finished.stderr

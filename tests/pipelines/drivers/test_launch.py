@@ -69,7 +69,7 @@ def test_a_group_that_gives_up_says_why_and_how_to_go_on(tmp_path: Path, trainer
 
     failures: dict[int, Exception] = {0: RuntimeError("gloo: Connection closed by peer"), 1: MemoryError()}
     trainer.error = WorkerGroupError("long\nand\nwide", failures)
-    said = r"^rank 1 ran out of memory \(MemoryError\); .*more than the 2 failures .*; the same command goes on from"
+    said = r"^rank 1 ran out of memory \(MemoryError\); .*more than the 2 failures .*; rerun the same command to resume"
     with pytest.raises(RunFailed, match=said):
         launch([job_in(tmp_path)], "fails")
 
@@ -86,5 +86,5 @@ def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run
     with caplog.at_level(logging.WARNING):
         launch([job], "damaged")
     assert len(set(trainer.runs)) == 3
-    assert "step 7 is damaged; the workers start again from the newest intact one" in caplog.text
+    assert "step 7 is damaged; restarting the workers from the newest intact checkpoint" in caplog.text
     assert not RunFolder(job.folder).restart_reason()
