@@ -11,6 +11,7 @@ from pipelines.config import (
     PROBE,
     ClassifyConfig,
     DemoConfig,
+    EvaluateConfig,
     InspectConfig,
     PrepareConfig,
     PretrainConfig,
@@ -75,6 +76,12 @@ def _probe(call: Invocation) -> dict[str, Any]:
     from pipelines.drivers.classify import probe
 
     return probe(call.config, call.preset or "probe", fresh=call.fresh)
+
+
+def _evaluate(call: Invocation) -> dict[str, Any]:
+    from pipelines.evaluation.evaluate import evaluate
+
+    return evaluate(call.config, call.arguments[0])
 
 
 def _sweep(call: Invocation) -> dict[str, Any]:
@@ -170,6 +177,12 @@ COMMANDS: dict[str, Command] = {
         help="Fine-tune a registered backbone as a classifier, or train one from scratch.",
         config=ClassifyConfig,
         run=_finetune,
+    ),
+    "evaluate": Command(
+        help="Measure a classifier on a split: metrics with intervals, confusion, calibration.",
+        config=EvaluateConfig,
+        run=_evaluate,
+        positional=(("OUT", "folder or s3:// prefix of predictions, pictures and report"),),
     ),
     "sweep": Command(help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep),
     "reconstruct": Command(

@@ -1,6 +1,7 @@
 """Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
+from pipelines.config.evaluating import EvaluateConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "EncodeConfig",
+    "EvaluateConfig",
     "InspectConfig",
     "PrepareConfig",
     "PretrainConfig",

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from pipelines.dataset.manifest import Manifest
 
-Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial"]
+Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial", "evaluate"]
+Context = Literal["training", "evaluation"]
+"""What a run uses its dataset for; MLflow's term."""
 End = Literal["FINISHED", "FAILED", "KILLED"]
 
 _MAX_KEY, _MAX_VALUE, _PARAMS_PER_REQUEST = 250, 6000, 100
@@ -41,14 +43,14 @@ class Run:
         self._points = PointSender(self._send)
         self._machine: MachineSampler | None = None
 
-    def start(self, config: dict[str, Any], dataset: "Manifest | None", dataset_uri: str) -> None:
+    def start(self, config: dict[str, Any], dataset: "Manifest | None", dataset_uri: str, context: Context) -> None:
         """Mark the run as running, log its parameters and dataset, and start sampling this machine's system metrics."""
         known = retry(lambda: self.client.get_run(self.id), "the run")
         params = {k: v for k, v in flatten(config).items() if k not in known.data.params}
         retry(lambda: self.client.update_run(self.id, status="RUNNING"), "the run's start")
         retry(lambda: self._log_params(params), "parameters")
         if dataset is not None:
-            retry(lambda: self._log_dataset(dataset, dataset_uri), "the dataset")
+            retry(lambda: self._log_dataset(dataset, dataset_uri, context), "the dataset")
         self._machine = MachineSampler(self, known.data._metric_objs)
 
     def last_steps(self) -> dict[str, int]:
@@ -81,13 +83,13 @@ class Run:
         target = None if str(inside) == "." else str(inside)
         retry(lambda: self.client.log_artifact(self.id, str(path), target), path.name)
 
-    def log_model_input(self, ref: ModelRef) -> None:
-        """Record which model version the run started from."""
+    def log_model_input(self, ref: ModelRef, tag: str = "mae.backbone") -> None:
+        """Record which model version the run started from, or used, also as a tag."""
         from mlflow.entities import LoggedModelInput
 
         models = [LoggedModelInput(ref.model_id)]
-        retry(lambda: self.client.log_inputs(self.id, models=models), "the backbone")
-        self.set_tags({"mae.backbone": ref.uri})
+        retry(lambda: self.client.log_inputs(self.id, models=models), ref.uri)
+        self.set_tags({tag: ref.uri})
 
     def set_tags(self, tags: dict[str, str]) -> None:
         """Set tags on the run."""
@@ -123,7 +125,7 @@ class Run:
         for i in range(0, len(entities), _PARAMS_PER_REQUEST):
             self.client.log_batch(self.id, params=entities[i : i + _PARAMS_PER_REQUEST])
 
-    def _log_dataset(self, manifest: "Manifest", uri: str) -> None:
+    def _log_dataset(self, manifest: "Manifest", uri: str, context: Context) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         profile = {
@@ -140,8 +142,8 @@ class Run:
             source=json.dumps({"uri": _shown(uri)}),
             profile=json.dumps(profile),
         )
-        context = [InputTag("mlflow.data.context", "training")]
-        self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, context)])
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags)])
 
 
 class MachineSampler:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from mae_core.errors import UserError
 from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
-from pipelines.registry.runs import Kind, Run, first_tags
+from pipelines.registry.runs import Context, Kind, Run, first_tags
 from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Tracking:
         dataset_uri: str = "",
         parent: Run | None = None,
         key: str = "",
+        context: Context = "training",
     ) -> Run:
         """Find the experiment's run with this key (default: its name), or create it; mark it as running.
 
@@ -81,7 +82,7 @@ class Tracking:
             found = self._of(created.info)
         else:
             found.set_tags(tags or {})
-        found.start(config, dataset, dataset_uri)
+        found.start(config, dataset, dataset_uri, context)
         return found
 
     def find_run(self, key: str) -> Run | None:

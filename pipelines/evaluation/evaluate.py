@@ -1,0 +1,279 @@
+"""`mae evaluate`: a classifier on one split of a prepared dataset, from predictions to metrics, pictures and report."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from mae_core.errors import UserError
+from mae_core.pretrained import Classifier, load_classifier
+from pipelines import registry
+from pipelines.config import EvaluateConfig, to_dict
+from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.evaluation.metrics import Metrics, measure
+from pipelines.evaluation.predictions import predict, read_predictions
+from pipelines.evaluation.report import html_report
+from pipelines.pictures.classifier_figures import confusion_figure, reliability_figure
+from pipelines.storage import Storage, open_storage
+
+log = logging.getLogger(__name__)
+
+_FILES = ("config.json", "classifier.safetensors")
+_IDENTITY = "evaluation.json"
+_MOST_NAMED = 20
+_TITLES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "macro AUROC",
+    "ece": "calibration error (ECE)",
+}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A classifier, its version if it is registered, and the digest of its files."""
+
+    classifier: Classifier
+    ref: registry.ModelRef | None
+    digest: str
+    shown: str
+
+
+def evaluate(config: EvaluateConfig, out: str) -> dict[str, Any]:
+    """Evaluate a classifier on a split and write predictions, pictures, report.html and result.json; return the result.
+
+    The same command resumes after the last part of the predictions that was written. Raises UserError before anything
+    is written if model and dataset do not fit each other, or if `out` holds another evaluation.
+    """
+    uri, manifest = _labelled(config)
+    tracking = registry.open_tracking(config.experiment) if config.log or _is_registered(config.model) else None
+    model = _load(config.model, tracking)
+    check_classes(manifest.classes, model.classifier.classes, config.data, model.shown)
+    if manifest.channels not in (1, model.classifier.channels):
+        raise UserError(
+            f"dataset {config.data} has {manifest.channels} channels but {model.shown} takes "
+            f"{model.classifier.channels}; evaluate a classifier that was trained on such images"
+        )
+    storage = open_storage(out)
+    identity = {"model": model.digest, "dataset": manifest.digest, "split": config.split}
+    _claim(storage, identity)
+    _predict(model.classifier, uri, manifest, config, storage)
+    predictions, failed = read_predictions(storage, model.classifier.classes)
+    if not len(predictions.ids):
+        raise UserError(
+            f"none of the {len(failed)} images of split {config.split!r} can be decoded; prepare them again"
+        )
+    metrics = measure(predictions, num_bins=config.num_bins, num_resamples=config.num_resamples, seed=config.seed)
+    result = _result(config, model, manifest, metrics, failed)
+    files = _files(result, metrics, model.classifier.classes)
+    if tracking is not None and config.log:
+        result["run_id"] = _log(tracking, config, model, manifest, uri, result, files, identity)
+    result["out"] = storage.uri
+    for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
+        storage.write(name, content)
+    return result | {"text": _text(result)}
+
+
+def check_classes(dataset: Sequence[str], classifier: Sequence[str], uri: str, model: str) -> None:
+    """Raise UserError if the classifier does not know a class of the dataset: classes are matched by name."""
+    unknown = [name for name in dataset if name not in set(classifier)]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of the {len(dataset)} classes of {uri} are unknown to {model}: {_named(unknown)}; "
+            f"it knows {_named(classifier)}; rename the folders of the source to these names and prepare it again, "
+            "or fine-tune a classifier on this dataset"
+        )
+
+
+def _labelled(config: EvaluateConfig) -> tuple[str, Manifest]:
+    if not config.data:
+        raise UserError("no dataset is given; try --data with a folder or s3:// prefix written by `mae prepare`")
+    storage = open_storage(config.data)
+    manifest = read_manifest(storage)
+    if not manifest.is_labelled:
+        raise UserError(
+            f"dataset {config.data} is unlabelled; an evaluation needs labels: put images in one folder a class and "
+            "prepare them again"
+        )
+    if not manifest.split(config.split).num_rows:
+        raise UserError(f"split {config.split!r} of {config.data} has no image; try another --split")
+    return storage.uri, manifest
+
+
+def _is_registered(model: str) -> bool:
+    return model.startswith("models:/")
+
+
+def _load(model: str, tracking: registry.Tracking | None) -> _Model:
+    if not _is_registered(model):
+        classifier = load_classifier(model)
+        digests = [hashlib.sha256((Path(model) / name).read_bytes()).hexdigest() for name in _FILES]
+        return _Model(classifier, None, _digest(digests), str(Path(model).absolute()))
+    assert tracking is not None
+    ref = tracking.resolve(model)
+    if "classifier.safetensors" not in ref.sha256:
+        raise UserError(f"{ref.uri} is no classifier; train one from it with `mae finetune --model {ref.uri}`")
+    with TemporaryDirectory(prefix="mae-evaluate-") as folder:
+        tracking.fetch(ref, Path(folder))
+        classifier = load_classifier(folder)
+    return _Model(classifier, ref, _digest([ref.sha256[name] for name in _FILES]), ref.uri)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _claim(storage: Storage, identity: dict[str, str]) -> None:
+    """Reserve the folder for this evaluation. Raises UserError if it holds another, or something else."""
+    content = json.dumps(identity, indent=1).encode()
+    if not storage.exists(_IDENTITY) and not storage.is_empty():
+        raise UserError(f"{storage.uri} is not empty and holds no evaluation; choose a new or empty folder")
+    if not storage.write_new(_IDENTITY, content):
+        found = json.loads(storage.read(_IDENTITY))
+        differing = ", ".join(key for key in identity if found.get(key) != identity[key])
+        raise UserError(f"{storage.uri} holds an evaluation of another {differing}; choose another folder or remove it")
+
+
+def _predict(classifier: Classifier, uri: str, manifest: Manifest, config: EvaluateConfig, storage: Storage) -> None:
+    if config.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu was given but torch finds no GPU; leave it out, or check `mae doctor`")
+    total, done, said_s = manifest.split(config.split).num_rows, 0, time.monotonic()
+    device = torch.device("cuda" if config.gpu else "cpu")
+    for num_images in predict(classifier, uri, manifest, config.split, storage, batch=config.batch, device=device):
+        done += num_images
+        if time.monotonic() - said_s > 10:
+            said_s = time.monotonic()
+            log.info("%d of %d images", done, total)
+    assert done == total, f"{done} of {total} images were predicted"
+
+
+def _result(
+    config: EvaluateConfig, model: _Model, manifest: Manifest, metrics: Metrics, failed: list[tuple[str, str]]
+) -> dict[str, Any]:
+    total = manifest.split(config.split).num_rows
+    notes = []
+    if metrics.absent:
+        notes.append(
+            f"{len(metrics.absent)} of {len(model.classifier.classes)} classes have no image in the split and are left "
+            f"out of macro means: {_named(metrics.absent)}"
+        )
+    if failed:
+        notes.append(f"{len(failed)} of {total} images could not be decoded and are left out of every metric")
+    if "auroc" in metrics.overall and config.num_resamples > metrics.overall["auroc"].num_resamples:
+        used = metrics.overall["auroc"].num_resamples
+        notes.append(f"the interval of the AUROC rests on {used} resamples, since the split is large" if used else
+                     "the AUROC has no interval, since the split is too large to resample it in minutes")  # fmt: skip
+    if "top5" not in metrics.overall:
+        notes.append(f"top-5 is left out: of {len(model.classifier.classes)} classes it says nothing")
+    if "auroc" not in metrics.overall:
+        notes.append("the AUROC is left out: only one class has images")
+    return {
+        "model": model.shown,
+        "data": config.data,
+        "dataset_digest": manifest.digest,
+        "split": config.split,
+        "num_images": total,
+        "num_evaluated": total - len(failed),
+        "num_undecodable": len(failed),
+        "undecodable": [{"source": source, "reason": reason} for source, reason in failed],
+        "metrics": {name: dataclasses.asdict(interval) for name, interval in metrics.overall.items()},
+        "per_class": {
+            name: {
+                "num_images": count,
+                "accuracy": metrics.class_accuracy[name],
+                "auroc": metrics.class_auroc.get(name),
+            }
+            for name, count in metrics.class_counts.items()
+        },
+        "absent_classes": metrics.absent,
+        "notes": notes,
+        "seed": config.seed,
+    }
+
+
+def _files(result: dict[str, Any], metrics: Metrics, classes: Sequence[str]) -> dict[str, bytes]:
+    """Return the pictures and the report, by name."""
+    title = f"{result['model'].removeprefix('models:/')} on {result['split']}"
+    bins, error = metrics.bins, metrics.overall["ece"].value
+    pictures = {
+        "confusion.png": confusion_figure(metrics.confusion, classes, title),
+        "reliability.png": reliability_figure(bins.counts, bins.accuracy, bins.confidence, error, title),
+    }
+    overall = [["metric", "value (%)", "95 % interval"]]
+    overall += [[_TITLES[name], f"{m['value']:.2f}", _interval(m)] for name, m in result["metrics"].items()]
+    per_class = [["class", "images", "accuracy (%)", "AUROC (%)"]]
+    worst_first = sorted(result["per_class"].items(), key=lambda item: item[1]["accuracy"])
+    for name, found in worst_first:
+        area = "" if found["auroc"] is None else f"{found['auroc']:.2f}"
+        per_class.append([name, found["num_images"], f"{found['accuracy']:.2f}", area])
+    undecodable = [["image", "reason"], *([row["source"], row["reason"]] for row in result["undecodable"])]
+    facts = {key: result[key] for key in ("model", "data", "dataset_digest", "split", "num_images", "num_evaluated")}
+    tables = {"Metrics": overall, "Classes, least accurate first": per_class}
+    report = html_report(
+        title,
+        facts,
+        result["notes"],
+        tables | ({"Images that could not be decoded": undecodable} if len(undecodable) > 1 else {}),
+        {"Confusion": pictures["confusion.png"], "Calibration": pictures["reliability.png"]},
+    )
+    return pictures | {"report.html": report}
+
+
+def _log(
+    tracking: registry.Tracking,
+    config: EvaluateConfig,
+    model: _Model,
+    manifest: Manifest,
+    uri: str,
+    result: dict[str, Any],
+    files: dict[str, bytes],
+    identity: dict[str, str],
+) -> str:
+    """Log the evaluation as a run with lineage to the model's version; the same evaluation is the same run."""
+    key = "evaluate-" + _digest([*identity.values(), json.dumps(to_dict(config), sort_keys=True)])[:12]
+    tags = {"mae.model": model.shown, "mae.model_digest": model.digest}
+    run = tracking.run(
+        key, "evaluate", to_dict(config), tags=tags, dataset=manifest, dataset_uri=uri, context="evaluation"
+    )
+    if model.ref is not None:
+        run.log_model_input(model.ref, tag="mae.model")
+    known, now_ms = run.last_steps(), int(time.time() * 1000)
+    points = []
+    for name, interval in result["metrics"].items():
+        for suffix, value in (("", interval["value"]), ("_low", interval["low"]), ("_high", interval["high"])):
+            if value is not None and f"{config.split}/{name}{suffix}" not in known:
+                points.append((f"{config.split}/{name}{suffix}", value, 0, now_ms))
+    run.log_points(points)
+    with TemporaryDirectory(prefix="mae-evaluate-") as folder:
+        for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
+            path = Path(folder) / name
+            path.write_bytes(content)
+            run.log_file(path)
+    run.finish()
+    return run.id
+
+
+def _text(result: dict[str, Any]) -> str:
+    """Format the result as the table that is printed."""
+    lines = [f"{result['model']} on {result['num_evaluated']} images of {result['split']}", ""]
+    lines += [f"{_TITLES[name]:26}{m['value']:7.2f} %   {_interval(m)}" for name, m in result["metrics"].items()]
+    lines += ["", *(f"note: {note}" for note in result["notes"])]
+    return "\n".join([*lines, f"report: {result['out']}/report.html"])
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    return "" if metric["low"] is None else f"{metric['low']:.2f} to {metric['high']:.2f}"
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"
