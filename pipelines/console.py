@@ -13,7 +13,7 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def speak_up() -> None:
+def log_to_driver() -> None:
     """Send our log messages to the driver's terminal; called in a Ray process, where other loggers show errors only."""
     ours = logging.getLogger("pipelines")
     ours.setLevel(logging.INFO)

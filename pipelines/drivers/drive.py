@@ -17,7 +17,7 @@ from pipelines.drivers.launch import launch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower, PictureFollower
 from pipelines.runs.jobs import Job, train_plan
-from pipelines.runs.listing import Pulse, last_alive_s
+from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def drive(
         if folder.read_outcome() is None:
             runs[i] = _start(published, folder, tracking, key)
     try:
-        with Pulse([folders[i].storage for i in runs]):
+        with Heartbeat([folders[i].storage for i in runs]):
             _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
                 _finish(jobs[i], folders[i], run)

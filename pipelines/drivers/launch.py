@@ -13,7 +13,7 @@ from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
-from pipelines.runs.failures import cause_of, witness
+from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Job, job_to_dict, remaining_segments, with_workers
 
@@ -70,7 +70,7 @@ def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
-                callbacks=[witness([job.folder for job in jobs], compute.max_failures)],
+                callbacks=[failure_recorder([job.folder for job in jobs], compute.max_failures)],
             ),
             datasets={dataset_name(number): _nothing for number in range(NUM_DATASETS)},
             dataset_config=_feeds(jobs, run),

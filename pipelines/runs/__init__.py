@@ -1,1 +1,1 @@
-"""What a run is and what it leaves behind."""
+"""Run folders: jobs, checkpoints, metrics and state of a run, and their delivery to MLflow."""

@@ -1,7 +1,11 @@
-"""A checkpoint is a folder of safetensors, committed by a manifest with their sha256 that is written last.
+"""Checkpoints in a run folder: commit them atomically, verify them, prune old ones.
 
-A file's name holds the beginning of its sha256: what a dead attempt or another driver leaves beside it is never taken
-for it. The manifest is created, never replaced: of two drivers that commit the same step, one wins.
+A checkpoint is a folder of safetensors files, committed by a manifest that states the sha256 of each.
+
+1. Each file is written under a name that holds the beginning of its sha256. So a file left by a killed process or
+   written by another driver is never mistaken for it.
+2. The manifest is written last and never replaced. If two drivers commit the same step, one of them wins.
+3. Pruning follows the commit. It deletes a manifest before the files, so that an interruption leaves no checkpoint.
 """
 
 import hashlib
@@ -22,35 +26,37 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _MANIFEST = "manifest.json"
 _SCORE = "score.json"
-# Training waits for nothing but the commit: a store that refuses the rest is left alone until the next.
-_TIDYING_S = 10.0
+# Pruning retries no longer than this: training may be waiting, and the next commit prunes again.
+_PRUNE_RETRY_S = 10.0
 
-# One file in parts, which a writer hashes and writes one after another.
+# Content of one file as consecutive chunks, to avoid a copy in one piece.
 Parts = Sequence[bytes | memoryview]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Training state after `step` optimizer steps: bytes of each file, and what describes them."""
+    """Training state after `step` optimizer steps."""
 
     step: int
     files: dict[str, bytes]
+    """Content of each safetensors file, by name."""
     meta: dict[str, Any]
+    """JSON values of the manifest, such as the run's id and the last metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay when another is committed."""
+    """Which checkpoints are kept when another one is committed: the union of three rules."""
 
     newest: int
-    """So many of the newest."""
+    """Number of newest checkpoints."""
     best: int = 0
-    """So many more of the best score on held-out images; of the lowest training loss where none has a score."""
+    """Number of checkpoints with the best score on val; if none has a score, with the lowest training loss."""
     every_steps: int | None = None
-    """Those of steps that are a multiple of this."""
+    """Steps between checkpoints that are kept permanently; None keeps none."""
 
     def kept(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay, of checkpoints with these losses by step, the lower the better."""
+        """Return the steps to keep. `losses` has a value per checkpoint, lower is better; None if it is unknown."""
         steps = sorted(losses)
         found = set(steps[-self.newest :])
         known = sorted((loss, step) for step, loss in losses.items() if loss is not None and loss == loss)
@@ -61,7 +67,7 @@ class Retention:
 
 
 class CheckpointStore:
-    """Checkpoints of one run under `prefix`; the only commit record, so resuming scans it."""
+    """The checkpoints of one run under `prefix`. The manifests there are the only record of what is committed."""
 
     def __init__(self, storage: Storage, prefix: str = "checkpoints") -> None:
         self._storage = storage
@@ -70,16 +76,16 @@ class CheckpointStore:
         self._scores: dict[int, float | None] = {}
 
     def save(self, checkpoint: Checkpoint, retention: Retention) -> None:
-        """The checkpoint is committed and those that need not stay are gone."""
+        """Commit a checkpoint that is in memory as a whole, and prune old ones."""
         self.commit(
             checkpoint.step, {name: [content] for name, content in checkpoint.files.items()}, checkpoint.meta, retention
         )
 
     def commit(self, step: int, files: Mapping[str, Parts], meta: dict[str, Any], retention: Retention) -> None:
-        """A checkpoint of these files is committed, unless a whole one of the step is there already.
+        """Commit a checkpoint of these files, unless an intact one of the step exists; then prune old ones.
 
-        Nothing of it counts before its manifest is there. Raises OSError where the storage refuses; saying it again
-        goes on from whatever was left. What need not stay is removed after that, now or with the next.
+        The call is idempotent: repeat it after an error. Raises OSError if the storage fails before the commit. If it
+        fails while pruning, the error is logged and the next commit prunes again.
         """
         folder = self._folder(step)
         entries = {name: self._write(folder, name, parts) for name, parts in files.items()}
@@ -88,34 +94,34 @@ class CheckpointStore:
             try:
                 self.verify(step)
             except ValueError as error:
-                log.warning("checkpoint of step %d is written again: %s", step, error)
+                log.warning("rewriting the checkpoint of step %d: %s", step, error)
                 self._storage.delete(f"{folder}/{_MANIFEST}")
             else:
-                log.info("checkpoint of step %d was committed before; that one stays", step)
+                log.info("the checkpoint of step %d is already committed; keeping it", step)
                 break
         try:
-            with retry_at_most(_TIDYING_S):
+            with retry_at_most(_PRUNE_RETRY_S):
                 self._prune(retention)
         except OSError as error:
-            log.warning("what need not stay beside the checkpoint of step %d is removed with the next: %s", step, error)
+            log.warning("could not prune old checkpoints after step %d; retrying at the next one: %s", step, error)
 
     def record_score(self, step: int, score: float) -> None:
-        """The checkpoint of the step, if there is one, has this score, the higher the better."""
+        """Store the score of the step's checkpoint, higher is better. Do nothing if the step has no checkpoint."""
         if step in self.steps():
             self._storage.write(f"{self._folder(step)}/{_SCORE}", json.dumps({"score": score}).encode())
             self._scores[step] = score
 
     def steps(self) -> list[int]:
-        """Return the steps of the committed checkpoints, ascending, without looking at their files."""
+        """Return the steps of the committed checkpoints, ascending, without checking their files."""
         return _steps_of(path for path, _ in self._storage.list(self._prefix, suffix=f"/{_MANIFEST}"))
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint after `step`, verified. Raises UserError that names a missing or damaged file."""
+        """Load and verify the checkpoint of `step`. Raises UserError that names a missing or damaged file."""
         entries, meta = self._manifest(step)
         return Checkpoint(step=step, files={name: self._read(step, name, entries[name]) for name in entries}, meta=meta)
 
     def verify(self, step: int) -> None:
-        """Every file of the checkpoint is there with its sha256. Raises UserError that names one that is not."""
+        """Check that every file of the checkpoint has its sha256. Raises UserError that names one that has not."""
         entries, _ = self._manifest(step)
         for name, entry in entries.items():
             self._read(step, name, entry)
@@ -163,15 +169,15 @@ class CheckpointStore:
             try:
                 return check(step)
             except UserError as error:
-                log.warning("checkpoint of step %d is skipped: %s", step, error)
+                log.warning("the checkpoint of step %d is skipped: %s", step, error)
         return None
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What describes the checkpoint. Raises UserError where its manifest is missing or damaged."""
+        """Return the `meta` values of the checkpoint. Raises UserError if its manifest is missing or damaged."""
         return self._manifest(step)[1]
 
     def _write(self, folder: str, name: str, parts: Parts) -> dict[str, Any]:
-        """The file is durable under a name that its content decides; returns what the manifest says of it."""
+        """Write one file under a name that holds its sha256; return its entry in the manifest."""
         digest, num_bytes = hashlib.sha256(), 0
         for part in parts:
             digest.update(part)
@@ -209,9 +215,9 @@ class CheckpointStore:
         return f"{self._prefix}/step-{step:010d}"
 
     def _prune(self, retention: Retention) -> None:
-        """Checkpoints that need not stay are gone, and so is what attempts that died before a kept one left."""
+        """Delete the checkpoints that `retention` does not keep, and uncommitted files of steps before the newest."""
         steps = self.steps()
-        kept = retention.kept(self._badness(steps) if retention.best else dict.fromkeys(steps))
+        kept = retention.kept(self._ranking_losses(steps) if retention.best else dict.fromkeys(steps))
         for step in steps:
             if step not in kept:
                 self._delete(step)
@@ -221,7 +227,7 @@ class CheckpointStore:
                 self._delete(step)
 
     def _uncommitted(self, committed: Iterable[int]) -> set[int]:
-        """Steps whose folder is there, if only with what a killed process left, but has no manifest."""
+        """Return the steps that have a folder but no manifest, as a killed process leaves them."""
         if self._storage.is_local:
             names = {entry.name for entry in Path(self._storage.join(self._prefix)).iterdir() if entry.is_dir()}
         else:
@@ -229,8 +235,8 @@ class CheckpointStore:
         found = {int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit()}
         return found - set(committed)
 
-    def _badness(self, steps: Sequence[int]) -> dict[int, float | None]:
-        """What the best are chosen by: scores, where any checkpoint has one, or training losses."""
+    def _ranking_losses(self, steps: Sequence[int]) -> dict[int, float | None]:
+        """Return what to rank by, lower is better: negated scores if any checkpoint has one, else training losses."""
         scores = {step: score for step in steps if (score := self._score(step)) is not None}
         if scores:
             return {step: -scores[step] if step in scores else None for step in steps}
@@ -245,7 +251,7 @@ class CheckpointStore:
         return self._scores[step]
 
     def _loss(self, step: int) -> float | None:
-        """The loss that the checkpoint was saved with; None where it says none or says nothing."""
+        """Return the training loss in the checkpoint's manifest; None if it has none or is damaged."""
         if step not in self._losses:
             try:
                 last = self.meta(step).get("last")
@@ -256,14 +262,14 @@ class CheckpointStore:
         return self._losses[step]
 
     def _delete(self, step: int) -> None:
-        """The manifest goes first, so that a deletion cut short leaves no checkpoint rather than half of one."""
-        folder = self._folder(step)
-        self._storage.delete(f"{folder}/{_MANIFEST}")
-        place = open_storage(self._storage.join(folder))
-        place.delete_tree()
-        if place.is_local:
-            with suppress(OSError):  # another driver writes into it, or has removed it
-                Path(place.uri).rmdir()
+        """Delete a checkpoint, manifest first, so that an interrupted deletion leaves none rather than half of one."""
+        path = self._folder(step)
+        self._storage.delete(f"{path}/{_MANIFEST}")
+        folder = open_storage(self._storage.join(path))
+        folder.delete_tree()
+        if folder.is_local:
+            with suppress(OSError):  # Another driver may be writing to the folder, or has removed it.
+                Path(folder.uri).rmdir()
 
 
 def _steps_of(paths: Iterable[str]) -> list[int]:

@@ -110,12 +110,12 @@ class RunFolder:
         return [json.loads(self.storage.read(path))["cause"] for path, _ in self.storage.list("failures")]
 
     def skip_steps(self, steps: range) -> None:
-        """Add steps, counted from 0, that are read but not learnt from."""
+        """Add steps, counted from 0, whose samples are read but do not update the model."""
         ranges = self._read("left_out.json") or []
         self.storage.write("left_out.json", json.dumps([*ranges, [steps.start, steps.stop]]).encode())
 
     def read_skipped_steps(self) -> set[int]:
-        """Return all steps, counted from 0, that must not be learnt from."""
+        """Return all steps, counted from 0, that must not update the model."""
         return {step for first, stop in self._read("left_out.json") or [] for step in range(first, stop)}
 
     def record_bad_step(self, step: int, sample_ids: list[int]) -> None:

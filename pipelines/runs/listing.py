@@ -1,4 +1,4 @@
-"""Runs at a URI: what their drivers say of them while they live, and what `mae runs` reads from their folders."""
+"""List runs for `mae runs`: read their state from their folders, where a live driver writes a heartbeat."""
 
 import json
 import logging
@@ -18,138 +18,144 @@ from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
-_PULSE = "pulse.json"
+_HEARTBEAT = "pulse.json"
 _BEAT_EVERY_S = 15.0
-_SILENT_AFTER_S = 60.0
-_LOOK_EVERY_S = 2.0
+_DEAD_AFTER_S = 60.0
+"""Age of the last heartbeat beyond which a driver counts as dead."""
+_POLL_EVERY_S = 2.0
 
 State = Literal["running", "trained", "finished", "failed", "stopped"]
 
 
-class Pulse:
-    """While the block runs, each run's folder says that its driver lives; after a failure, what went wrong."""
+class Heartbeat:
+    """Write the driver's heartbeat to each run folder while a block runs, and the error if the block fails."""
 
     def __init__(self, folders: Sequence[Storage]) -> None:
         self._folders = folders
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Pulse":
-        self._say("")
+    def __enter__(self) -> "Heartbeat":
+        self._write("")
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
         if error is not None:
-            self._say(" ".join(str(error).split()) or type(error).__name__)
+            self._write(" ".join(str(error).split()) or type(error).__name__)
 
     def _beat(self) -> None:
-        while not self._over.wait(_BEAT_EVERY_S):
-            self._say("")
+        while not self._stop.wait(_BEAT_EVERY_S):
+            self._write("")
 
-    def _say(self, error: str) -> None:
-        said = {"time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "error": error}
+    def _write(self, error: str) -> None:
+        values = {"time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "error": error}
         for storage in self._folders:
             try:
-                storage.write(_PULSE, json.dumps(said).encode())
+                storage.write(_HEARTBEAT, json.dumps(values).encode())
             except OSError as refused:
-                log.warning("%s does not say that its driver lives: %s", storage.uri, refused)
+                log.warning("could not write the driver's heartbeat to %s: %s", storage.uri, refused)
 
 
 def last_alive_s(storage: Storage) -> float | None:
-    """When a driver of the run was last alive, in Unix seconds; None where none ever was."""
-    return _read(storage, _PULSE).get("time_s")
+    """Return the time of the last heartbeat of any driver of the run, in Unix seconds; None if there was none."""
+    return _read(storage, _HEARTBEAT).get("time_s")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What a run's folder says."""
+class RunStatus:
+    """State of one run, as far as its folder tells."""
 
     run: str
-    """The folder, relative to the URI that was asked for; empty for that itself."""
+    """Path of the run folder below the listed URI; empty for the URI itself."""
     kind: str
     state: State
     step: int | None
-    """The last step that left metrics."""
+    """Last step with metrics."""
     total_steps: int | None
     checkpoint: int | None
-    """The step of the newest committed checkpoint."""
+    """Step of the newest committed checkpoint."""
     loss: float | None
     quiet_s: float | None
-    """Seconds since the driver was last heard of."""
+    """Seconds since the driver's last heartbeat."""
     error: str
-    """What ended a run that failed."""
+    """Error that ended a failed run; else empty."""
 
 
-def list_runs(uri: str) -> list[Row]:
-    """The runs below the URI, or that which it names. Raises UserError where there is none."""
+def list_runs(uri: str) -> list[RunStatus]:
+    """Return the status of all runs at or below the URI. Raises UserError if there is none."""
     storage = open_storage(uri)
     paths = [path for path, _ in storage.list()]
     found = [path.removesuffix("run.json") for path in paths if path == "run.json" or path.endswith("/run.json")]
     if not found:
-        raise UserError(f"no run lies in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")
-    return [_row(storage, prefix, [path for path in paths if path.startswith(prefix)]) for prefix in found]
+        raise UserError(f"no run found in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")
+    return [_status(storage, prefix, [path for path in paths if path.startswith(prefix)]) for prefix in found]
 
 
 def runs(uri: str, config: RunsConfig) -> dict[str, Any]:
-    """What `mae runs` prints: every run, or one that was followed until it ended."""
-    rows = list_runs(uri)
+    """Return what `mae runs` prints: every run, or with `watch` one run, followed until it ends.
+
+    Raises UserError if there is no run, or with `watch` more than one.
+    """
+    found = list_runs(uri)
     if config.watch:
-        if len(rows) > 1:
-            raise UserError(f"{uri} holds {len(rows)} runs; --watch follows one: try {uri.rstrip('/')}/{rows[0].run}")
-        rows = [_follow(uri, rows[0])]
-    return {"runs": [asdict(row) for row in rows], "text": table(rows)}
+        if len(found) > 1:
+            raise UserError(f"{uri} holds {len(found)} runs; --watch follows one: try {uri.rstrip('/')}/{found[0].run}")
+        found = [_follow(uri, found[0])]
+    return {"runs": [asdict(status) for status in found], "text": table(found)}
 
 
-def _follow(uri: str, row: Row) -> Row:
-    """The run as it was when it had ended; each step that leaves metrics is a line of the log until then."""
-    shown: Row | None = None
+def _follow(uri: str, status: RunStatus) -> RunStatus:
+    """Poll the run until it ends, and log each change of state, step or checkpoint; return its last status."""
+    logged: RunStatus | None = None
     while True:
-        if shown is None or (row.state, row.step, row.checkpoint) != (shown.state, shown.step, shown.checkpoint):
-            log.info("%s", line(row))
-            shown = row
-        if row.state != "running":
-            return row
-        time.sleep(_LOOK_EVERY_S)
-        (row,) = list_runs(uri)
+        if logged is None or (
+            (status.state, status.step, status.checkpoint) != (logged.state, logged.step, logged.checkpoint)
+        ):
+            log.info("%s", line(status))
+            logged = status
+        if status.state != "running":
+            return status
+        time.sleep(_POLL_EVERY_S)
+        (status,) = list_runs(uri)
 
 
-def line(row: Row) -> str:
-    """The run in one line."""
-    of = f" of {row.total_steps}" if row.total_steps else ""
-    parts = [row.state, f"step {row.step or 0}{of}"]
-    parts += [f"checkpoint {row.checkpoint}"] if row.checkpoint is not None else ["no checkpoint"]
-    parts += [f"loss {row.loss:.4f}"] if row.loss is not None else []
-    parts += [row.error] if row.error else []
+def line(status: RunStatus) -> str:
+    """Format a status as one line."""
+    of = f" of {status.total_steps}" if status.total_steps else ""
+    parts = [status.state, f"step {status.step or 0}{of}"]
+    parts += [f"checkpoint {status.checkpoint}"] if status.checkpoint is not None else ["no checkpoint"]
+    parts += [f"loss {status.loss:.4f}"] if status.loss is not None else []
+    parts += [status.error] if status.error else []
     return ", ".join(parts)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The runs as a person reads them."""
-    width = max(len(row.run) for row in rows)
-    return "\n".join(f"{row.run:<{width}}  {row.kind:<8}  {line(row)}".strip() for row in rows)
+def table(statuses: Sequence[RunStatus]) -> str:
+    """Format statuses as aligned lines: run, kind, status."""
+    width = max(len(status.run) for status in statuses)
+    return "\n".join(f"{status.run:<{width}}  {status.kind:<8}  {line(status)}".strip() for status in statuses)
 
 
-def _row(storage: Storage, prefix: str, paths: Sequence[str]) -> Row:
-    described, pulse = _read(storage, f"{prefix}run.json"), _read(storage, f"{prefix}{_PULSE}")
+def _status(storage: Storage, prefix: str, paths: Sequence[str]) -> RunStatus:
+    identity, heartbeat = _read(storage, f"{prefix}run.json"), _read(storage, f"{prefix}{_HEARTBEAT}")
     spools = [path for path in paths if path.startswith(f"{prefix}metrics/")]
     newest = _newest_values(storage, spools[-1]) if spools else {}
     committed = CheckpointStore(open_storage(storage.join(prefix.rstrip("/")))).steps()
-    quiet_s = time.time() - pulse["time_s"] if "time_s" in pulse else None
-    epochs, step = described.get("config", {}).get("epochs"), newest.get("step")
+    quiet_s = time.time() - heartbeat["time_s"] if "time_s" in heartbeat else None
+    epochs, step = identity.get("config", {}).get("epochs"), newest.get("step")
     total = round(step / newest["epoch"] * epochs) if step and epochs and newest.get("epoch") else None
-    return Row(
+    return RunStatus(
         run=prefix.rstrip("/"),
-        kind=str(described.get("kind", "")),
-        state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, pulse.get("error", "")),
+        kind=str(identity.get("kind", "")),
+        state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, heartbeat.get("error", "")),
         step=None if step is None else int(step),
         total_steps=total,
         checkpoint=max(committed, default=None),
         loss=newest.get("train/loss"),
         quiet_s=None if quiet_s is None else round(quiet_s, 1),
-        error=pulse.get("error", ""),
+        error=heartbeat.get("error", ""),
     )
 
 
@@ -158,13 +164,13 @@ def _state(names: set[str], quiet_s: float | None, error: str) -> State:
         return "finished"
     if error:
         return "failed"
-    if quiet_s is not None and quiet_s < _SILENT_AFTER_S:
+    if quiet_s is not None and quiet_s < _DEAD_AFTER_S:
         return "running"
     return "trained" if "result.json" in names else "stopped"
 
 
 def _newest_values(storage: Storage, path: str) -> dict[str, float]:
-    """The last values of the spool's last object, with their step; nothing where it cannot be read now."""
+    """Return the newest value of each metric in a metrics object, and "step"; empty if it cannot be read now."""
     try:
         points = list(read_points(storage.read(path), path))
     except (ValueError, OSError):
@@ -174,7 +180,7 @@ def _newest_values(storage: Storage, path: str) -> dict[str, float]:
 
 
 def _read(storage: Storage, path: str) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or where it is being replaced."""
+    """Read a JSON object; empty if it does not exist or is being replaced."""
     try:
         found = json.loads(storage.read(path))
     except (OSError, ValueError):

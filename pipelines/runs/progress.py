@@ -1,4 +1,4 @@
-"""How a run is going, on stderr."""
+"""Progress of a run on stderr."""
 
 import logging
 import sys
@@ -18,7 +18,10 @@ _SHOWN = {"train/loss": "loss {:.4f}", "lr": "lr {:.2e}", "images_per_s": "{:,.0
 
 
 class ProgressDisplay:
-    """Loss, lr, images/s and the time left, on stderr: a bar on a terminal, elsewhere a line now and then."""
+    """Show loss, learning rate, images/s and time left: a progress bar on a terminal, else a log line every 30 s.
+
+    Use it as a context manager.
+    """
 
     def __init__(self, title: str, total_steps: int) -> None:
         self._title, self._total = title, total_steps
@@ -38,7 +41,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def show(self, points: Sequence[Point]) -> None:
-        """The display is that of the newest point."""
+        """Update the display to the newest point."""
         newest = points[-1]
         self._first = self._first or points[0]
         self._values.update((point.key, point.value) for point in points)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.console import speak_up
+from pipelines.console import log_to_driver
 from pipelines.feed.channel import FeedChannel
 from pipelines.feed.executions import dataset_name
 from pipelines.feed.rank import micro_batches
@@ -26,7 +26,7 @@ def work(config: dict[str, Any]) -> None:
     """Every unfinished job of the group is finished; called by Ray Train on each rank."""
     import ray.train
 
-    speak_up()
+    log_to_driver()
     # A patch projection of one channel has a dimension of size 1, whose stride DDP compares though it means nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs = [job_from_dict(values) for values in config["jobs"]]

@@ -59,7 +59,7 @@ def test_more_failures_than_allowed_end_the_run_with_the_cause_and_a_checkpoint_
         assert exit_status(driver) == 1
     assert len(folder.read_failures()) == 2
     (said,) = [line for line in place.log.splitlines() if line.startswith("mae: failed: ")]
-    assert re.search(r"the process of rank \d died without a word", said)
+    assert re.search(r"the process of rank \d died without an error", said)
     assert said.endswith("allows; rerun the same command to resume from the newest checkpoint")
     assert 0 < folder.checkpoints.latest_step() < 90
     finished = place.run(place.command("failing", **WIDE))

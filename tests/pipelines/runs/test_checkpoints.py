@@ -293,7 +293,7 @@ def test_a_storage_that_refuses_to_remove_costs_nothing_and_the_next_commit_remo
 
     for step in (5, 6):
         CheckpointStore(Stubborn(str(tmp_path))).save(checkpoint(step), ONE)
-    assert "removed with the next: cannot delete" in caplog.text
+    assert "retrying at the next one: cannot delete" in caplog.text
     store = CheckpointStore(open_storage(tmp_path))
     assert store.steps() == [5, 6]
     assert store.latest() == checkpoint(6)

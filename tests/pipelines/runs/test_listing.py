@@ -12,7 +12,7 @@ from pipelines.config import RunsConfig
 from pipelines.runs import listing as module
 from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.listing import Pulse, Row, last_alive_s, list_runs, runs, table
+from pipelines.runs.listing import Heartbeat, RunStatus, last_alive_s, list_runs, runs, table
 from pipelines.runs.metrics import MetricSpool
 from pipelines.storage import Storage
 
@@ -39,7 +39,7 @@ def test_every_run_is_listed_with_its_step_checkpoint_and_loss(tmp_path: Path) -
     make(tmp_path, "a", range(0))
     a, nested = list_runs(str(tmp_path))
     assert (a.run, a.state, a.step, a.checkpoint, a.loss) == ("a", "stopped", None, None, None)
-    wanted = Row(
+    wanted = RunStatus(
         run="b/nested",
         kind="pretrain",
         state="stopped",
@@ -59,16 +59,16 @@ def test_every_run_is_listed_with_its_step_checkpoint_and_loss(tmp_path: Path) -
 def test_the_state_is_what_the_driver_last_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make(tmp_path, "a")
     assert last_alive_s(run.storage) is None
-    with Pulse([run.storage]):
+    with Heartbeat([run.storage]):
         assert state_of(tmp_path, "a") == "running"
     alive_s = last_alive_s(run.storage)
     assert alive_s is not None
     assert abs(alive_s - time.time()) < 60
-    monkeypatch.setattr(module, "_SILENT_AFTER_S", -1.0)
+    monkeypatch.setattr(module, "_DEAD_AFTER_S", -1.0)
     assert state_of(tmp_path, "a") == "stopped"
     run.mark_trained({"loss": 0.1})
     assert state_of(tmp_path, "a") == "trained"
-    with pytest.raises(RuntimeError), Pulse([run.storage]):
+    with pytest.raises(RuntimeError), Heartbeat([run.storage]):
         raise RuntimeError("no\nroom")
     assert state_of(tmp_path, "a") == "failed"
     assert list_runs(str(tmp_path))[0].error == "no room"
@@ -76,7 +76,7 @@ def test_the_state_is_what_the_driver_last_said(tmp_path: Path, monkeypatch: pyt
     assert state_of(tmp_path, "a") == "finished"
 
 
-def test_the_pulse_is_renewed_while_the_driver_lives_and_no_longer(
+def test_the_heartbeat_is_renewed_while_the_driver_lives_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BEAT_EVERY_S", 0.01)
@@ -92,22 +92,22 @@ def test_the_pulse_is_renewed_while_the_driver_lives_and_no_longer(
             renewed.set()
 
     monkeypatch.setattr(Storage, "write", noted)
-    with Pulse([run.storage]):
+    with Heartbeat([run.storage]):
         assert renewed.wait(60)
     assert last_alive_s(run.storage) == beats[-1]
     assert beats == sorted(set(beats))
-    assert not [thread for thread in threading.enumerate() if thread.name == "pulse"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
 def test_watching_ends_with_the_run_and_shows_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "_POLL_EVERY_S", 0.01)
     run = make(tmp_path, "a", range(1, 2))
     over, caught = threading.Event(), []
 
     def drive() -> None:
-        with Pulse([run.storage]):
+        with Heartbeat([run.storage]):
             started.set()
             over.wait(30)
             make(tmp_path, "a", range(2, 4))
@@ -134,7 +134,7 @@ def test_only_one_run_can_be_watched(tmp_path: Path) -> None:
 
 
 def test_a_place_without_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no run lies in .*; try"):
+    with pytest.raises(ValueError, match=r"no run found in .*; try"):
         list_runs(str(tmp_path))
 
 
