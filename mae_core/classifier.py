@@ -8,16 +8,30 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_core.config import Arch, ClassifierConfig, Size
+from mae_core.config import LAYER_NORM_EPS, Arch, ClassifierConfig, Size, patch_grid
 from mae_core.encoder import build_encoder, encode
 from mae_core.errors import UserError
+from mae_core.positions import resized
 
 
 def build_classifier(
-    arch: Arch, image_px: Size, channels: int, num_classes: int, config: ClassifierConfig
+    arch: Arch,
+    image_px: Size,
+    channels: int,
+    num_classes: int,
+    config: ClassifierConfig,
+    norm_eps: float = LAYER_NORM_EPS,
 ) -> VisionTransformer:
     """Build a ViT with a small random head; pool "avg" averages the patch tokens only (section 4.3)."""
-    vit = build_encoder(arch, image_px, channels, drop_path=config.drop_path, num_classes=num_classes, pool=config.pool)
+    vit = build_encoder(
+        arch,
+        image_px,
+        channels,
+        drop_path=config.drop_path,
+        num_classes=num_classes,
+        pool=config.pool,
+        norm_eps=norm_eps,
+    )
     _init_head(vit.head, config.head_std)
     if config.train_blocks is not None:
         freeze(vit, config.train_blocks)
@@ -40,11 +54,11 @@ def freeze(vit: VisionTransformer, train_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
+def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor], image_px: Size) -> None:
     """Copy an encoder's weights, under timm's names, into `vit`; leave its head and fc_norm unchanged.
 
-    With pool "avg" the model has no norm before the mean, and the encoder's is ignored. For another image size the
-    model keeps its own position table, which is fixed and needs no weights.
+    With pool "avg" the model has no norm before the mean, and the encoder's is ignored. `image_px` is the image size of
+    the weights, whose position table is resized to the model's (`positions.resized`).
 
     Raises UserError if names or shapes differ.
     """
@@ -59,14 +73,14 @@ def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor]) 
             f"the weights {side} {mismatched[0]!r} ({len(mismatched)} names differ); "
             "use an encoder.safetensors of this arch"
         )
-    if given["pos_embed"].shape != own["pos_embed"].shape:
-        given["pos_embed"] = own["pos_embed"]
-    for name in sorted(wanted):
+    for name in sorted(wanted - {"pos_embed"}):
         if given[name].shape != own[name].shape:
             raise UserError(
                 f"{name} is {tuple(given[name].shape)} in the weights and {tuple(own[name].shape)} in the model; "
                 "use the arch and the channels that the weights were trained with"
             )
+    grid = patch_grid(image_px, vit.patch_embed.proj.kernel_size[0])
+    given["pos_embed"] = resized(given["pos_embed"], grid, vit.patch_embed.grid_size)
     vit.load_state_dict(given, strict=False)
 
 

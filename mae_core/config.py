@@ -19,6 +19,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+LAYER_NORM_EPS = 1e-6
+"""Epsilon of every layer norm in the reference and in timm's ViT; transformers has 1e-12."""
 _ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)")
 
 
@@ -108,6 +110,8 @@ class ModelConfig:
     """self: all tokens attend to each other (the paper); cross: mask tokens attend to visible ones only (CrossMAE)."""
     predicted_share: float = 1.0
     """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all."""
+    norm_eps: float = LAYER_NORM_EPS
+    """Epsilon of the layer norms; weights trained with transformers need 1e-12."""
 
     def __post_init__(self) -> None:
         grid = self.grid
@@ -145,6 +149,8 @@ class ModelConfig:
             )
         if not 0 < self.predicted_share <= 1:
             raise UserError(f"predicted_share {self.predicted_share} is outside (0, 1]; try 0.3333, or 1 for all")
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"norm_eps {self.norm_eps} is outside (0, 1); try 1e-6")
 
     @property
     def patch_px(self) -> int:

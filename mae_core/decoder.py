@@ -25,17 +25,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.decoder_width
+        width, norm = config.decoder_width, norm_layer(config.norm_eps)
         self.is_cross = config.decoder_attention == "cross"
         self.embed = nn.Linear(parse_arch(config.arch).width, width)
         # If mask tokens entered the encoder, the decoder uses their encodings and has none of its own.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.mask_token_in == "decoder" else None
         self.pos_embed = fixed(sincos_2d(width, config.grid, class_token=True)[None])
         self.blocks = nn.ModuleList(
-            Block(width, config.decoder_heads, qkv_bias=True, norm_layer=norm_layer)
-            for _ in range(config.decoder_depth)
+            Block(width, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth)
         )
-        self.norm = norm_layer(width)
+        self.norm = norm(width)
         self.pred = nn.Linear(width, config.patch_px**2 * config.channels)
         self.apply(init_linear)
         if self.mask_token is not None:

@@ -9,12 +9,10 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_core.config import Arch, Size, patch_grid
+from mae_core.config import LAYER_NORM_EPS, Arch, Size, patch_grid
 from mae_core.masking import Mask
 from mae_core.patches import gather_patches, patchify
 from mae_core.positions import sincos_2d
-
-norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
 
 
 def build_encoder(
@@ -25,6 +23,7 @@ def build_encoder(
     drop_path: float = 0.0,
     num_classes: int = 0,
     pool: Literal["token", "avg"] = "token",
+    norm_eps: float = LAYER_NORM_EPS,
 ) -> VisionTransformer:
     """Build a ViT with fixed sine-cosine positions, initialized as in the reference from torch's global generator.
 
@@ -42,7 +41,7 @@ def build_encoder(
         depth=arch.depth,
         num_heads=arch.heads,
         drop_path_rate=drop_path,
-        norm_layer=norm_layer,
+        norm_layer=norm_layer(norm_eps),
         weight_init="skip",
     )
     vit.apply(init_linear)
@@ -88,6 +87,11 @@ def encode(
 def export_tensors(vit: VisionTransformer) -> dict[str, Tensor]:
     """Return the encoder's tensors under timm's names, without a head."""
     return {name: tensor.detach() for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
+
+
+def norm_layer(eps: float) -> Any:
+    """Return the class of the layer norms with this epsilon, as timm's constructors take it."""
+    return partial(nn.LayerNorm, eps=eps)
 
 
 def init_linear(module: nn.Module) -> None:

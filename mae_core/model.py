@@ -25,7 +25,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         arch = parse_arch(config.arch)
-        self.encoder = build_encoder(arch, config.image_px, config.channels)
+        self.encoder = build_encoder(arch, config.image_px, config.channels, norm_eps=config.norm_eps)
         self.decoder = Decoder(config)
         self.mask_token = None
         if config.mask_token_in == "encoder":

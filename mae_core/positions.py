@@ -1,13 +1,16 @@
-"""Fixed position embeddings of patches."""
+"""Position embeddings of patches: the fixed table, and resizing of any table to another grid."""
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mae_core.config import Size
 from mae_core.errors import UserError
 
 _TEMPERATURE = 10_000
+_ROUNDED = 3e-4
+"""Largest difference by which a table in float16 differs from the sine-cosine one."""
 
 
 def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "tokens width"]:
@@ -25,3 +28,22 @@ def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "
     by_column, by_row = column[:, None] * frequency, row[:, None] * frequency
     table = torch.cat([by_column.sin(), by_column.cos(), by_row.sin(), by_row.cos()], dim=1).float()
     return torch.cat([torch.zeros(1, width), table]) if class_token else table
+
+
+def resized(table: Float[Tensor, "1 tokens width"], old: Size, new: Size) -> Float[Tensor, "1 new_tokens width"]:
+    """Resize a position table from grid `old` to grid `new`, both (rows, columns); the class token comes first.
+
+    A sine-cosine table becomes that of the new grid. Any other, learned or fine-tuned, is interpolated bicubically over
+    rows and columns, as in timm; its class token is unchanged. Raises UserError if the table is not of grid `old`.
+    """
+    if table.shape[1] != 1 + old[0] * old[1]:
+        raise UserError(
+            f"the position table has {table.shape[1]} rows, but a class token and {old[0]} x {old[1]} patches need "
+            f"{1 + old[0] * old[1]}; give the image size that the weights were trained at"
+        )
+    if new == old:
+        return table
+    fixed = sincos_2d(table.shape[2], old, class_token=True).to(table)
+    if (table[0] - fixed).abs().max() <= _ROUNDED:
+        return sincos_2d(table.shape[2], new, class_token=True)[None].to(table)
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=1)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import build_classifier, features
-from mae_core.config import ClassifierConfig, MaskConfig, ModelConfig, Normalization, Size, parse_arch
+from mae_core.config import (
+    LAYER_NORM_EPS,
+    ClassifierConfig,
+    MaskConfig,
+    ModelConfig,
+    Normalization,
+    Size,
+    parse_arch,
+)
 from mae_core.encoder import build_encoder, encode
 from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder, build_mae
@@ -111,7 +119,7 @@ def load_classifier(folder: str | Path) -> Classifier:
 def encoder_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder:
     """Build an encoder from the values of its config.json and its weights under timm's names."""
     model = _model_config(config["model"])
-    vit = build_encoder(parse_arch(model.arch), model.image_px, model.channels)
+    vit = build_encoder(parse_arch(model.arch), model.image_px, model.channels, norm_eps=model.norm_eps)
     vit.load_state_dict(dict(tensors))
     return Encoder(vit, model, _normalization(config)).eval()
 
@@ -125,6 +133,7 @@ def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
         config["channels"],
         len(classes),
         ClassifierConfig(**config["classifier"]),
+        config.get("norm_eps", LAYER_NORM_EPS),
     )
     vit.load_state_dict(dict(tensors))
     return Classifier(vit, classes, image_px, _normalization(config)).eval()

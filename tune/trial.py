@@ -172,7 +172,14 @@ def classify_job(config: ClassifyConfig, name: str, pretrained: PretrainJob, man
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
     start = StartingEncoder(
-        arch=model.arch, image_px=image_px, channels=model.channels, pixels=pretrained.pixels, ref=None, encoder=b""
+        arch=model.arch,
+        image_px=image_px,
+        channels=model.channels,
+        pixels=pretrained.pixels,
+        ref=None,
+        encoder=b"",
+        backbone_px=model.image_px,
+        norm_eps=model.norm_eps,
     )
     job = published_classify_job(config, name, start, manifest).job
     assert isinstance(job, ClassifyJob)

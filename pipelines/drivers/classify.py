@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from mae_core.config import ModelConfig, Normalization, Size, parse_arch, patch_grid
+from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization, Size, parse_arch, patch_grid
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict, run_name
@@ -32,6 +32,9 @@ class StartingEncoder:
     ref: registry.ModelRef | None
     encoder: bytes
     """encoder.safetensors; empty for a random encoder."""
+    backbone_px: Size
+    """Image size that the encoder was pretrained at."""
+    norm_eps: float = LAYER_NORM_EPS
 
 
 def finetune(config: ClassifyConfig, preset: str = "finetune", *, fresh: bool = False) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def starting_encoder(
             pixels=pixels_of(manifest, manifest.channels),
             ref=None,
             encoder=b"",
+            backbone_px=image_px,
         )
     with TemporaryDirectory(prefix="mae-backbone-") as scratch:
         files = tracking.fetch(ref, Path(scratch))
@@ -134,6 +138,8 @@ def starting_encoder(
         pixels=from_dict(Normalization, values["pixels"]),
         ref=ref,
         encoder=encoder,
+        backbone_px=model.image_px,
+        norm_eps=model.norm_eps,
     )
 
 
@@ -160,6 +166,8 @@ def published_classify_job(
         pixels=start.pixels,
         classes=tuple(manifest.classes),
         backbone=storage.join("backbone") if start.encoder else "",
+        backbone_px=start.backbone_px,
+        norm_eps=start.norm_eps,
     )
     method = config.classifier.method
     publish = _register(config, start) if method == "finetune" and config.tracking.register else _nothing

@@ -53,6 +53,10 @@ class ClassifyJob:
     classes: tuple[str, ...]
     backbone: str
     """URI of a folder with encoder.safetensors; empty for a random encoder."""
+    backbone_px: Size
+    """Image size of the backbone, whose positions are resized to `image_px`."""
+    norm_eps: float
+    """Epsilon of the backbone's layer norms."""
     kind: Literal["classify"] = "classify"
 
     @property

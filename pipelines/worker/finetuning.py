@@ -51,9 +51,11 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
 def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
     config = job.config
     torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
-    model = build_classifier(parse_arch(job.arch), job.image_px, job.channels, len(job.classes), config.classifier)
+    model = build_classifier(
+        parse_arch(job.arch), job.image_px, job.channels, len(job.classes), config.classifier, job.norm_eps
+    )
     if job.backbone:
-        load_encoder_weights(model, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+        load_encoder_weights(model, unpack(open_storage(job.backbone).read("encoder.safetensors")), job.backbone_px)
     return TrainState.of(config, model, rank.parallel(model), steps_per_epoch, config.classifier.ema_decay)
 
 
@@ -119,6 +121,7 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
         "channels": job.channels,
         "classes": list(job.classes),
         "classifier": to_dict(job.config.classifier),
+        "norm_eps": job.norm_eps,
         "pixels": to_dict(job.pixels),
     }
     folder.storage.write("export/classifier.safetensors", pack(model_tensors(model)))

@@ -74,9 +74,9 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
 
 def _frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tensor]:
     torch.manual_seed(seed_of(job.config.seed, Purpose.INIT, 0))
-    vit = build_encoder(parse_arch(job.arch), job.image_px, job.channels)
+    vit = build_encoder(parse_arch(job.arch), job.image_px, job.channels, norm_eps=job.norm_eps)
     if job.backbone:
-        load_encoder_weights(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")))
+        load_encoder_weights(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")), job.backbone_px)
     vit.requires_grad_(False).eval().to(rank.device)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import nn
 from mae_core.classifier import ProbeHead, build_classifier, features, load_encoder_weights
 from mae_core.config import ClassifierConfig, parse_arch
 from mae_core.encoder import build_encoder, export_tensors
+from mae_core.positions import resized
 
 ARCH = parse_arch("vit_pico_patch4")
 
@@ -15,7 +16,7 @@ ARCH = parse_arch("vit_pico_patch4")
 def test_a_classifier_with_an_encoders_weights_computes_its_features(pool):
     encoder = build_encoder(ARCH, (16, 24), 3)
     model = build_classifier(ARCH, (16, 24), 3, 7, ClassifierConfig(pool=pool)).eval()
-    load_encoder_weights(model, export_tensors(encoder))
+    load_encoder_weights(model, export_tensors(encoder), (16, 24))
     images = torch.randn(2, 3, 16, 24)
     pooled = features(model, images, pool)
     torch.testing.assert_close(model(images), model.head(pooled), rtol=1e-4, atol=1e-6)
@@ -59,11 +60,24 @@ def test_freeze_refuses_more_blocks_than_the_encoder_has():
         build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=5))
 
 
-def test_encoder_weights_for_another_image_size_keep_the_models_positions():
+def test_fixed_positions_of_another_image_size_become_those_of_the_models_size():
     model = build_encoder(ARCH, (32, 16), 3)
     positions = model.pos_embed.clone()
-    load_encoder_weights(model, export_tensors(build_encoder(ARCH, (16, 16), 3)))
+    load_encoder_weights(model, export_tensors(build_encoder(ARCH, (16, 16), 3)), (16, 16))
     assert torch.equal(model.pos_embed, positions)
+
+
+def test_learned_positions_of_another_image_size_are_interpolated():
+    encoder, model = build_encoder(ARCH, (16, 24), 3), build_encoder(ARCH, (32, 24), 3)
+    torch.nn.init.normal_(encoder.pos_embed)
+    load_encoder_weights(model, export_tensors(encoder), (16, 24))
+    assert torch.equal(model.pos_embed, resized(encoder.pos_embed, (4, 6), (8, 6)))
+
+
+def test_a_position_table_of_another_size_than_stated_is_refused():
+    tensors = export_tensors(build_encoder(ARCH, (16, 24), 3))
+    with pytest.raises(ValueError, match=r"table has 25 rows, but a class token and 4 x 4 patches need 17"):
+        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors, (16, 16))
 
 
 @pytest.mark.parametrize(
@@ -77,14 +91,14 @@ def test_encoder_weights_for_another_image_size_keep_the_models_positions():
 def test_another_encoders_weights_are_refused(arch, channels, message):
     tensors = export_tensors(build_encoder(parse_arch(arch), (16, 16), channels))
     with pytest.raises(ValueError, match=message):
-        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors)
+        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors, (16, 16))
 
 
 def test_incomplete_encoder_weights_are_refused():
     tensors = export_tensors(build_encoder(ARCH, (16, 16), 3))
     del tensors["blocks.0.norm1.weight"]
     with pytest.raises(ValueError, match=r"the weights lack 'blocks.0.norm1.weight' \(1 names differ\)"):
-        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors)
+        load_encoder_weights(build_encoder(ARCH, (16, 16), 3), tensors, (16, 16))
 
 
 def test_without_placeholders_the_probe_is_torchs_batch_norm_and_a_linear_layer():

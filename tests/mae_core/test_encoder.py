@@ -2,8 +2,9 @@ import pytest
 import timm
 import torch
 
-from mae_core.config import parse_arch
+from mae_core.config import ModelConfig, parse_arch
 from mae_core.encoder import build_encoder, encode, export_tensors
+from mae_core.model import build_mae
 
 
 @pytest.mark.parametrize(("image_px", "channels"), [((16, 16), 3), ((8, 24), 1)])
@@ -47,3 +48,10 @@ def test_encoder_sizes_have_the_papers_shapes(size):
         vit = build_encoder(arch, (32, 32), 3)
     assert len(vit.blocks) == arch.depth
     assert vit.embed_dim == arch.width
+
+
+def test_a_model_has_one_epsilon_in_all_its_layer_norms():
+    config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_width=32, decoder_heads=4, norm_eps=1e-12)
+    norms = [module.eps for module in build_mae(config, seed=0).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert set(norms) == {1e-12}
+    assert len(norms) == 2 * 4 + 1 + 2 * 8 + 1

@@ -38,6 +38,8 @@ def classify_job(method: Any = "finetune", **changes: Any) -> ClassifyJob:
         pixels=PIXELS,
         classes=("cat", "dog"),
         backbone="",
+        backbone_px=(28, 28),
+        norm_eps=1e-6,
     )
 
 
