@@ -1,4 +1,4 @@
-"""What a pretrained model leaves for the registry."""
+"""Serialize a pretrained model for export and registration."""
 
 import json
 
@@ -10,7 +10,11 @@ from pipelines.config import to_dict
 
 
 def backbone_files(model: ModelConfig, pixels: Normalization, mae_tensors: bytes) -> dict[str, bytes]:
-    """The encoder under timm's names, the whole model with its decoder, and their config, by file name."""
+    """Return the files of an exported backbone by name.
+
+    They are the encoder under timm's names, the complete model with its decoder, and the config of both.
+    `mae_tensors` is the complete model as safetensors bytes.
+    """
     mae = build_mae(model, seed=0)
     mae.load_state_dict(unpack(mae_tensors))
     config = {"kind": "backbone", "model": to_dict(model), "pixels": to_dict(pixels)}

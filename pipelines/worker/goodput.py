@@ -1,4 +1,4 @@
-"""Where the wall-clock of a run goes: steps, waiting for data or for a checkpoint, recovery, everything else."""
+"""Goodput: shares of a run's wall-clock time in steps, data waits, checkpoint waits, recovery and the rest."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,14 +12,18 @@ KINDS: tuple[Kind, ...] = ("steps", "data", "checkpoint", "recovery", "other")
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """When the driver launched the worker group, and when the driver before it was last alive, in Unix seconds."""
+    """One start of a worker group by a driver. Times are Unix seconds."""
 
     launched_s: float
     died_s: float | None = None
+    """When the previous driver of the run was last alive; None if there was none."""
 
 
 class Clock:
-    """Seconds of each kind over all attempts at a run. Rank 0's is the run's; nothing here waits for a device."""
+    """Seconds of each kind over all attempts at a run. Rank 0's clock is the run's.
+
+    It never synchronises with a device, so a step's time includes only what the host waits for.
+    """
 
     def __init__(self, kind: Kind = "other", seconds: Mapping[str, float] | None = None) -> None:
         self._seconds: dict[Kind, float] = {kind: float((seconds or {}).get(kind, 0.0)) for kind in KINDS}
@@ -28,10 +32,10 @@ class Clock:
 
     @classmethod
     def started(cls, attempt: Attempt, saved: Mapping[str, Any] | None) -> "Clock":
-        """The clock of an attempt that starts from a checkpoint with that `saved` clock, or from nothing.
+        """Start the clock of an attempt, from the `saved` clock of the checkpoint that it resumes from, if any.
 
-        What was done after the checkpoint is done again, so the time from it to now is recovery, but for the time
-        when no driver ran.
+        Work done after that checkpoint is lost. So the time from the checkpoint to now counts as recovery, except for
+        the time when no driver ran.
         """
         now_s = time.time()
         if saved is None:
@@ -48,7 +52,7 @@ class Clock:
 
     @contextmanager
     def spent(self, kind: Kind) -> Iterator[None]:
-        """The time of the block counts as of this kind; recovery is over with the first step."""
+        """Count the time of the block as this kind. Blocks nest. Recovery ends after the first block of steps."""
         before = self._switch(kind)
         try:
             yield
@@ -56,12 +60,12 @@ class Clock:
             self._switch("other" if before == "recovery" and kind == "steps" else before)
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the clock."""
+        """Return the state of the clock for a checkpoint's metadata."""
         self._switch(self._kind)
         return {"seconds": {kind: round(value, 3) for kind, value in self._seconds.items()}, "time_s": time.time()}
 
     def shares(self) -> dict[str, float]:
-        """The share of each kind; together 1."""
+        """Return the share of each kind; they sum to 1."""
         self._switch(self._kind)
         total_s = max(1e-9, sum(self._seconds.values()))
         return {kind: value / total_s for kind, value in self._seconds.items()}

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning share: the training state, and steps with accumulation."""
+"""The training loop of pretraining and fine-tuning: training state, steps with gradient accumulation."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -21,16 +21,16 @@ from pipelines.runs.checkpoints import Checkpoint
 from pipelines.worker.rank import Feed, Rank, bare, no_sync
 from pipelines.worker.saving import Tensors
 
-# (model, micro-batch, step, index of the micro-batch within the step over all ranks) -> summed weighted loss
+# (model, micro-batch, step, index of the micro-batch within the global batch) -> sum of the weighted losses of samples
 LossOf = Callable[[nn.Module, MicroBatch, int, int], Tensor]
 
-# (steps done, this rank's share of the loss, 1 where the step's gradient was not finite); None for a step left out
+# (steps done, this rank's share of the mean loss, 1 if the gradient was not finite else 0); both None if skipped
 AfterStep = Callable[[int, Tensor | None, Tensor | None], None]
 
 
 @dataclass
 class TrainState:
-    """All that changes while training; everything here is saved and restored."""
+    """Everything that changes while training. Model, optimizer, moving average and step are saved and restored."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -40,7 +40,7 @@ class TrainState:
     clip_norm: float | None = None
     step: int = 0
     skipped_steps: frozenset[int] = frozenset()
-    """Steps, counted from 0, whose micro-batches are read and not learnt from."""
+    """Steps, counted from 0, whose micro-batches are read but do not update the model."""
 
     @classmethod
     def of(
@@ -51,7 +51,10 @@ class TrainState:
         steps_per_epoch: int,
         ema_decay: float | None = None,
     ) -> "TrainState":
-        """The state before the first step; `parallel` is the model as the ranks share it, already on their devices."""
+        """Build the state before the first step. `parallel` is `model` as `Rank.parallel` returned it.
+
+        With `ema_decay`, an exponential moving average of the weights starts as a copy of the model.
+        """
         peak = peak_lr(config.optim.base_lr, config.data.batch)
         return cls(
             model=parallel,
@@ -63,18 +66,18 @@ class TrainState:
         )
 
     def update(self) -> Tensor:
-        """The gradients that lie ready have been applied, at this step's learning rate, if all of them are finite.
+        """Apply the gradients at this step's learning rate if all are finite; count the step in any case.
 
-        Otherwise nothing has changed but the step. Says which, 1 for not finite, without waiting for the device; every
-        rank says the same, since gradients are summed before.
+        Return 1 on the device if a gradient was not finite, else 0, without synchronising. Every rank returns the same,
+        since gradients are already summed over ranks.
         """
         apply_lr(self.optimizer, self.schedule.lr(self.step))
-        learning = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        with_grad = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(learning, self.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(with_grad, self.clip_norm, norm)
         bad = (~norm.isfinite()).float()
-        # Both optimizers read it on the device, as they would a GradScaler's.
+        # Both optimizers read found_inf on the device, as they do with a GradScaler, and skip the update if it is 1.
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,7 +87,7 @@ class TrainState:
         return bad
 
     def snapshot(self) -> Tensors:
-        """A copy in CPU memory of all that is saved, as it is now."""
+        """Copy everything that a checkpoint saves to CPU memory."""
         found = {
             "model": _copied(model_tensors(bare(self.model))),
             "optimizer": _copied(optimizer_tensors(self.optimizer, bare(self.model))),
@@ -92,7 +95,7 @@ class TrainState:
         return found if self.ema is None else found | {"ema": _copied(model_tensors(self.ema))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """The state is that of the checkpoint, bit for bit. Raises UserError for a checkpoint of another model."""
+        """Restore the state of the checkpoint, bit for bit. Raises UserError if it is a checkpoint of another model."""
         _load(bare(self.model), checkpoint, "model.safetensors")
         load_optimizer_tensors(self.optimizer, bare(self.model), unpack(checkpoint.files["optimizer.safetensors"]))
         if self.ema is not None:
@@ -105,7 +108,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """The module holds the file's tensors."""
+    """Load one file of the checkpoint into the module. Raises UserError if names or shapes of tensors differ."""
     wanted = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     tensors = unpack(checkpoint.files[name]) if name in checkpoint.files else {}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -113,14 +116,14 @@ def _load(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
         key = min(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         raise UserError(
             f"{name} of the checkpoint of step {checkpoint.step} is of another model: {key} is "
-            f"{found.get(key, 'absent')} in it and {wanted.get(key, 'absent')} in the config's; "
-            "resume with the config that it was written with, or with --fresh"
+            f"{found.get(key, 'absent')} in the checkpoint but {wanted.get(key, 'absent')} in this config's model; "
+            "resume with the config that it was written with, or start again with --fresh"
         )
     module.load_state_dict(tensors)
 
 
 def schedule(optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int) -> Schedule:
-    """The learning rate of every step; epochs became steps here, once."""
+    """Return the learning-rate schedule in steps. This is the only place that converts its epochs to steps."""
     return Schedule(
         peak_lr=peak,
         min_lr=optim.min_lr,
@@ -130,9 +133,9 @@ def schedule(optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int)
 
 
 def warm_up(state: TrainState, batch: MicroBatch, loss_of: LossOf) -> None:
-    """Two discarded iterations have settled DDP's buckets, so that a resumed run sums gradients in the same order.
+    """Run two discarded iterations, so that a resumed run sums gradients in the same order as an uninterrupted one.
 
-    DDP rebuilds its buckets after the first backward; without this, hashes differ at three ranks and more.
+    DDP rebuilds its buckets after the first backward pass. Without this, weights differ at three ranks and more.
     """
     for _ in range(2):
         (loss_of(state.model, batch, 0, 0) * 0.0).backward()
@@ -142,10 +145,10 @@ def warm_up(state: TrainState, batch: MicroBatch, loss_of: LossOf) -> None:
 def train_step(
     state: TrainState, rank: Rank, plan: EpochPlan, batches: list[MicroBatch], loss_of: LossOf
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this rank's micro-batches; returns its share of the mean loss, and whether it was left
-    out since its gradient is not finite.
+    """Do one optimizer step over this rank's micro-batches.
 
-    Each rank's summed weighted loss is scaled by world size / samples planned, since DDP averages over ranks.
+    Return this rank's share of the mean loss, and 1 if the update was skipped because the gradient is not finite, else
+    0. Each rank's summed weighted loss is scaled by world size / planned samples, since DDP averages over ranks.
     """
     planned = plan.planned(state.step % plan.steps_per_epoch)
     total = torch.zeros((), device=rank.device)
@@ -175,7 +178,7 @@ def train(
     loss_of: LossOf,
     after_step: AfterStep,
 ) -> None:
-    """Steps up to `last_step` are done."""
+    """Train up to `last_step`, and call `after_step` after every step."""
     per_rank = plan.micro_batches_per_step // rank.world
     with feed.clock.spent("steps"):
         while state.step < last_step:

@@ -1,4 +1,4 @@
-"""What is measured after each step, and when it is due to be logged or saved."""
+"""Loss and throughput between two log points, and the steps at which to log, save and draw."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pipelines.worker.rank import Rank
 
 @dataclass(frozen=True)
 class Due:
-    """Which steps are followed by what; durations became steps here, once."""
+    """Steps after which to log, save and draw. This is the only place that converts these intervals to steps."""
 
     log_every: int
     save_every: int
@@ -40,7 +40,7 @@ class Due:
 
 
 def retention(checkpoint: CheckpointConfig, steps_per_epoch: int) -> Retention:
-    """Which checkpoints stay; epochs became steps here, once."""
+    """Return which checkpoints to keep, with epochs converted to steps."""
     every = checkpoint.keep_every_epochs
     return Retention(
         newest=checkpoint.keep,
@@ -50,7 +50,7 @@ def retention(checkpoint: CheckpointConfig, steps_per_epoch: int) -> Retention:
 
 
 class Meter:
-    """Sums on the device; read, and summed over ranks, only when logging or saving."""
+    """Sum losses on the device. They are read, and summed over ranks, only when logging or saving."""
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
@@ -60,14 +60,14 @@ class Meter:
         self._unread: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, loss: Tensor, bad: Tensor, num_samples: int) -> None:
-        """One step's loss on this rank, already divided by the samples planned over all ranks."""
+        """Add a step: this rank's share of its mean loss, 1 in `bad` if the update was skipped, and its samples."""
         self._loss += torch.where(bad > 0, torch.zeros_like(loss), loss)
         self._steps += 1
         self._samples += num_samples
         self._unread.append((step, bad))
 
     def bad_steps(self) -> list[int]:
-        """Steps since the last call that were left out for their gradient; the same on every rank."""
+        """Return the steps since the last call whose gradient was not finite; the same on every rank."""
         if not self._unread:
             return []
         steps, flags = zip(*self._unread, strict=True)
@@ -77,8 +77,11 @@ class Meter:
         return found
 
     def drain(self) -> dict[str, float]:
-        """Mean loss over the steps that counted, and global images/s, since the last call; every rank calls it."""
-        assert not self._unread, "bad steps must be looked for first"
+        """Return mean loss over the steps that were not skipped, and images/s of all ranks, since the last call.
+
+        Every rank must call it, after `bad_steps`.
+        """
+        assert not self._unread, "call bad_steps() first"
         loss = self._rank.sum(self._loss.clone()).item()
         now_s = time.perf_counter()
         found = {"images_per_s": self._samples / max(1e-9, now_s - self._since_s)}

@@ -1,4 +1,4 @@
-"""After each step: metrics, a checkpoint, a picture when due, and what to do about a gradient that is not finite."""
+"""After each step: log, save and draw what is due, and handle a gradient that is not finite."""
 
 import logging
 import math
@@ -22,23 +22,26 @@ from pipelines.worker.saving import CheckpointWriter
 log = logging.getLogger(__name__)
 
 WARNING_EVERY_STEPS = 10
-"""Steps between two looks for a warning that a node will be taken away; from then on each look saves a checkpoint, so
-that no more than these steps are lost."""
+"""Steps between two checks for an announced preemption. After the announcement, each check saves a checkpoint, so a run
+loses no more steps than this."""
 
-_MOST_SKIPPED = 100
-_MOST_IDS_LOGGED = 64
+_MAX_SKIPPED = 100
+_MAX_IDS_LOGGED = 64
 
 
 class Stopped(Exception):
-    """The run cannot go on, and starting it again would not help; says why."""
+    """The run cannot continue, and restarting its workers would not help; the message names the cause."""
 
 
 class RolledBack(RuntimeError):
-    """The worker group must start again from the newest checkpoint."""
+    """The worker group must restart from the newest checkpoint; raised so that Ray Train restarts it."""
 
 
 class Recorder:
-    """Does what is due after a step. Every rank has one and calls it after every step."""
+    """Record a run: metrics, checkpoints, pictures. Every rank has one and calls `after_step` after every step.
+
+    Only rank 0 writes. `spool` takes metrics, `writer` takes checkpoints, and `picture` draws one after a step.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Recorder:
             before=self.spool.flush,
         )
         self.last: dict[str, float] = {}
-        """The newest metrics; those of the checkpoint in a run that was killed after its last step."""
+        """Newest metrics, at first those of the checkpoint. Each checkpoint stores them."""
         state.skipped_steps = frozenset(rank.agree(sorted(folder.read_skipped_steps())))
 
     @classmethod
@@ -79,7 +82,7 @@ class Recorder:
         clock: Clock,
         picture: Callable[[int], None] | None = None,
     ) -> "Recorder":
-        """A recorder that does what the run's config asks for."""
+        """Build a recorder from the run's config."""
         return cls(
             state=state,
             rank=rank,
@@ -92,7 +95,7 @@ class Recorder:
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """State and newest metrics are the checkpoint's. Raises UserError for one of another run or model."""
+        """Restore state and newest metrics. Raises UserError if the checkpoint is of another run or model."""
         run = checkpoint.meta.get("run")
         if None not in (run, self._run) and run != self._run:
             raise UserError(
@@ -103,7 +106,11 @@ class Recorder:
         self.last = dict(checkpoint.meta["last"])
 
     def after_step(self, step: int, loss: Tensor | None, bad: Tensor | None) -> None:
-        """Everything that is due after `step` steps has happened. Raises Stopped or RolledBack by policy."""
+        """Do everything that is due after `step` steps, counted from 1.
+
+        `loss` is this rank's share of the mean loss, and `bad` is 1 if the gradient was not finite; both are None for a
+        skipped step. Raises Stopped or RolledBack as `compute.on_nan` says.
+        """
         if loss is not None and bad is not None:
             self._meter.add(step, loss, bad, self._plan.planned((step - 1) % self._plan.steps_per_epoch))
         warned = step % WARNING_EVERY_STEPS == 0 and self._rank.is_warned()
@@ -117,14 +124,14 @@ class Recorder:
             with self._clock.spent("checkpoint"):
                 self.writer.save(step, self._state.snapshot, self._meta())
                 if warned:
-                    log.info("a node is about to be taken away: step %d is saved", step)
+                    log.info("a node will be preempted: saving step %d", step)
                     self.writer.wait()
         if self._picture and self._due.picture(step) and self._rank.is_main:
             with self._clock.spent("other"):
                 self._draw(step)
 
     def record_accuracy(self, step: int, split: str, accuracy: dict[str, float]) -> None:
-        """The accuracy on the split after `step` steps is recorded; on val it is the score of the step's checkpoint."""
+        """Log the accuracy on a split after `step` steps; store the top-1 on val as the score of the checkpoint."""
         if not self._rank.is_main:
             return
         self.spool.add(step, accuracy)
@@ -134,10 +141,10 @@ class Recorder:
                 try:
                     self._folder.checkpoints.record_score(step, accuracy["val/top1"])
                 except OSError as error:
-                    log.warning("the checkpoint of step %d keeps no score: %s", step, error)
+                    log.warning("could not store the score of the checkpoint of step %d: %s", step, error)
 
     def finish(self) -> None:
-        """Everything that was recorded is in the storage. Raises what kept the last checkpoint from it."""
+        """Wait until metrics and checkpoints are in the storage. Raises the error of the last commit, if it failed."""
         with self._clock.spent("checkpoint"):
             self.writer.close()
         if self._rank.is_main:
@@ -165,29 +172,29 @@ class Recorder:
         }
 
     def _draw(self, step: int) -> None:
-        """A picture that the storage refuses is no reason to lose time."""
+        """Draw the picture of a step. Log an error of the storage and continue: a run does not need its pictures."""
         assert self._picture is not None
         try:
             self._picture(step)
         except OSError as error:
-            log.warning("no picture of step %d: %s", step, error)
+            log.warning("could not write the picture of step %d: %s", step, error)
 
     def _apply_nan_policy(self, step: int) -> None:
-        """What the policy says about a step whose gradient was not finite has been done; every rank calls it."""
+        """Handle a step whose gradient was not finite as `compute.on_nan` says. Every rank must call it."""
         ids = [i for i in self._plan.step_ids(step - 1).tolist() if i >= 0]
-        shown = ", ".join(map(str, ids[:_MOST_IDS_LOGGED]))
-        said = f"the gradient is not finite at step {step}, whose {len(ids)} samples have the ids {shown}"
-        if len(ids) > _MOST_IDS_LOGGED:
-            said += f" and {len(ids) - _MOST_IDS_LOGGED} more, all in bad_steps/{step:010d}.json"
+        shown = ", ".join(map(str, ids[:_MAX_IDS_LOGGED]))
+        cause = f"the gradient is not finite at step {step}, whose {len(ids)} samples have the ids {shown}"
+        if len(ids) > _MAX_IDS_LOGGED:
+            cause += f" and {len(ids) - _MAX_IDS_LOGGED} more, all in bad_steps/{step:010d}.json"
         if self._rank.is_main:
             self._folder.record_bad_step(step, ids)
         policy = self._rank.compute.on_nan
         self._num_skipped += 1
-        if policy == "stop" or self._num_skipped > _MOST_SKIPPED:
-            self._stop(f"{said}; try a lower optim.base_lr, or --compute.on-nan skip")
+        if policy == "stop" or self._num_skipped > _MAX_SKIPPED:
+            self._stop(f"{cause}; try a lower optim.base_lr, or --compute.on-nan skip")
         if policy == "roll_back":
-            self._roll_back(step, said)
-        self._rank.log(log, "%s; the step is skipped", said)
+            self._roll_back(step, cause)
+        self._rank.log(log, "%s; the step is skipped", cause)
 
     def _stop(self, cause: str) -> None:
         if self._rank.is_main:
@@ -197,12 +204,12 @@ class Recorder:
         self._rank.barrier()
         raise Stopped(cause)
 
-    def _roll_back(self, step: int, said: str) -> None:
-        """The steps from the newest checkpoint to the bad one will be left out when the group starts again."""
+    def _roll_back(self, step: int, cause: str) -> None:
+        """Skip the steps from the newest checkpoint to the bad one in the restarted group. Raises RolledBack."""
         newest = 0
         if self._rank.is_main:
             self.writer.wait()
             newest = self._folder.checkpoints.latest_intact_step()
             self._folder.skip_steps(range(newest, step))
         self._rank.barrier()
-        raise RolledBack(f"{said}; the group goes back to the newest checkpoint and leaves out the steps up to there")
+        raise RolledBack(f"{cause}; restarting from the newest checkpoint, skipping the steps from there to this one")

@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 class RestartRequested(Exception):
-    """The group must be launched again with another feed; the run's folder says so."""
+    """The group must be launched again with another feed; the reason is in the run folder."""
 
 
 def load_newest(folder: RunFolder, rank: Rank) -> Checkpoint | None:
     """Load the checkpoint to resume from, the same on every rank; None if the run has none.
 
-    Raises RestartRequested on every rank if one of them finds it damaged. Every rank calls it.
+    Raises RestartRequested on every rank if one of them finds it damaged. Every rank must call it.
     """
     step = rank.agree(folder.checkpoints.latest_step() if rank.is_main else 0)
     if not step:

@@ -1,4 +1,4 @@
-"""Checkpoints are written by a thread of rank 0 while training goes on."""
+"""Write checkpoints on a thread of rank 0, while training continues."""
 
 import logging
 import threading
@@ -17,30 +17,29 @@ log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 15.0
 
-# Tensors by file and name.
+# Tensors by file, then by name.
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Commits one snapshot at a time. What goes wrong is raised by the next call of `save` or `wait`."""
+    """Commit one snapshot at a time on a thread. The next call of `save`, `wait` or `close` raises its error."""
 
     def __init__(
         self, store: CheckpointStore, retention: Retention, *, patience_s: float, before: Callable[[], None]
     ) -> None:
-        """`before` is called before each commit, on the writer's thread."""
+        """Start the thread. It calls `before` before each commit and retries a failed one for `patience_s` seconds."""
         self._store, self._retention, self._patience_s, self._before = store, retention, patience_s, before
         self._todo: SimpleQueue[tuple[int, Tensors, dict[str, Any]] | None] = SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
-        # Made once, while there is memory: a thread that has none for its first steps never says that it has started.
+        # Started early, while memory is free: Thread.start() hangs if the new thread runs out of memory at once.
         threading.Thread(target=self._serve, name="checkpoints", daemon=True).start()
 
     def save(self, step: int, take: Callable[[], Tensors], meta: dict[str, Any]) -> None:
-        """The snapshot that `take` returns now will be committed; the one before it has been.
+        """Wait for the previous commit, then call `take` for a snapshot and queue it for the thread.
 
-        One snapshot at a time is held in memory, so this waits for the one before. Raises what kept that from being
-        committed.
+        Only one snapshot is in memory at a time. Raises the error of the previous commit, if it failed.
         """
         self.wait()
         snapshot = {f"{name}.safetensors": tensors for name, tensors in take().items()}
@@ -48,14 +47,14 @@ class CheckpointWriter:
         self._todo.put((step, snapshot, meta))
 
     def wait(self) -> None:
-        """Every snapshot that was saved is committed. Raises what kept the last one from it."""
+        """Wait until the last saved snapshot is committed. Raises the error of that commit, if it failed."""
         self._idle.wait()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def close(self) -> None:
-        """Every snapshot that was saved is committed, and the thread ends. Raises what kept the last one from it."""
+        """Wait like `wait`, and end the thread."""
         self._todo.put(None)
         self.wait()
 
@@ -64,7 +63,7 @@ class CheckpointWriter:
             pass
 
     def _serve_one(self) -> bool:
-        """The next snapshot is committed, and held no longer; False where there will be none."""
+        """Commit the next snapshot and release its memory; return False after `close`."""
         todo = self._todo.get()
         if todo is None:
             return False
@@ -76,12 +75,12 @@ class CheckpointWriter:
         return True
 
     def _commit(self, step: int, snapshot: Tensors, meta: dict[str, Any]) -> None:
-        """Tries again through an outage of up to `patience_s`. Raises OSError, which says so, after that."""
+        """Commit a snapshot, retrying for up to `patience_s`. Raises OSError if it still fails then."""
         deadline_s, pause_s = time.monotonic() + self._patience_s, 0.5
         files = {name: parts(tensors) for name, tensors in snapshot.items()}
         while True:
             try:
-                # The storage asks again by itself; not for longer than is left of our own patience.
+                # The storage itself retries requests; limit that to what remains of `patience_s`.
                 with retry_limit(max(0.0, deadline_s - time.monotonic())):
                     self._before()
                     self._store.commit(step, files, meta, self._retention)
@@ -90,8 +89,8 @@ class CheckpointWriter:
                 if time.monotonic() + pause_s > deadline_s:
                     raise OSError(
                         f"the checkpoint of step {step} could not be written within {self._patience_s:g} s ({error}); "
-                        "make room or mend the storage, and run the same command again"
+                        "make room or fix the storage, and rerun the same command"
                     ) from error
-                log.warning("checkpoint of step %d is tried again in %.1f s: %s", step, pause_s, error)
+                log.warning("could not write the checkpoint of step %d, retrying in %.1f s: %s", step, pause_s, error)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -107,7 +107,7 @@ def test_a_storage_that_refuses_for_a_while_costs_warnings_and_no_checkpoint(
     with caplog.at_level(logging.WARNING):
         writer.save(1, weights.snapshot, {})
         writer.wait()
-    assert "checkpoint of step 1 is tried again in 0.5 s" in caplog.text
+    assert "checkpoint of step 1, retrying in 0.5 s" in caplog.text
     assert CheckpointStore(open_storage(tmp_path)).latest_step() == 1
 
 
