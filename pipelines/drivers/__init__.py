@@ -1,1 +1,1 @@
-"""Commands that train: claim a run's folder, launch its worker group, publish the result."""
+"""Commands that train: claim a run folder, launch the worker group, publish the result."""

@@ -1,4 +1,4 @@
-"""`mae finetune` and `mae probe`: a registered backbone, or a random encoder, becomes an evaluated classifier."""
+"""`mae finetune` and `mae probe`: train and evaluate a classifier on a registered backbone or a random encoder."""
 
 import dataclasses
 import json
@@ -23,15 +23,16 @@ _RANDOM = "random:"
 
 @dataclass(frozen=True, kw_only=True)
 class StartingEncoder:
-    """The encoder that a classifier starts from: one of the registry, or a random one."""
+    """The encoder that a classifier starts from: a registered backbone, or a randomly initialized one."""
 
     arch: str
     image_px: Size
     channels: int
     pixels: Normalization
     ref: registry.ModelRef | None
+    """Model version of the backbone; None for a random encoder."""
     encoder: bytes
-    """encoder.safetensors; empty for a random encoder."""
+    """Content of encoder.safetensors; empty for a random encoder."""
     backbone_px: Size
     """Image size that the encoder was pretrained at."""
     norm_eps: float = LAYER_NORM_EPS
@@ -41,7 +42,8 @@ def finetune(config: ClassifyConfig, preset: str = "finetune", *, fresh: bool = 
     """Fine-tune a backbone, or train from scratch; evaluate and register the classifier; return the run's outcome.
 
     An interrupted run resumes and a finished one repeats its outcome. The backbone's alias is resolved first and
-    its version pinned, so a new champion means a new run. Raises UserError for wrong input, before anything is written.
+    its version pinned, so that a moved alias starts another run. Raises UserError for wrong input, before anything
+    is written, and RunFailed if the worker group fails.
     """
     return _run(config, "finetune", preset, fresh=fresh)
 
@@ -71,7 +73,7 @@ def _run(config: ClassifyConfig, method: Literal["finetune", "probe"], preset: s
 def with_pinned_backbone(
     config: ClassifyConfig, tracking: registry.Tracking
 ) -> tuple[ClassifyConfig, registry.ModelRef | None]:
-    """The config with its backbone's alias replaced by the version that it means now."""
+    """Return the config with the backbone's alias replaced by its current version, and that version; None if random."""
     if config.backbone.startswith(_RANDOM):
         return config, None
     ref = tracking.resolve(config.backbone)
@@ -79,16 +81,16 @@ def with_pinned_backbone(
 
 
 def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manifest]:
-    """The config and the labelled dataset it names.
+    """Open the config's dataset; return the config with its absolute URI, and its manifest.
 
-    Raises UserError where it has no labels or lacks the split to evaluate on.
+    Raises UserError if the dataset has no labels or lacks the split to evaluate on.
     """
     uri, manifest = open_dataset(config.data.uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     if not manifest.is_labelled:
         raise UserError(
-            f"dataset {config.data.uri} is unlabelled; a classifier needs labels: put images in one folder a class "
-            "and prepare them again"
+            f"dataset {config.data.uri} is unlabelled, but a classifier needs labels; put the images of each class in "
+            "a folder of their own and prepare them again"
         )
     if config.eval_split not in manifest.splits:
         raise UserError(
@@ -101,7 +103,10 @@ def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manif
 def starting_encoder(
     config: ClassifyConfig, ref: registry.ModelRef | None, tracking: registry.Tracking, manifest: Manifest
 ) -> StartingEncoder:
-    """The encoder's numbers and weights, read from the registry alone."""
+    """Fetch the backbone from the registry, or describe a random encoder.
+
+    Raises UserError if model, image size and dataset do not fit together.
+    """
     if ref is None:
         arch = config.backbone.removeprefix(_RANDOM)
         image_px = config.image_px or manifest.image_px
@@ -120,7 +125,7 @@ def starting_encoder(
     with TemporaryDirectory(prefix="mae-backbone-") as scratch:
         files = tracking.fetch(ref, Path(scratch))
         if "encoder.safetensors" not in files:
-            raise UserError(f"{ref.uri} holds no encoder; try a backbone such as models:/mae-vit_base_patch16")
+            raise UserError(f"{ref.uri} has no encoder; try a backbone such as models:/mae-vit_base_patch16")
         values = json.loads(files["config.json"].read_bytes())
         encoder = files["encoder.safetensors"].read_bytes()
     model = from_dict(ModelConfig, values["model"])
@@ -155,7 +160,7 @@ def published_classify_job(
     if train_blocks is not None and train_blocks > depth:
         raise UserError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
     storage = open_storage(open_storage(config.output).join(name))
-    # Workers read the weights from the run's folder, so that only the driver talks to MLflow.
+    # Workers read the weights from the run folder, so that only the driver talks to MLflow.
     inputs = {"backbone/encoder.safetensors": start.encoder} if start.encoder else {}
     job = ClassifyJob(
         folder=storage.uri,

@@ -1,4 +1,4 @@
-"""`mae pretrain`: a prepared dataset becomes a pretrained, registered MAE."""
+"""`mae pretrain`: pretrain an MAE on a prepared dataset and register it."""
 
 import dataclasses
 from typing import Any
@@ -15,9 +15,10 @@ from pipelines.storage import open_storage
 
 
 def pretrain(config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = False) -> dict[str, Any]:
-    """The run's outcome: folder, MLflow run, final loss and model version. Resumes, or repeats a finished outcome.
+    """Pretrain and register an MAE; return the run's outcome: folder, MLflow run, final loss and model version.
 
-    Raises UserError for what the user can mend, before anything is written.
+    An interrupted run resumes and a finished one repeats its outcome; `fresh` deletes it first. Raises UserError for
+    wrong input, before anything is written, and RunFailed if the worker group fails.
     """
     config, manifest = with_dataset(config)
     tracking = registry.open_tracking(config.tracking.experiment)
@@ -26,7 +27,10 @@ def pretrain(config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = 
 
 
 def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
-    """The config and the dataset it names. Raises UserError where they do not fit each other."""
+    """Open the config's dataset; return the config with its absolute URI, and its manifest.
+
+    Raises UserError if the dataset does not exist or its channels do not fit the model.
+    """
     uri, manifest = open_dataset(config.data.uri)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     if manifest.channels not in (1, config.model.channels):
@@ -38,9 +42,9 @@ def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
 
 
 def open_dataset(uri: str) -> tuple[str, Manifest]:
-    """The dataset's absolute URI, since workers stand elsewhere, and its manifest.
+    """Return the dataset's absolute URI, which workers on other machines need, and its manifest.
 
-    Raises UserError where no dataset is named, prepared or fit for training.
+    Raises UserError if the URI is empty, holds no prepared dataset, or has no training images.
     """
     if not uri:
         raise UserError("no dataset is named; try --data.uri FOLDER with a folder that `mae prepare` wrote")
@@ -52,7 +56,7 @@ def open_dataset(uri: str) -> tuple[str, Manifest]:
 
 
 def pixels_of(manifest: Manifest, channels: int) -> Normalization:
-    """The dataset's mean and std, repeated where gray images are read in three channels."""
+    """Return the dataset's mean and standard deviation, repeated if gray images are read as `channels` channels."""
     repeat = channels if manifest.channels == 1 else 1
     return Normalization(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat)
 
@@ -79,7 +83,7 @@ def published_pretrain_job(config: PretrainConfig, name: str, manifest: Manifest
 
 
 def describe(config: PretrainConfig, manifest: Manifest) -> str:
-    """What a reader of the registry wants to know first."""
+    """Describe the run for the registry: model, images, epochs, masks, decoder and dataset."""
     model = config.model
     return (
         f"MAE pretraining of {model.arch} at {model.image_px[0]} x {model.image_px[1]} px on "

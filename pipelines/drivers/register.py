@@ -1,4 +1,4 @@
-"""`mae register`: a checkpoint of a pretraining run becomes a new version of a registered model."""
+"""`mae register`: register a checkpoint of a pretraining run as a new model version."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,15 @@ from pipelines.storage import open_storage
 
 
 def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
-    """The run's last checkpoint, or that of RUN@STEP, is a new version of the registered model.
+    """Register the run's newest checkpoint, or that of RUN@STEP, as a new model version; return its URI, step and run.
 
-    Nothing but the run's folder is read: the dataset may be gone by now.
+    Only the run folder is read, since the dataset may no longer exist. Raises UserError if there is no such checkpoint.
     """
     from pipelines.worker.export import backbone_files
 
     folder, step = _checkpoint_named(run_and_step)
     values, uri = folder.read_identity(), folder.storage.uri
-    assert values is not None, "a folder without a run has no checkpoint to name"
+    assert values is not None, "_checkpoint_named returns only folders of runs"
     checkpoint = folder.checkpoints.load(step)
     run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
     files: dict[str, bytes | Path] = dict(
@@ -40,7 +40,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     if run is not None:
         ref = registry.register_backbone(run, files, name, tags=tags)
         return {"model": ref.uri, "step": step, "run_id": run.id}
-    # This MLflow has never seen the run, such as that of another site.
+    # This MLflow server does not know the run, for example because it was trained at another site.
     run = tracking.run(
         Path(uri).name,
         "pretrain",
@@ -57,7 +57,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
 
 
 def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:
-    """The folder and the step that RUN or RUN@STEP means. Raises UserError where there is no such checkpoint."""
+    """Parse RUN or RUN@STEP into a run folder and a step. Raises UserError if there is no such checkpoint."""
     uri, at, wanted = run_and_step.rpartition("@")
     folder = RunFolder(run_and_step)
     if at and folder.read_identity() is None:

@@ -197,7 +197,7 @@ def test_labels_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[st
     uri = unlabelled(place)
     said = refusal(place, capsys, command, "--data.uri", uri, "--backbone", "random:vit_pico_patch7")
     assert "is unlabelled" in said
-    assert said.endswith("put images in one folder a class and prepare them again")
+    assert said.endswith("put the images of each class in a folder of their own and prepare them again")
 
 
 def test_more_labels_than_there_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
