@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from mae_core.bench.config import StepConfig
-from mae_core.bench.contenders import Contender, contenders, input_images
 from mae_core.bench.flops import plain_flops, step_flops
 from mae_core.bench.profile import most_expensive
 from mae_core.bench.timing import MatrixMultiply, interleaved, median_interval, ratio, spread
+from mae_core.bench.variants import Variant, input_images, variants
 from mae_core.config import ModelConfig
 from mae_core.errors import UserError
 
@@ -28,9 +28,9 @@ _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 
 @dataclass
 class _Entry:
-    """A contender after its warm-up."""
+    """A variant after its warm-up."""
 
-    contender: Contender
+    variant: Variant
     first_loss: float
     peak_memory_bytes: int | None
 
@@ -45,21 +45,21 @@ def measure(config: StepConfig) -> Iterator[dict[str, Any]]:
 def _measure_model(config: StepConfig, arch: str) -> dict[str, Any]:
     device = _device(config)
     model, images = config.of(arch), input_images(config, device)
-    entries = [_warmed(build(config, model, images), device) for build in contenders(config)]
+    entries = [_warmed(build(config, model, images), device) for build in variants(config)]
     _check_losses(config, entries)
     clock = time.perf_counter if config.clock == "wall" else time.process_time
     product = MatrixMultiply.fastest(device, getattr(torch, config.precision), clock)
-    steps = [_steps(entry.contender, config.steps_per_round) for entry in entries]
+    steps = [_steps(entry.variant, config.steps_per_round) for entry in entries]
     *rows, product_s = interleaved([*steps, product], config.rounds, device, clock)
-    times_s = {entry.contender.name: row / config.steps_per_round for entry, row in zip(entries, rows)}
+    times_s = {entry.variant.name: row / config.steps_per_round for entry, row in zip(entries, rows)}
     return {
         "model": arch,
         **_rates(config, model, times_s["ours"], product.flops / product_s),
         **_ratios(times_s),
         "peak_memory_bytes": entries[0].peak_memory_bytes,
         "contenders": {
-            entry.contender.name: {
-                **_times(config, times_s[entry.contender.name]),
+            entry.variant.name: {
+                **_times(config, times_s[entry.variant.name]),
                 "peak_memory_bytes": entry.peak_memory_bytes,
                 "first_loss": entry.first_loss,
             }
@@ -72,11 +72,11 @@ def _measure_model(config: StepConfig, arch: str) -> dict[str, Any]:
     }
 
 
-def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, possible: Times) -> dict[str, Any]:
+def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, matmul_flop_s: Times) -> dict[str, Any]:
     """Compute images/s, operations/s, and MFU: the share of the rate that a matrix product reaches."""
     flops = step_flops(model)
     images_per_s = config.batch / float(np.median(ours_s))
-    most = float(np.median(possible))
+    most = float(np.median(matmul_flop_s))
     return {
         "images_per_s": images_per_s,
         "flops_per_image": flops,
@@ -84,7 +84,7 @@ def _rates(config: StepConfig, model: ModelConfig, ours_s: Times, possible: Time
         "flop_per_s": flops * images_per_s,
         "matmul_flop_per_s": most,
         "mfu": flops * images_per_s / most,
-        "mfu_interval": list(median_interval(flops * config.batch / ours_s / possible)),
+        "mfu_interval": list(median_interval(flops * config.batch / ours_s / matmul_flop_s)),
     }
 
 
@@ -110,36 +110,36 @@ def _device(config: StepConfig) -> torch.device:
     return torch.device(automatic if config.device == "auto" else config.device)
 
 
-def _warmed(contender: Contender, device: torch.device) -> _Entry:
+def _warmed(variant: Variant, device: torch.device) -> _Entry:
     """Run a few steps (compilation, autotuning, optimizer state), then measure peak memory on a GPU."""
-    first_loss = float(contender.step())
+    first_loss = float(variant.step())
     for _ in range(_WARM_UP_STEPS):
-        contender.step()
+        variant.step()
     if device.type != "cuda":
-        return _Entry(contender, first_loss, None)
-    # Count this contender's memory only: the weights, gradients and moments of the others stay allocated.
-    own = sum(p.numel() * p.element_size() for g in contender.optimizer.param_groups for p in g["params"])
-    own += sum(v.numel() * v.element_size() for s in contender.optimizer.state.values() for v in s.values())
+        return _Entry(variant, first_loss, None)
+    # Count this variant's memory only: the weights, gradients and moments of the others stay allocated.
+    own = sum(p.numel() * p.element_size() for g in variant.optimizer.param_groups for p in g["params"])
+    own += sum(v.numel() * v.element_size() for s in variant.optimizer.state.values() for v in s.values())
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    contender.step()
-    return _Entry(contender, first_loss, own + torch.cuda.max_memory_allocated(device) - before)
+    variant.step()
+    return _Entry(variant, first_loss, own + torch.cuda.max_memory_allocated(device) - before)
 
 
 def _check_losses(config: StepConfig, entries: list[_Entry]) -> None:
     """Check that ours and the plain computation agree to rounding if they are mathematically equal."""
-    losses = {entry.contender.name: entry.first_loss for entry in entries}
+    losses = {entry.variant.name: entry.first_loss for entry in entries}
     if "plain" not in losses or not config.same_mathematics:
         return
-    allowed = max(_ROUNDING[entry.contender.precision] for entry in entries)
+    allowed = max(_ROUNDING[entry.variant.precision] for entry in entries)
     if not abs(losses["ours"] - losses["plain"]) <= allowed * abs(losses["plain"]):
         raise RuntimeError(f"loss {losses['ours']} differs from the plain computation's {losses['plain']}; do not use")
 
 
-def _steps(contender: Contender, num_steps: int) -> Any:
+def _steps(variant: Variant, num_steps: int) -> Any:
     def run() -> None:
         for _ in range(num_steps):
-            contender.step()
+            variant.step()
 
     return run
 
@@ -174,9 +174,9 @@ def table(found: dict[str, Any]) -> str:
         )
     low, high = found["mfu_interval"]
     lines.append(
-        f"  operations: {found['flops_per_image'] / 1e9:.3f} G an image, the plain computation's "
-        f"{found['flops_ratio']:.3f} x as many; {found['flop_per_s'] / 1e9:,.0f} GFLOP/s of "
-        f"{found['matmul_flop_per_s'] / 1e9:,.0f} in a matrix product: MFU {found['mfu']:.1%} ({low:.1%} to {high:.1%})"
+        f"  {found['flops_per_image'] / 1e9:.3f} GFLOP per image, {found['flops_ratio']:.3f} x as many in the plain "
+        f"computation; {found['flop_per_s'] / 1e9:,.0f} GFLOP/s of {found['matmul_flop_per_s'] / 1e9:,.0f} in a matrix "
+        f"product: MFU {found['mfu']:.1%} ({low:.1%} to {high:.1%})"
     )
     lines += [f"  {entry['share']:>6.1%}  {entry['operation']}" for entry in found["profile"]]
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What the hardware gives, measured: `mae bench step`, and what else is told apart by a clock."""
+"""Benchmarks: `mae bench step`, `data` and `recipes`, and modules to run with `python -m pipelines.bench.NAME`."""

@@ -1,4 +1,4 @@
-"""What the measurements of `mae bench` take."""
+"""Options of `mae bench recipes` and `mae bench data`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +9,28 @@ from mae_core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesConfig:
-    """Pretraining recipes given equal time, in this process and with one worker, and judged by a linear probe."""
+    """Pretraining recipes that get equal time, in this process with one worker, compared by linear probes."""
 
     uri: str = ""
     """Prepared dataset with labels."""
     recipes: tuple[str, ...] = ("nano", "nano_fast")
-    """Presets or YAML files for `mae pretrain`; their epochs are left aside, time ends each run."""
+    """Presets or YAML files for `mae pretrain`; the time budget replaces their epochs."""
     probe: str = "nano_probe"
-    """Preset of the linear probe; its images never vary."""
+    """Preset of the linear probe; it must not augment images at random."""
     labels_per_class: int = 500
-    """Labelled training images of each class that the probe learns from."""
+    """Labelled training images per class for the probe."""
     eval_split: str = "val"
-    """Split on which the probe is measured."""
+    """Split on which the probe is evaluated."""
     budget_s: float = 600.0
-    """Seconds of pretraining that count as all; learning rates follow the share of it that is spent."""
+    """Seconds of pretraining in a full run; learning rates follow the share of a run's time that is spent."""
     shares: tuple[float, ...] = (0.4, 1.0)
-    """Shares of the budget, each a run of its own; 0 probes the encoder as it was initialised."""
+    """Shares of the budget, each a separate run; 0 probes the encoder without pretraining."""
     seeds: int = 3
-    """Runs of each, with seeds 0, 1 and so on."""
+    """Runs per recipe and share, with seeds 0, 1 and so on."""
     clock: Literal["wall", "cpu"] = "wall"
-    """cpu: processor seconds, for one thread (OMP_NUM_THREADS=1) of a machine that others use too."""
+    """cpu: CPU seconds of this process, for one thread (OMP_NUM_THREADS=1) on a shared machine."""
     out: str = "recipes.jsonl"
-    """File with a line for every run; the same command again does only what it lacks."""
+    """Output file, one JSON line per run; rerunning the command adds only the missing runs."""
 
     def __post_init__(self) -> None:
         if self.budget_s <= 0 or self.seeds < 1 or not self.shares or not all(0 <= s <= 1 for s in self.shares):
@@ -41,22 +41,22 @@ class RecipesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchConfig:
-    """What `mae bench data` measures."""
+    """Decoding of images per core, and the whole path from shards in S3 to training, against other loaders."""
 
     source: Path | None = None
-    """Folder of images to measure on; without it imagenet-sample.tar of ../shared/data, or of MAE_TEST_DATA."""
+    """Folder of images; if not set, imagenet-sample.tar in MAE_TEST_DATA, or in ../shared/data."""
     max_images: int = 250
-    """At most so many images are decoded in a round."""
+    """Maximum number of images decoded per round."""
     rounds: int = 9
-    """Rounds in which all contenders take turns; figures are medians over them."""
+    """Rounds; each measures every variant once, and results are medians over them."""
     whole_path: bool = True
-    """Also measure the way from shards in S3 through Ray Data to this process, against torch's DataLoader."""
+    """Also measure the path from shards in S3 through Ray Data to this process, against torch's DataLoader."""
     cores: int = 2
-    """Cores that all processes of each whole path share: Ray and the S3 server, or DataLoader's workers."""
+    """Cores that all processes of one path share: Ray and the S3 server, or DataLoader's workers."""
     epoch_images: int = 4096
-    """Images of an epoch on the whole path; the source's, each as often as needed."""
+    """Images per epoch of the whole path; the source's images are repeated as needed."""
     gpu_images_per_s: float = 1500.0
-    """The training rate of one GPU, for which the cores that feed it are counted."""
+    """Training rate of one GPU in images/s, for the number of decoding cores that it needs."""
 
     def __post_init__(self) -> None:
         for name in ("max_images", "rounds", "cores", "epoch_images"):

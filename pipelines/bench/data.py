@@ -1,4 +1,4 @@
-"""`mae bench data`: how fast images become training views, a core and on the whole way from S3 to training."""
+"""`mae bench data`: rate of decoding and cropping images, per core and on the whole path from S3 to training."""
 
 import logging
 import platform
@@ -21,10 +21,10 @@ _SAMPLE = "imagenet-sample.tar"
 
 
 def run(config: DataBenchConfig) -> dict[str, Any]:
-    """The figures, and a table of them in `text`. Raises UserError where there is no image to measure on."""
+    """Measure; return the numbers, and a table of them in `text`. Raises UserError if the source has no image."""
     images = list(_images(config.source, config.max_images))
     if not images:
-        raise UserError(f"no readable image in {config.source}; give a folder that has some")
+        raise UserError(f"no readable image in {config.source}; give a folder that has images")
     log.info("decoding %d images, %d rounds", len(images), config.rounds)
     decoding = measure_decoding(images, config.rounds)
     found: dict[str, Any] = {"machine": _machine(), "num_images": len(images), **decoding.figures()}
@@ -37,8 +37,8 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
     return {**found, "text": "\n".join([f"{len(images)} images; {found['machine']}", *lines])}
 
 
-def _images(source: Path | None, most: int) -> Iterator[bytes]:
-    """Encoded images that are whole; those that are not are passed over."""
+def _images(source: Path | None, max_images: int) -> Iterator[bytes]:
+    """Yield encoded images, skipping broken ones."""
     num_found = 0
     for content in _files(source):
         try:
@@ -47,7 +47,7 @@ def _images(source: Path | None, most: int) -> Iterator[bytes]:
             continue
         yield content
         num_found += 1
-        if num_found == most:
+        if num_found == max_images:
             return
 
 
@@ -59,7 +59,7 @@ def _files(source: Path | None) -> Iterator[bytes]:
         return
     sample = Path(environ.get("MAE_TEST_DATA", "../shared/data")) / _SAMPLE
     if not sample.is_file():
-        raise UserError(f"{sample} is not there; give a folder of images by --source, or set MAE_TEST_DATA")
+        raise UserError(f"{sample} does not exist; give a folder of images by --source, or set MAE_TEST_DATA")
     with tarfile.open(sample) as archive:
         for member in archive:
             file = archive.extractfile(member) if member.isfile() else None
@@ -70,9 +70,9 @@ def _files(source: Path | None) -> Iterator[bytes]:
 def _decoding_lines(decoding: Decoding) -> Iterator[str]:
     yield "decode + random crop 224 + flip, one core (CPU time):"
     yield f"  {'':34} images/s  spread   x PIL   x torchvision.io   bytes"
-    for name, contender in decoding.contenders.items():
+    for name, variant in decoding.variants.items():
         yield (
-            f"  {contender.title:34} {decoding.images_per_s(name):8.0f}  {decoding.spread(name):5.0%}  "
+            f"  {variant.title:34} {decoding.images_per_s(name):8.0f}  {decoding.spread(name):5.0%}  "
             f"{decoding.ratio(name, 'pil'):6.2f}  {decoding.ratio(name, 'torchvision_io'):16.2f}  "
             f"{decoding.bytes_ratio(name):6.3f}"
         )
@@ -82,14 +82,14 @@ def _decoding_lines(decoding: Decoding) -> Iterator[str]:
         f"maximum {difference.maximum} of 255"
     )
     yield (
-        f"  preparing takes {decoding.prepare_ms['sliced']:.1f} ms an image more with an index than without, "
-        f"{decoding.prepare_ms['restarts']:.1f} ms with restart markers"
+        f"  preparing takes {decoding.prepare_ms['sliced']:.1f} ms more per image with a JPEG index than without, "
+        f"{decoding.prepare_ms['restarts']:.1f} ms more with restart markers"
     )
 
 
 def _feeding_line(decoding: Decoding, gpu_images_per_s: float) -> str:
     cores = gpu_images_per_s / decoding.images_per_s("sliced")
-    return f"  a GPU that trains on {gpu_images_per_s:.0f} images/s needs {cores:.1f} cores that decode"
+    return f"  a GPU that trains on {gpu_images_per_s:.0f} images/s needs {cores:.1f} decoding cores"
 
 
 def _loading_lines(loading: Loading) -> Iterator[str]:
@@ -100,8 +100,8 @@ def _loading_lines(loading: Loading) -> Iterator[str]:
     ):  # fmt: skip
         yield f"  {title:34} {loading.images_per_s(name):8.0f}  {loading.spread(name):5.0%}"
     yield (
-        f"  {loading.ratio('dataloader'):.2f} x DataLoader; {loading.share_of_bare:.0%} of the bare decode rate of the "
-        f"cores that it uses, {loading.ratio('bare'):.0%} by the wall clock, where the S3 server takes "
+        f"  {loading.ratio('dataloader'):.2f} x DataLoader; {loading.share_of_bare:.0%} of the bare decode rate per "
+        f"core used, {loading.ratio('bare'):.0%} by the wall clock, in which the S3 server takes "
         f"{loading.store_share:.0%} of the cores"
     )
     yield (

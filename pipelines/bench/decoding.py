@@ -1,4 +1,4 @@
-"""Contenders decode the same images in turn on one core: the usual loaders, and ours on what `prepare` stores."""
+"""Decoding rate per core: the usual loaders against ours on what `prepare` stores, interleaved."""
 
 import io
 import time
@@ -21,7 +21,7 @@ from pipelines.images.decode import Box, ImageArray, Scratch, decode, inspect
 from pipelines.images.encode import StoredImage, encode
 from pipelines.images.jpeg.partial_decode import Offsets, decode_crop
 
-_OUT_HW = (224, 224)
+_OUT_PX = (224, 224)
 _SCALE = (0.2, 1.0)
 _KINDS = {
     "full": EncodeConfig(kind="keep"),
@@ -32,17 +32,19 @@ _KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A way to decode all images once, given the number of the round."""
+class Variant:
+    """One loader of the same images."""
 
     title: str
     run: Callable[[int], Any]
+    """Decode and crop every image once; takes the number of the round, which decides the crops."""
     num_bytes: int
+    """Size of all encoded images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of our pixels from Pillow's on the same crops."""
+    """Difference of our pixel values, 0 to 255, from Pillow's on the same crops."""
 
     psnr_db: float
     mean: float
@@ -51,28 +53,29 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """CPU seconds of every contender in every round."""
+    """Measured times of all variants."""
 
-    contenders: dict[str, Contender]
+    variants: dict[str, Variant]
     num_images: int
     seconds: dict[str, list[float]]
+    """CPU seconds per round, by variant."""
     difference: Difference
     prepare_ms: dict[str, float]
-    """CPU time an image that preparing takes beyond decoding, by the kind of storage."""
+    """CPU milliseconds per image that preparing takes beyond decoding, by kind of encoding."""
 
     def images_per_s(self, name: str) -> float:
         return self.num_images / median(self.seconds[name])
 
     def spread(self, name: str) -> float:
-        """From the fastest to the slowest round, as a share of the median."""
+        """Return the range of the times over rounds, as a share of the median."""
         return (max(self.seconds[name]) - min(self.seconds[name])) / median(self.seconds[name])
 
     def ratio(self, name: str, other: str) -> float:
-        """How many times as fast as another, by the median over rounds."""
+        """Return the speed relative to another variant: the median of the rounds' ratios."""
         return median(b / a for a, b in zip(self.seconds[name], self.seconds[other]))
 
     def bytes_ratio(self, name: str) -> float:
-        return self.contenders[name].num_bytes / self.contenders["full"].num_bytes
+        return self.variants[name].num_bytes / self.variants["full"].num_bytes
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -90,31 +93,31 @@ class Decoding:
                     "spread": self.spread(name),
                     "bytes_ratio": self.bytes_ratio(name),
                 }
-                for name in self.contenders
+                for name in self.variants
             },
         }
 
 
 def measure_decoding(images: Sequence[bytes], rounds: int) -> Decoding:
-    """All contenders once a round, each round from another of them on, on one thread."""
+    """Time every variant once per round on one thread, after a warm-up; each round starts with another variant."""
     stored, prepare_ms = _prepared(images)
-    contenders = _contenders(images, stored)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    variants = _variants(images, stored)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for contender in contenders.values():
-            contender.run(0)
+        for variant in variants.values():
+            variant.run(0)
         for number in range(rounds):
-            names = list(contenders)
+            names = list(variants)
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 started = time.process_time()
-                contenders[name].run(number)
+                variants[name].run(number)
                 seconds[name].append(time.process_time() - started)
     finally:
         torch.set_num_threads(num_threads)
     return Decoding(
-        contenders=contenders,
+        variants=variants,
         num_images=len(images),
         seconds=seconds,
         difference=_difference(images, stored["sliced"]),
@@ -123,7 +126,7 @@ def measure_decoding(images: Sequence[bytes], rounds: int) -> Decoding:
 
 
 def _prepared(images: Sequence[bytes]) -> tuple[dict[str, list[StoredImage]], dict[str, float]]:
-    """What `prepare` would store of every kind, and the milliseconds an image that each takes."""
+    """Encode the images in every kind as `prepare` does; return them, and the CPU milliseconds per image."""
     found: dict[str, list[StoredImage]] = {name: [] for name in _KINDS}
     spent_s = dict.fromkeys(_KINDS, 0.0)
     for number, content in enumerate([images[0], *images]):
@@ -132,15 +135,14 @@ def _prepared(images: Sequence[bytes]) -> tuple[dict[str, list[StoredImage]], di
         for name, config in _KINDS.items():
             started = time.process_time()
             stored = encode(content, header, pixels, config)
-            # The first is there once more to compile and to load what all need.
-            if number == 0:
+            if number == 0:  # The first image comes twice: compiling and loading must not count.
                 continue
             found[name].append(stored)
             spent_s[name] += time.process_time() - started
     return found, {name: 1000 * seconds / len(images) for name, seconds in spent_s.items()}
 
 
-def _contenders(images: Sequence[bytes], stored: dict[str, list[StoredImage]]) -> dict[str, Contender]:
+def _variants(images: Sequence[bytes], stored: dict[str, list[StoredImage]]) -> dict[str, Variant]:
     num_bytes = sum(map(len, images))
     titles = {
         "full": "ours, the original bytes",
@@ -149,10 +151,10 @@ def _contenders(images: Sequence[bytes], stored: dict[str, list[StoredImage]]) -
         "shrunk": f"ours, shrunk to {_KINDS['shrunk'].short_side_px} px (lossy)",
     }
     return {
-        "pil": Contender(title="torchvision transforms on PIL", run=_pil(images), num_bytes=num_bytes),
-        "torchvision_io": Contender(title="torchvision.io + v2", run=_torchvision_io(images), num_bytes=num_bytes),
+        "pil": Variant(title="torchvision transforms on PIL", run=_pil(images), num_bytes=num_bytes),
+        "torchvision_io": Variant(title="torchvision.io + v2", run=_torchvision_io(images), num_bytes=num_bytes),
         **{
-            name: Contender(
+            name: Variant(
                 title=title,
                 run=partial(_ours, stored[name], _offsets(stored[name])),
                 num_bytes=sum(len(s.content) for s in stored[name]),
@@ -163,12 +165,12 @@ def _contenders(images: Sequence[bytes], stored: dict[str, list[StoredImage]]) -
 
 
 def _pil(images: Sequence[bytes]) -> Callable[[int], Any]:
-    """As the reference implementation loads, up to the uint8 tensor."""
+    """Build the transforms of the reference implementation, up to the uint8 tensor."""
     from torchvision import transforms
 
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(_OUT_HW, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(_OUT_PX, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.PILToTensor(),
         ]
@@ -188,7 +190,7 @@ def _torchvision_io(images: Sequence[bytes]) -> Callable[[int], Any]:
 
     transform = v2.Compose(
         [
-            v2.RandomResizedCrop(_OUT_HW, scale=_SCALE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomResizedCrop(_OUT_PX, scale=_SCALE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
             v2.RandomHorizontalFlip(),
         ]
     )
@@ -196,7 +198,7 @@ def _torchvision_io(images: Sequence[bytes]) -> Callable[[int], Any]:
 
     def run(number: int) -> None:
         torch.manual_seed(number)
-        # torchvision 0.29 announces at each call that torchcodec will follow it.
+        # torchvision 0.29 warns at each call that torchcodec will replace it.
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             for tensor in tensors:
                 transform(decode_image(tensor, mode=ImageReadMode.RGB))
@@ -205,44 +207,45 @@ def _torchvision_io(images: Sequence[bytes]) -> Callable[[int], Any]:
 
 
 def _ours(stored: Sequence[StoredImage], offsets: Sequence[Offsets], number: int) -> None:
-    """As training reads shards, boxes and flips drawn by their keys, into a batch."""
-    out, scratch = np.empty((*_OUT_HW, 3), np.uint8), Scratch()
-    boxes, mirrored = _drawn(stored, number)
+    """Decode every image as training does: partial decode under a random crop, resized into an array."""
+    out, scratch = np.empty((*_OUT_PX, 3), np.uint8), Scratch()
+    boxes, mirrored = _draw_crops(stored, number)
     for image, found, box, flip in zip(stored, offsets, boxes, mirrored):
-        _see(out, image, found, box, flip, scratch)
+        _decode_into(out, image, found, box, flip, scratch)
 
 
 def _offsets(stored: Sequence[StoredImage]) -> list[Offsets]:
-    """As they come from a shard, without a copy."""
+    """Return each image's JPEG index as a data task gets it from a shard; made before timing, since it costs a copy."""
     return [np.array(image.segment_offsets or [], np.int32) for image in stored]
 
 
-def _drawn(stored: Sequence[StoredImage], epoch: int) -> tuple[list[Box], list[bool]]:
+def _draw_crops(stored: Sequence[StoredImage], epoch: int) -> tuple[list[Box], list[bool]]:
+    """Draw the crop and the flip of every image, a pure function of epoch and position."""
     config, ids = AugmentConfig(scale=_SCALE), np.arange(len(stored))
     heights, widths = (np.array([getattr(image, name) for image in stored]) for name in ("height_px", "width_px"))
     boxes = crop_boxes(config, seed=0, epoch=epoch, sample_ids=ids, heights_px=heights, widths_px=widths)
     return list(map(tuple, boxes.tolist())), flips(config, seed=0, epoch=epoch, sample_ids=ids).tolist()
 
 
-def _see(out: ImageArray, image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> None:
+def _decode_into(out: ImageArray, image: StoredImage, offsets: Offsets, box: Box, flip: bool, scratch: Scratch) -> None:
     pixels, within = decode_crop(image.content, 3, image.orientation, offsets, box, scratch)
     crop_into(out, pixels, within, flip, scratch)
 
 
 def _difference(images: Sequence[bytes], stored: Sequence[StoredImage]) -> Difference:
-    """Over all images on their crops of round 0, without the flip; turned images are turned first."""
+    """Compare all images with Pillow's on the crops of round 0, without the flip, after EXIF rotation."""
     from PIL import ImageOps
 
-    boxes, _ = _drawn(stored, 0)
-    found, scratch = np.empty((*_OUT_HW, 3), np.uint8), Scratch()
+    boxes, _ = _draw_crops(stored, 0)
+    found, scratch = np.empty((*_OUT_PX, 3), np.uint8), Scratch()
     squares = total = maximum = count = 0
     for content, image, offsets, box in zip(images, stored, _offsets(stored), boxes):
         top, left, height, width = box
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
         picture = picture.crop((left, top, left + width, top + height)).resize(
-            (_OUT_HW[1], _OUT_HW[0]), Image.Resampling.BICUBIC
+            (_OUT_PX[1], _OUT_PX[0]), Image.Resampling.BICUBIC
         )
-        _see(found, image, offsets, box, False, scratch)
+        _decode_into(found, image, offsets, box, False, scratch)
         steps = np.abs(found.astype(np.int64) - np.asarray(picture))
         squares, total = squares + int((steps**2).sum()), total + int(steps.sum())
         maximum, count = max(maximum, int(steps.max())), count + steps.size

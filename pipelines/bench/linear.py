@@ -1,4 +1,4 @@
-"""A linear probe of an encoder in this process, by the recipe of a preset whose images never vary."""
+"""Linear probe of an encoder in this process, without Ray, by a preset without random augmentation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,27 +26,30 @@ from pipelines.storage import open_storage
 
 @dataclass(frozen=True)
 class Table:
-    """Features [n d] of a split, and its labels [n]."""
+    """Features [n d] of a split with their labels [n]."""
 
     features: Tensor
     labels: Tensor
 
 
 def probe_accuracy(mae: MaskedAutoencoder, pixels: Normalization, config: RecipesConfig, uri: str, seed: int) -> float:
-    """Top-1 in percent, of a linear layer on the frozen encoder. Raises UserError for a probe of varying images."""
+    """Return the top-1 accuracy in percent of a linear layer on the frozen encoder.
+
+    Raises UserError if the preset is not a linear probe without random augmentation.
+    """
     recipe = load_preset(ClassifyConfig, config.probe)
     if recipe.augment.is_random or recipe.classifier.method != "probe":
-        raise UserError(f"probe {config.probe!r} is no linear probe of images that never vary; try nano_probe")
+        raise UserError(f"probe {config.probe!r} is not a linear probe without random augmentation; try nano_probe")
     storage = open_storage(uri)
     manifest = read_manifest(storage)
-    # The same images for every seed: what differs is what was pretrained.
+    # The same labelled images for every seed, so that runs differ in pretraining alone.
     train = Index.from_manifest(manifest, "train").take_per_class(storage, config.labels_per_class, seed=0)
-    learnt = _encode(mae, pixels, recipe, uri, train)
-    judged = _encode(mae, pixels, recipe, uri, Index.from_manifest(manifest, config.eval_split))
-    head = _fit(learnt, recipe, len(manifest.classes), seed).eval()
+    train_table = _encode(mae, pixels, recipe, uri, train)
+    eval_table = _encode(mae, pixels, recipe, uri, Index.from_manifest(manifest, config.eval_split))
+    head = _fit(train_table, recipe, len(manifest.classes), seed).eval()
     with torch.no_grad():
-        found = head(judged.features, torch.ones(len(judged.labels))).argmax(dim=1)
-    return 100 * float((found == judged.labels).double().mean())
+        predicted = head(eval_table.features, torch.ones(len(eval_table.labels))).argmax(dim=1)
+    return 100 * float((predicted == eval_table.labels).double().mean())
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def _batches(segment: FeedSegment) -> Iterator[MicroBatch]:
 
 
 def _fit(table: Table, recipe: ClassifyConfig, num_classes: int, seed: int) -> ProbeHead:
-    """The head after the preset's epochs over the table, in batches drawn by the seed."""
+    """Train a head for the preset's epochs over the table, in batches drawn from the seed."""
     batch = min(recipe.data.batch, len(table.labels))
     steps_per_epoch = len(table.labels) // batch
     with torch.random.fork_rng(devices=[]):
@@ -96,12 +99,12 @@ def _fit(table: Table, recipe: ClassifyConfig, num_classes: int, seed: int) -> P
     weights = torch.ones(batch)
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(table.labels), generator=generator)
-        for place in range(steps_per_epoch):
-            rows = order[place * batch : (place + 1) * batch]
+        for i in range(steps_per_epoch):
+            rows = order[i * batch : (i + 1) * batch]
             targets = soft_targets(table.labels[rows], num_classes, recipe.augment.label_smoothing)
             loss = classify_loss(head(table.features[rows], weights), targets, weights) / batch
             loss.backward()
-            apply_lr(optimizer, schedule.lr(epoch * steps_per_epoch + place))
+            apply_lr(optimizer, schedule.lr(epoch * steps_per_epoch + i))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return head

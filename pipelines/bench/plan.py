@@ -1,4 +1,4 @@
-"""Prints what the epoch plan costs at a billion images, and how well its windows mix: docs/data-sources.md.
+"""Cost of the epoch plan at a billion images, and how well its windows mix; results in docs/data-sources.md.
 
 python -m pipelines.bench.plan [images]                  the plan alone, and mixing
 python -m pipelines.bench.plan feed [images [epochs]]    the first micro-batches of a run, through Ray
@@ -38,7 +38,7 @@ SIDE_PX = 28
 
 
 def manifest_of(num_images: int, rows_per_group: int) -> Manifest:
-    """A dataset of so many rows, without a file."""
+    """Build the manifest of a dataset whose shards do not exist."""
     shards = [
         Shard(
             path=f"train/part-{i:05d}.parquet",
@@ -66,6 +66,7 @@ def peak_mb() -> float:
 
 
 def cost(num_images: int) -> None:
+    """Print CPU seconds and memory of the index and of planning windows."""
     manifest = manifest_of(num_images, 256)
     before_mb, start_s = peak_mb(), time.process_time()
     index = Index.from_manifest(manifest, "train")
@@ -84,13 +85,14 @@ def cost(num_images: int) -> None:
     print(f"{num_images:,} images, {len(index.group):,} row groups, {len(manifest.splits['train'].shards):,} shards")
     print(f"  index {index_s:.2f} s, {sum(a.nbytes for a in arrays) / 2**20:.0f} MiB")
     print(
-        f"  first micro-batch planned after {first_s:.2f} s ({len(reads)} reads), any other window {next_s * 1e3:.1f} ms"  # noqa: E501
+        f"  first micro-batch planned after {first_s:.2f} s ({len(reads)} reads), any other window "
+        f"{next_s * 1e3:.1f} ms"
     )
     print(f"  another epoch {epoch_s:.2f} s; peak {peak_mb() - before_mb:.0f} MiB above the manifest's {before_mb:.0f}")
 
 
 def write_dataset(folder: Path, num_images: int) -> None:
-    """A dataset of so many noisy tiles: every shard is a link to the same file."""
+    """Write a dataset of images of noise in which every shard is a link to the same file."""
     noise = np.random.default_rng(0).integers(0, 256, (ROWS_PER_SHARD, SIDE_PX, SIDE_PX), np.uint8)
     images = []
     for pixels in noise:
@@ -108,8 +110,8 @@ def write_dataset(folder: Path, num_images: int) -> None:
 
 
 def first_batches(num_images: int, epochs: int) -> None:
-    """The way of a run to its first micro-batch and beyond, each part timed by the wall clock."""
-    num_images -= num_images % ROWS_PER_SHARD  # every link is a whole shard
+    """Print the wall-clock time of each part of a run up to its first micro-batch, then the rate, and peak memory."""
+    num_images -= num_images % ROWS_PER_SHARD  # Every link is a full shard.
     with tempfile.TemporaryDirectory() as name, ray_session(ComputeConfig(num_workers=1, data_tasks=2)):
         folder = Path(name)
         write_dataset(folder, num_images)
@@ -125,34 +127,39 @@ def first_batches(num_images: int, epochs: int) -> None:
         segment = FeedSegment(dataset_uri=name, plan=plan, transform=transform, first_step=0, last_step=steps)
         laps.append(time.perf_counter())
         for _ in feed([replace(segment, last_step=min(steps, 16))], 1, max_tasks=2).micro_batches():
-            pass  # workers are warm
+            pass  # Warm-up: Ray starts its workers.
         start_s, arrivals_s = time.perf_counter(), []
         for batch in itertools.islice(feed([segment], 1, max_tasks=2).micro_batches(), 8192 // 64 * 16):
             arrivals_s.append(time.perf_counter() - start_s)
             assert batch.weights.all()
         rate = 64 * (len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0])
         print(
-            f"{num_images:,} images, {epochs} epochs: {segment.num_windows:,} windows, {len(manifest.splits['train'].shards):,} shards"  # noqa: E501
+            f"{num_images:,} images, {epochs} epochs: {segment.num_windows:,} windows, "
+            f"{len(manifest.splits['train'].shards):,} shards"
         )
         print(
-            f"  manifest of {(folder / 'manifest.json').stat().st_size / 2**20:.0f} MiB read in {laps[1] - laps[0]:.2f} s, plan and index {laps[2] - laps[1]:.2f} s"  # noqa: E501
+            f"  manifest of {(folder / 'manifest.json').stat().st_size / 2**20:.0f} MiB read in "
+            f"{laps[1] - laps[0]:.2f} s, plan and index {laps[2] - laps[1]:.2f} s"
         )
         print(f"  first micro-batch {arrivals_s[0]:.2f} s after a feed began, then {rate:,.0f} images/s")
-        found = [(p.name(), p.memory_info().rss / 2**20) for p in psutil.Process().children(recursive=True)]
-        tasks = [mb for _, mb in sorted(found, key=lambda pair: -pair[1])[:3]]
-        print(
-            f"  driver at its peak {peak_mb():.0f} MiB; the largest of Ray's processes {', '.join(f'{mb:.0f}' for mb in tasks)} MiB"  # noqa: E501
-        )
+        sizes_mb = sorted(p.memory_info().rss / 2**20 for p in psutil.Process().children(recursive=True))[-3:]
+        largest = ", ".join(f"{size_mb:.0f}" for size_mb in reversed(sizes_mb))
+        print(f"  peak of the driver {peak_mb():.0f} MiB; largest processes of Ray {largest} MiB")
 
 
 def mixing(
     num_images: int, num_classes: int, rows_per_group: int, window: int, batch: int = 4096, mixed: bool = False
 ) -> None:
-    """Storage order against visiting order, and classes in a batch of class-sorted input: stored as it comes, as images
-    within larger files are, or `mixed`, as files of their own are."""
+    """Print how well an epoch of class-sorted input is mixed.
+
+    The columns are the rank correlation of storage order and visiting order, the median number of distinct classes in
+    a batch, and the mean total-variation distance of a batch's class shares from uniform. Samples are stored in order
+    of their class, as `prepare` keeps images of tar and Parquet files, or `mixed`, as it orders separate files.
+    """
     plan = plan_of(Index.from_manifest(manifest_of(num_images, rows_per_group), "train"), window, batch)
     ids = np.concatenate([plan.window_ids(0, w) for w in range(plan.windows_per_epoch)])
-    correlation = np.corrcoef(np.arange(len(ids)), ids)[0, 1]  # of ranks: both are permutations
+    # Both are permutations, so this is the rank correlation.
+    correlation = np.corrcoef(np.arange(len(ids)), ids)[0, 1]
     stored = np.arange(num_images) * num_classes // num_images
     if mixed:
         names = (f"{label}/{number}.jpg" for number, label in enumerate(stored))
@@ -164,7 +171,8 @@ def mixing(
     shares = [np.bincount(row, minlength=num_classes) / batch for row in batches]
     distance = np.mean([np.abs(share - 1 / num_classes).sum() / 2 for share in shares])
     print(
-        f"  {'mixed' if mixed else 'sorted':>6} {rows_per_group:>14} {window:>8} {window // rows_per_group:>11} {correlation:>12.4f} {distinct:>8.0f} {distance:>9.2f}"  # noqa: E501
+        f"  {'mixed' if mixed else 'sorted':>6} {rows_per_group:>14} {window:>8} {window // rows_per_group:>11} "
+        f"{correlation:>12.4f} {distinct:>8.0f} {distance:>9.2f}"
     )
 
 

@@ -1,7 +1,7 @@
-"""`mae bench recipes`: what recipes are worth at equal time, by linear probes of what they have learnt.
+"""`mae bench recipes`: compare pretraining recipes that get equal time, by linear probes.
 
-One process, one rank, no Ray: data is decoded between the steps, so that its cost is in the time as it is where data
-tasks and training share the cores.
+It runs in one process with one rank and without Ray. Images are decoded between the steps. So the budget includes the
+cost of decoding, as on a machine where data tasks and training share the cores.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from pipelines.worker.loop import TrainState
 log = logging.getLogger(__name__)
 
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-# Parts into which the budget is divided for the learning rate.
-_PARTS = 10_000
+# Resolution of the learning-rate schedule, which advances with the spent share of the budget.
+_SCHEDULE_STEPS = 10_000
 
 
 def run(config: RecipesConfig) -> dict[str, Any]:
-    """Every run that the file lacks is done and added to it; returns all runs, and a table of their accuracies."""
+    """Do every run that the output file lacks and append it; return all runs, and a table of their accuracies."""
     uri, _ = open_dataset(config.uri)
     path = Path(config.out)
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -61,7 +61,7 @@ def run(config: RecipesConfig) -> dict[str, Any]:
 
 
 def one_run(config: RecipesConfig, uri: str, recipe: str, share: float, seed: int) -> dict[str, Any]:
-    """One recipe and seed, pretrained for a share of the budget and probed."""
+    """Pretrain one recipe for a share of the budget and probe it; return the run's line of the output file."""
     pretrain = load_preset(PretrainConfig, recipe)
     pretrain = dataclasses.replace(
         pretrain,
@@ -79,9 +79,9 @@ def one_run(config: RecipesConfig, uri: str, recipe: str, share: float, seed: in
 def pretrain_for(
     job: PretrainJob, manifest: Manifest, budget_s: float, clock: Callable[[], float]
 ) -> tuple[MaskedAutoencoder, dict[str, Any]]:
-    """A model pretrained until the budget is spent, and what was done with it.
+    """Pretrain until `budget_s` seconds of the clock are spent; return the model and the run's numbers.
 
-    The learning rate follows the share of the budget that is spent, so that every run ends at its schedule's end.
+    The learning rate follows the share of the budget that is spent, so that every run completes its schedule.
     """
     config, plan = job.config, train_plan(job, manifest)
     mae = build_mae(config.model, config.seed)
@@ -92,8 +92,8 @@ def pretrain_for(
         schedule=Schedule(
             peak_lr=peak,
             min_lr=config.optim.min_lr,
-            warmup_steps=round(_PARTS * config.optim.warmup_epochs / config.epochs),
-            total_steps=_PARTS,
+            warmup_steps=round(_SCHEDULE_STEPS * config.optim.warmup_epochs / config.epochs),
+            total_steps=_SCHEDULE_STEPS,
         ),
         clip_norm=config.optim.clip_norm,
     )
@@ -103,7 +103,7 @@ def pretrain_for(
         step, batches = next(feed)
         read_s = clock()
         loss = sum(_backward(job, mae, batch, step // plan.steps_per_epoch, plan.planned(step)) for batch in batches)
-        state.step = int(_PARTS * (begin_s - start_s) / budget_s)
+        state.step = int(_SCHEDULE_STEPS * (begin_s - start_s) / budget_s)
         state.update()
         losses.append(float(loss))
         in_steps_s += clock() - read_s
@@ -118,14 +118,14 @@ def pretrain_for(
 
 
 def _steps(segment: FeedSegment) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """The micro-batches of step after step, without end."""
+    """Yield each step with its micro-batches, for ever."""
     endless = dataclasses.replace(segment, last_step=2**40)
     batches = (batch for window in count() for batch in window_micro_batches(endless, window))
     return ((step, list(some)) for step, some in groupby(batches, key=lambda batch: batch.step))
 
 
 def _backward(job: PretrainJob, mae: MaskedAutoencoder, batch: MicroBatch, epoch: int, planned: int) -> float:
-    """The micro-batch's gradients are added; returns its share of the step's mean loss."""
+    """Accumulate the gradients of a micro-batch; return its share of the step's mean loss."""
     config = job.config
     mask = training_masks(
         config.model,
@@ -140,7 +140,7 @@ def _backward(job: PretrainJob, mae: MaskedAutoencoder, batch: MicroBatch, epoch
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Accuracy of every recipe at every share of the budget: its mean over seeds, and the seeds."""
+    """Format the accuracy of every recipe and share of the budget: the mean over seeds, then each seed's."""
     lines = [f"{'recipe':<20}{'share':>6}{'masked images':>15}{'data':>7}{'top-1':>8}  seeds"]
     for recipe, share in sorted({(r["recipe"], r["share"]) for r in found}, key=lambda key: (key[1], key[0])):
         runs = [r for r in found if (r["recipe"], r["share"]) == (recipe, share)]

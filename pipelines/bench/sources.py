@@ -1,4 +1,4 @@
-"""Prints what many small objects and large shards cost in memory: docs/data-sources.md.
+"""Time and peak memory of preparing many small objects and of reading large shards; results in docs/data-sources.md.
 
     export AWS_ENDPOINT_URL=http://127.0.0.1:9000 AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=...
     python -m pipelines.bench.sources write-objects s3://bucket/objects 60000
@@ -6,7 +6,7 @@
     python -m pipelines.bench.sources write-shards s3://bucket/large 10        # GB
     python -m pipelines.bench.sources read-shards s3://bucket/large 8192       # rows a window
 
-Each is a command of its own, so that a peak is that of one thing; what was written before is not written again.
+Each step is a separate command, so that a peak belongs to one step. Objects that exist are not written again.
 """
 
 import io
@@ -41,45 +41,46 @@ IMAGE_BYTES, ROWS_PER_GROUP, ROWS_PER_SHARD = 110_000, 256, 4096
 
 @contextmanager
 def peaks(what: str) -> Iterator[None]:
-    """Prints, when the block ends, how long it took and the most that this process and those below it ever held."""
-    highest: dict[tuple[str, int], int] = {}
+    """Print, when the block ends, its duration and the peak memory of this process and its descendants."""
+    peaks_kib: dict[tuple[str, int], int] = {}
     done, start_s = threading.Event(), time.monotonic()
 
     def watch() -> None:
         while not done.wait(0.25):
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                note(highest, process.pid)
+                record_peak(peaks_kib, process.pid)
 
     threading.Thread(target=watch, daemon=True).start()
     yield
-    note(highest, os.getpid())
+    record_peak(peaks_kib, os.getpid())
     done.set()
     print(f"{what}: {time.monotonic() - start_s:.0f} s")
     kinds: dict[str, list[int]] = {}
-    for (kind, _), peak_kib in highest.items():
+    for (kind, _), peak_kib in peaks_kib.items():
         kinds.setdefault(kind, []).append(peak_kib // 1024)
     for kind, found in sorted(kinds.items()):
-        print(f"  {kind}: {len(found)} processes, peaks of {', '.join(map(str, sorted(found)[-4:]))} MiB at most")
+        print(f"  {kind}: {len(found)} processes, largest peaks {', '.join(map(str, sorted(found)[-4:]))} MiB")
 
 
-def note(highest: dict[tuple[str, int], int], pid: int) -> None:
-    """The kernel keeps the peak, so a look now and then is enough."""
+def record_peak(peaks_kib: dict[tuple[str, int], int], pid: int) -> None:
+    """Record the peak memory of a process by (kind, pid). The kernel tracks it (VmHWM), so polling is enough."""
     try:
         status, words = Path(f"/proc/{pid}/status").read_text(), Path(f"/proc/{pid}/cmdline").read_bytes()
-        peak = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        peak_kib = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
     except OSError:
         return
     kind = "driver" if pid == os.getpid() else "Ray's workers" if words.startswith(b"ray::") else "Ray itself"
-    highest[kind, pid] = max(peak, highest.get((kind, pid), 0))
+    peaks_kib[kind, pid] = max(peak_kib, peaks_kib.get((kind, pid), 0))
 
 
 def write_objects(uri: str, count: int) -> None:
+    """Write `count` small PNG files of noise in 100 class folders."""
     storage = open_storage(uri)
-    there = {path for path, _ in storage.walk()}
+    existing = {path for path, _ in storage.walk()}
 
     def put(number: int) -> None:
         path = f"class{number % 100:03d}/{number:06d}.png"
-        if path not in there:
+        if path not in existing:
             file = io.BytesIO()
             pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(file, "PNG")
@@ -97,13 +98,13 @@ def prepare_objects(source: str, out: str) -> None:
 
 
 def write_shards(uri: str, gigabytes: float) -> None:
-    """As `prepare` writes them: tiny JPEGs with noise behind their ends, so that reading is all the work there is."""
+    """Write shards as `prepare` does, of tiny JPEGs padded with noise, so that reading them costs no decoding."""
     storage, file = open_storage(uri), io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(file, "JPEG")
     count = max(1, round(gigabytes * 1e9 / IMAGE_BYTES / ROWS_PER_SHARD))
-    there = {path for path, _ in storage.walk()}
+    existing = {path for path, _ in storage.walk()}
     with ThreadPoolExecutor(2) as pool, peaks(f"{count} shards written"):
-        list(pool.map(lambda n: write_shard(storage, shard_path(n), file.getvalue(), n, there), range(count)))
+        list(pool.map(lambda n: write_shard(storage, shard_path(n), file.getvalue(), n, existing), range(count)))
     sizes = dict(storage.walk())
     shards = [
         Shard(path=shard_path(n), num_rows=ROWS_PER_SHARD, num_bytes=sizes[shard_path(n)], sha256="0" * 64,
@@ -123,8 +124,9 @@ def shard_path(number: int) -> str:
     return f"train/part-{number:05d}.parquet"
 
 
-def write_shard(storage: Storage, path: str, jpeg: bytes, seed: int, there: set[str]) -> None:
-    if path in there:
+def write_shard(storage: Storage, path: str, jpeg: bytes, seed: int, existing: set[str]) -> None:
+    """Write one shard, unless it exists; noise pads every JPEG to `IMAGE_BYTES`."""
+    if path in existing:
         return
     noise, other = np.random.default_rng(seed), [[value] * ROWS_PER_GROUP for value in (0, 16, 16, 1, None, "x")]
     with (
@@ -138,7 +140,7 @@ def write_shard(storage: Storage, path: str, jpeg: bytes, seed: int, there: set[
 
 
 def read_shards(uri: str, window: int) -> None:
-    """One epoch as a training process with two data tasks gets it."""
+    """Read one epoch as a rank with two data tasks does."""
     manifest, compute = read_manifest(open_storage(uri)), ComputeConfig(num_workers=1, data_tasks=2)
     plan = EpochPlan(
         index=Index.from_manifest(manifest, "train"), seed=0, batch=1024, micro_batch=64, num_workers=1, window=window
@@ -164,7 +166,7 @@ def main() -> None:
     elif step == "read-shards":
         read_shards(words[0], int(words[1]))
     else:
-        sys.exit(f"no step {step!r}; see the head of this file")
+        sys.exit(f"no step {step!r}; see the docstring of this module")
 
 
 if __name__ == "__main__":

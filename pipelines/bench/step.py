@@ -1,4 +1,4 @@
-"""`mae bench step`: the measurement of `python -m mae_core.bench`, as a command."""
+"""`mae bench step`: the benchmark of `python -m mae_core.bench` as a command."""
 
 import logging
 from typing import Any
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: StepConfig) -> dict[str, Any]:
-    """An object for each model, and all of them as tables."""
+    """Measure the training step of each model; return one object per model in `objects`, and tables in `text`."""
     objects = []
     for found in measure(config):
         log.info("measured %s: %.1f images/s", found["model"], found["images_per_s"])

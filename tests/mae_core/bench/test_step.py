@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.bench import contenders, timing
+from mae_core.bench import timing, variants
 from mae_core.bench.__main__ import main
 from mae_core.bench.config import StepConfig
 from mae_core.bench.step import measure, table
@@ -70,14 +70,14 @@ def test_the_profile_ranks_operations_by_share_of_the_step():
 
 
 def test_a_loss_that_differs_from_the_plain_one_is_refused(monkeypatch):
-    real = contenders.plain_loss
-    monkeypatch.setattr(contenders, "plain_loss", lambda *given: 1.001 * real(*given))
+    real = variants.plain_loss
+    monkeypatch.setattr(variants, "plain_loss", lambda *given: 1.001 * real(*given))
     with pytest.raises(RuntimeError, match="differs from the plain"):
         list(measure(TINY))
 
 
 def test_without_transformers_its_ratio_is_none(monkeypatch):
-    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    monkeypatch.setattr(variants, "find_spec", lambda name: None)
     (found,) = measure(TINY)
     assert found["ratio_vs_transformers"] is found["ratio_vs_transformers_interval"] is None
 
@@ -85,12 +85,12 @@ def test_without_transformers_its_ratio_is_none(monkeypatch):
 def test_a_folder_of_images_becomes_the_input_batch(tmp_path):
     for shade in (0, 255):
         Image.new("RGB", (20, 30), (shade,) * 3).save(tmp_path / f"{shade}.png")
-    images = contenders.input_images(dataclasses.replace(TINY, images=str(tmp_path)), torch.device("cpu"))
+    images = variants.input_images(dataclasses.replace(TINY, images=str(tmp_path)), torch.device("cpu"))
     assert images.shape == (4, 3, 16, 16)
     assert (images[0] < images[1]).all()
     assert torch.equal(images[:2], images[2:])
     with pytest.raises(ValueError, match=r"has no \.jpg"):
-        contenders.input_images(dataclasses.replace(TINY, images=str(tmp_path / "none")), torch.device("cpu"))
+        variants.input_images(dataclasses.replace(TINY, images=str(tmp_path / "none")), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pipelines.bench.data import DataBenchConfig, run
-from pipelines.bench.loading import _Passage
-from pipelines.bench.ways import only_cores
+from pipelines.bench.loading import _Pass
+from pipelines.bench.variants import only_cores
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -85,10 +85,10 @@ def test_wrong_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="rounds 0 is below 1; try 1"):
         DataBenchConfig(rounds=0)
     monkeypatch.setenv("MAE_TEST_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"imagenet-sample.tar is not there; give a folder of images by --source"):
+    with pytest.raises(ValueError, match=r"imagenet-sample.tar does not exist; give a folder of images by --source"):
         run(DataBenchConfig())
 
 
 def test_waits_between_epochs_are_told_from_others() -> None:
-    passage = _Passage([1.0, 2.0, 2.5, 6.0, 6.5, 6.75], batches_per_epoch=3)
-    assert (passage.seconds, passage.epoch_gap_s(), passage.batch_gap_s()) == (5.75, 3.5, 1.0)
+    one_pass = _Pass([1.0, 2.0, 2.5, 6.0, 6.5, 6.75], batches_per_epoch=3)
+    assert (one_pass.seconds, one_pass.epoch_gap_s(), one_pass.batch_gap_s()) == (5.75, 3.5, 1.0)

@@ -110,7 +110,7 @@ def test_the_budget_ends_the_run_and_the_schedule(tiles, monkeypatch) -> None:
 
 def test_a_probe_of_varying_images_is_refused(study, tmp_path: Path) -> None:
     (tmp_path / "varying.yaml").write_text(yaml.safe_dump({**PROBE, "augment": {"flip": True}}))
-    with pytest.raises(ValueError, match="no linear probe of images that never vary"):
+    with pytest.raises(ValueError, match="not a linear probe without random augmentation"):
         recipes.run(study(probe=str(tmp_path / "varying.yaml"), shares=(0.0,)))
 
 

@@ -36,7 +36,7 @@ def test_one_gpu_sends_nothing_and_a_ring_sends_each_byte_twice_at_most() -> Non
 
 
 def test_more_gpus_never_cost_arithmetic_and_always_cost_goodput() -> None:
-    found = [estimate(RUN, Cluster(row_s=1e-5), size) for size in (8, 64, 512)]
+    found = [estimate(RUN, Cluster(block_s=1e-5), size) for size in (8, 64, 512)]
     assert [e.compute_s for e in found] == sorted((e.compute_s for e in found), reverse=True)
     assert [e.images_s for e in found] == sorted(e.images_s for e in found)
     assert [e.goodput for e in found] == sorted((e.goodput for e in found), reverse=True)
@@ -50,8 +50,8 @@ def test_more_gpus_never_cost_arithmetic_and_always_cost_goodput() -> None:
         ({"network_bytes_s": 1e8}, "the network"),
         ({"launch_s": 1e-3}, "kernel launches"),
         ({"snapshot_bytes_s": 1e6}, "checkpoints"),
-        ({"row_s": 1.0}, "the feed"),
+        ({"block_s": 1.0}, "the feed"),
     ],
 )
 def test_what_is_made_scarce_bounds_the_step(change: dict[str, float], bound: str) -> None:
-    assert estimate(RUN, dataclasses.replace(Cluster(), **{"row_s": 1e-5, **change}), 64).bound == bound
+    assert estimate(RUN, dataclasses.replace(Cluster(), **{"block_s": 1e-5, **change}), 64).bound == bound

@@ -38,7 +38,7 @@ _BACKENDS = {
 
 
 @dataclass
-class Contender:
+class Variant:
     """One implementation of the step. Masks are drawn in each step, as in training."""
 
     name: str
@@ -65,7 +65,7 @@ class Contender:
         return loss.detach()
 
 
-def ours(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
+def ours(config: StepConfig, model: ModelConfig, images: Tensor) -> Variant:
     """Build the fast path as used in training, with the compilation and attention kernel of the config."""
     mae = build_mae(model, config.seed).to(images.device)
     if config.compile != "eager":
@@ -82,10 +82,10 @@ def ours(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
     def around() -> AbstractContextManager[Any]:
         return nullcontext() if config.attention == "auto" else sdpa_kernel(_BACKENDS[config.attention])
 
-    return _contender("ours", mae, loss, config, config.precision, images.device, around)
+    return _variant("ours", mae, loss, config, config.precision, images.device, around)
 
 
-def plain(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
+def plain(config: StepConfig, model: ModelConfig, images: Tensor) -> Variant:
     """Build the reference implementation (mae_core/plain.py), eager, with the same initial weights."""
     paper = dataclasses.replace(model, decoder_attention="self", predicted_share=1.0)
     mae = build_mae(paper, config.seed).to(images.device)
@@ -96,10 +96,10 @@ def plain(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
         mask = training_masks(paper, seed=config.seed, epoch=step, sample_ids=ids)
         return plain_loss(mae, images, mask).mean()
 
-    return _contender("plain", mae, loss, config, precision, images.device)
+    return _variant("plain", mae, loss, config, precision, images.device)
 
 
-def transformers(config: StepConfig, model: ModelConfig, images: Tensor) -> Contender:
+def transformers(config: StepConfig, model: ModelConfig, images: Tensor) -> Variant:
     """Build ViTMAE of transformers with the same sizes, its own weights and the same masks."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -128,10 +128,10 @@ def transformers(config: StepConfig, model: ModelConfig, images: Tensor) -> Cont
         mask = training_masks(paper, seed=config.seed, epoch=step, sample_ids=ids)
         return theirs(pixel_values=images, noise=mask.is_hidden().float()).loss
 
-    return _contender("transformers", theirs, loss, config, config.precision, images.device)
+    return _variant("transformers", theirs, loss, config, config.precision, images.device)
 
 
-def contenders(config: StepConfig) -> list[Callable[[StepConfig, ModelConfig, Tensor], Contender]]:
+def variants(config: StepConfig) -> list[Callable[[StepConfig, ModelConfig, Tensor], Variant]]:
     """List the implementations to time: ours, and the requested others that are installed."""
     found = [ours]
     if "plain" in config.against:
@@ -159,7 +159,7 @@ def _read(path: Path, side_px: int) -> Image.Image:
         return image.convert("RGB").resize((side_px, side_px), Image.Resampling.BICUBIC)
 
 
-def _contender(
+def _variant(
     name: str,
     model: nn.Module,
     loss: Callable[[int], Tensor],
@@ -167,11 +167,11 @@ def _contender(
     precision: Precision,
     device: torch.device,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Contender:
+) -> Variant:
     recipe = OptimConfig()
     groups = param_groups(model, recipe.weight_decay, 1.0)
     kind = {"fused": config.optimizer == "fused", "foreach": config.optimizer == "foreach"}
-    return Contender(
+    return Variant(
         name=name,
         optimizer=torch.optim.AdamW(groups, lr=_LR, betas=recipe.betas, **kind),
         loss=loss,

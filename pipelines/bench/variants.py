@@ -1,4 +1,4 @@
-"""The whole ways to training that take turns: shards in S3 through Ray Data, DataLoader on files, and bare decoding."""
+"""End-to-end loaders of `mae bench data`: shards in S3 through Ray Data, DataLoader on files, and bare decoding."""
 
 import os
 import time
@@ -21,15 +21,18 @@ from pipelines.feed.windows import window_micro_batches
 
 MICRO_BATCH = 64
 EPOCHS = 3
-# A quarter of the default: so that a few epochs of a few seconds have enough windows.
-WINDOW_ROWS = 2048
+# A quarter of the default, so that a few epochs of a few seconds have enough windows.
+WINDOW_SAMPLES = 2048
 _IMAGE_PX = (224, 224)
 
 
 @contextmanager
 def only_cores(count: int) -> Iterator[None]:
-    """The processes that are started in the block have so many cores. Raises UserError where there are fewer."""
-    if not hasattr(os, "sched_setaffinity"):  # macOS: they have all
+    """Restrict processes started in the block to `count` cores. Raises UserError if there are fewer.
+
+    macOS cannot restrict them; there they may use all cores.
+    """
+    if not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)
@@ -43,7 +46,7 @@ def only_cores(count: int) -> Iterator[None]:
 
 
 def write_images(images: Sequence[bytes], folder: Path, count: int) -> None:
-    """Files in one class folder, the images again and again, each with its number in a comment: no two are equal."""
+    """Write `count` files to one class folder, repeating the images. A number in each file makes its bytes unique."""
     (folder / "all").mkdir(parents=True)
     for number in range(count):
         content = images[number % len(images)]
@@ -56,13 +59,14 @@ def write_images(images: Sequence[bytes], folder: Path, count: int) -> None:
 
 
 def segment_of(uri: str, manifest: Manifest) -> FeedSegment:
+    """Return `EPOCHS` epochs of the training split as one segment, with the crops of pretraining."""
     plan = EpochPlan(
         index=Index.from_manifest(manifest, "train"),
         seed=0,
         batch=MICRO_BATCH,
         micro_batch=MICRO_BATCH,
         num_workers=1,
-        window=WINDOW_ROWS,
+        window=WINDOW_SAMPLES,
     )
     transform = Transform(train=True, image_px=_IMAGE_PX, channels=3, augment=AugmentConfig(), seed=0)
     return FeedSegment(
@@ -70,7 +74,13 @@ def segment_of(uri: str, manifest: Manifest) -> FeedSegment:
     )
 
 
-def ways(stored: FeedSegment, local: FeedSegment, folder: Path, cores: int) -> dict[str, Callable[[], Iterator[Any]]]:
+def variants(
+    stored: FeedSegment, local: FeedSegment, folder: Path, cores: int
+) -> dict[str, Callable[[], Iterator[Any]]]:
+    """Return the loaders by name; each call of one yields the batches of `EPOCHS` epochs.
+
+    `stored` reads shards in S3, `local` the same shards on disk, and `folder` holds the images as files.
+    """
     return {
         "ray": lambda: _ray_batches(stored, cores),
         "dataloader": lambda: _dataloader_batches(folder, cores),
@@ -86,7 +96,7 @@ def _ray_batches(segment: FeedSegment, cores: int) -> Iterator[Any]:
 
 
 def _dataloader_batches(folder: Path, cores: int) -> Iterator[Any]:
-    """As the reference implementation loads; its workers stay for all epochs of a passage."""
+    """Load as the reference implementation does, with workers that persist from pass to pass."""
     loader = _loader(folder, cores)
     for _ in range(EPOCHS):
         yield from loader
@@ -113,21 +123,20 @@ def _loader(folder: Path, cores: int) -> Any:
         shuffle=True,
         num_workers=cores,
         persistent_workers=True,
-        # Threads of Ray and of S3 run here: a forked process could wait for ever for a lock that one of them holds.
+        # Ray and the S3 client run threads here: a forked process could deadlock on a lock that one of them holds.
         multiprocessing_context="spawn",
     )
 
 
 def _bare_batches(segment: FeedSegment, cores: int) -> Iterator[float]:
-    """The same windows, read from local shards and decoded by as many processes, with nothing behind them: the CPU
-    seconds of every batch."""
+    """Read and decode the same windows from local shards in `cores` processes; yield the CPU seconds of each batch."""
     pool = _pool(cores)
     for batches_s in pool.map(_decode_window, [segment] * segment.num_windows, range(segment.num_windows)):
         yield from batches_s
 
 
 def end_workers(cores: int) -> None:
-    """The processes that wait for another passage are gone."""
+    """End the worker processes that persist between passes."""
     _pool(cores).shutdown()
     for cached in (_pool, _loader):
         cached.cache_clear()
