@@ -13,24 +13,24 @@ setup: .venv/.done
 	$(BIN)/pip install --quiet --editable '.[pipeline,export,dev,postgres]'
 	touch $@
 
-# The whole pipeline on the embedded sample: shards, pretraining, registry, fine-tuning, sweep, pictures.
+# The complete pipeline on the bundled sample: shards, pretraining, registry, fine-tuning, sweep, pictures.
 demo: setup
 	$(BIN)/mae demo
 
-# Training steps a second at the CPU targets: ViT-S/8 at 64 px with eight decoder blocks, and with one.
+# Training steps/s at the CPU targets: ViT-S/8 at 64 px with eight decoder blocks, and with one.
 bench: setup
 	$(BIN)/mae bench step
 	$(BIN)/mae bench step --decoder-depth 1
 
-# Every test that can run on this machine; those that cannot say what is missing.
+# Every test that can run on this machine; each skipped test says what is missing.
 test: setup
 	$(BIN)/python -m pytest --durations=30
 
-# The kills and restarts that take many minutes.
+# Tests of kills and restarts that take many minutes.
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
-# Files, lint, types, import contracts and the tests that take seconds.
+# Files, lint, types, import contracts and fast tests.
 check: setup
 	$(BIN)/python infra/check_files.py
 	$(BIN)/ruff check .

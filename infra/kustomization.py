@@ -1,7 +1,8 @@
-"""A kustomization becomes the objects that `kubectl kustomize` would print, for the few features we use.
+"""Resolve a kustomization into the objects that `kubectl kustomize` prints, for the few features that we use.
 
-What is not understood is refused, never skipped: `resources`, `namespace`, `labels`, `images` and `patches` (JSON 6902,
-or a merge patch for objects without lists). tests/infra compares the outcome with kubectl's wherever kubectl is there.
+Supported are `resources`, `namespace`, `labels`, `images` and `patches` (JSON 6902, or a merge patch of an object
+without lists). Anything else is an error, never skipped. tests/infra compares the result with kubectl's if kubectl is
+installed.
 """
 
 import copy
@@ -18,7 +19,7 @@ _CLUSTER_SCOPED = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML keeps the last."""
+    """Load YAML and raise ValueError for a duplicate key, of which PyYAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.value != "<<"]
@@ -29,14 +30,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: Path) -> list[Any]:
-    """The YAML documents of a file. Raises ValueError for a key given twice."""
+    """Load the YAML documents of a file. Raises ValueError for a duplicate key."""
     documents = yaml.load_all(path.read_text(), _Loader)
     # Through JSON, so that anchors become copies: a patch of one container must not change its siblings.
     return [json.loads(json.dumps(document)) for document in documents if document is not None]
 
 
 def resolve(folder: Path) -> list[Object]:
-    """The objects of a kustomization, in the order of its resources. Raises ValueError for what is not understood."""
+    """Return the objects of a kustomization, in the order of its resources. Raises ValueError for other features."""
     (config,) = load(folder / "kustomization.yaml")
     _only(config, _KEYS, folder)
     objects: list[Object] = []
@@ -60,7 +61,7 @@ def resolve(folder: Path) -> list[Object]:
 
 def _only(mapping: Object, known: set[str], where: Path) -> None:
     for key in sorted(set(mapping) - known):
-        raise ValueError(f"{where}: {key!r} is not understood here; known are {', '.join(sorted(known))}")
+        raise ValueError(f"{where}: {key!r} is not supported here; supported are {', '.join(sorted(known))}")
 
 
 def _patch(objects: list[Object], documents: list[Any], target: Object | None, where: Path) -> None:
@@ -73,7 +74,7 @@ def _patch(objects: list[Object], documents: list[Any], target: Object | None, w
     if not matches:
         raise ValueError(f"{where}: no object matches {selector}; correct the target")
     for item in matches:
-        # A copy each, so that no two objects share what a patch brings.
+        # Copy the patch, so that no two objects share its values.
         if isinstance(patch, dict):
             _merge(item, copy.deepcopy(patch), where)
         else:
@@ -100,7 +101,7 @@ def _merge(item: Object, patch: Object, where: Path) -> None:
 
 
 def _operate(item: Any, operation: Object, where: Path) -> None:
-    """One JSON 6902 operation; the parent of its path must exist."""
+    """Apply one JSON 6902 operation. Raises ValueError if the parent of its path does not exist."""
     _only(operation, {"op", "path", "value"}, where)
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
     for part in parents:
@@ -113,17 +114,17 @@ def _operate(item: Any, operation: Object, where: Path) -> None:
         return
     key = int(last) if isinstance(item, list) else last
     if operation["op"] != "add" and not (key in item if isinstance(item, dict) else key < len(item)):
-        raise ValueError(f"{where}: {operation['path']} is not there to {operation['op']}; use add")
+        raise ValueError(f"{where}: {operation['path']} does not exist, so {operation['op']} fails; use add")
     if operation["op"] in ("add", "replace"):
         item[key] = operation["value"]
     elif operation["op"] == "remove":
         del item[key]
     else:
-        raise ValueError(f"{where}: operation {operation['op']!r} is not understood; use add, replace or remove")
+        raise ValueError(f"{where}: operation {operation['op']!r} is not supported; use add, replace or remove")
 
 
 def _set_image(node: Any, image: Object) -> None:
-    """Every container's image of that name, at any depth, gets the new name and tag."""
+    """Set the new name and tag in every container with that image, at any depth."""
     if isinstance(node, dict):
         for key in ("containers", "initContainers"):
             for container in node.get(key, []):

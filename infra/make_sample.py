@@ -1,9 +1,9 @@
-"""The shipped sample is remade: pipelines/sample/fashion-mnist-sample.zip and its licence, the same bytes each time.
+"""Regenerate the bundled sample, pipelines/sample/fashion-mnist-sample.zip, and its licence, reproducibly.
 
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb DIR
     python infra/make_sample.py DIR/usr/share/datasets/fashion-mnist
 
-600 training and 200 test images of each of the ten classes: the first of each in the order of the data set.
+It holds the first 600 training and 200 test images of each of the ten classes, in the order of the data set.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from PIL import Image
 OUT = Path(__file__).parent.parent / "pipelines" / "sample"
 NUM_PER_CLASS = {"train": 600, "test": 200}
 FILES = {"train": "train", "test": "t10k"}
-# Labels 0 to 9, as the data set's README names them, in words that are folders.
+# Names of labels 0 to 9 after the data set's README, written as folder names.
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 LICENSE = """\
 The images in fashion-mnist-sample.zip are from Fashion-MNIST, https://github.com/zalandoresearch/fashion-mnist
@@ -44,12 +44,13 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 
 
 def main(folder: Path) -> None:
+    """Write archive and licence from the data set's files in `folder`."""
     with zipfile.ZipFile(OUT / "fashion-mnist-sample.zip", "w", zipfile.ZIP_STORED) as archive:
         for split, per_class in NUM_PER_CLASS.items():
             images, labels = read_idx(folder, split)
             for label, name in enumerate(CLASSES):
                 for number in np.flatnonzero(labels == label)[:per_class]:
-                    # A fixed time, so that the archive depends on nothing but the images.
+                    # A fixed time stamp, so that the archive depends on the images alone.
                     member = zipfile.ZipInfo(f"{split}/{name}/{number:05d}.png", (2017, 8, 25, 0, 0, 0))
                     member.external_attr = 0o644 << 16
                     archive.writestr(member, png(images[number]))
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
 
 
 def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read a split: uint8 images [n, 28, 28] and uint8 labels [n]."""
     images = gzip.decompress((folder / f"{FILES[split]}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((folder / f"{FILES[split]}-labels-idx1-ubyte.gz").read_bytes())
     return (
@@ -66,7 +68,7 @@ def read_idx(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def png(image: np.ndarray) -> bytes:
-    """The smallest of what zlib's strategies make of it."""
+    """Encode an image as PNG with whichever strategy of zlib gives the smallest file."""
     found = []
     for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_RLE):
         file = io.BytesIO()

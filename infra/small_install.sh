@@ -4,7 +4,7 @@
 #     infra/small_install.sh
 #
 # Installs a copy of the packages into a new virtual environment in a temporary folder, runs examples/quickstart.py
-# there, and removes the folder. The default wheels of torch bring CUDA's libraries: 5 GB, four minutes on two busy
+# there, and removes the folder. The default wheels of torch contain CUDA: 5 GB, four minutes on two busy
 # cores. PIP_EXTRA_INDEX_URL may name an index of CPU wheels, PYTHON another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ assert "torch" not in sys.modules, "import mae_core loads torch"
 assert mae_core.__version__ == metadata.version("mae-ray")
 assert resources.files("mae_core").joinpath("py.typed").is_file(), "py.typed is not in the wheel"
 installed = [name for name in ("ray", "mlflow", "boto3", "pyarrow", "numba", "tyro") if find_spec(name)]
-assert not installed, f"installed without being asked for: {installed}"
+assert not installed, f"installed without an extra: {installed}"
 
 config = mae_core.ModelConfig()
 mae = mae_core.build_mae(config, seed=0)

@@ -1,7 +1,9 @@
-"""Compose files and kustomizations are valid, unknown fields refused: `python infra/validate.py [PATH ...]`.
+"""Validate compose files and kustomizations; unknown fields are errors.
 
-A PATH is a compose file or a folder with a kustomization.yaml; without one, this repository's own. Neither Docker nor
-a cluster is needed, and nothing is looked up. Exit status 2 with one line a fault.
+    python infra/validate.py [PATH ...]
+
+A PATH is a compose file or a folder with a kustomization.yaml; the default is those of this repository. It needs
+neither Docker, nor a cluster, nor a network. Exit status 2, with one line per error.
 """
 
 import importlib.util
@@ -19,7 +21,7 @@ OWN = (HERE / "compose/compose.yaml", HERE / "kuberay/base", HERE / "kuberay/ove
 
 
 def _sibling(name: str) -> Any:
-    """infra is no package: its scripts are read where they lie."""
+    """Import a script of this folder, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"infra_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -34,12 +36,12 @@ _RAY_JOB = json.loads((HERE / "schemas/ray.io_v1_rayjob.json").read_text())
 
 
 def compose_faults(document: Any) -> list[str]:
-    """What is wrong with a compose file; empty where nothing is."""
+    """List the errors in a compose file."""
     return _schema_faults(document, _COMPOSE, jsonschema.Draft7Validator)
 
 
 def object_faults(item: dict[str, Any]) -> list[str]:
-    """What is wrong with a Kubernetes object; for a RayJob its pod templates are looked at as pods."""
+    """List the errors in a Kubernetes object; the pod templates of a RayJob are checked as pods."""
     where = f"{item.get('kind')} {item.get('metadata', {}).get('name')}"
     if item.get("apiVersion", "").startswith("ray.io/"):
         faults = _schema_faults(item, _RAY_JOB, jsonschema.Draft7Validator)
@@ -51,7 +53,7 @@ def object_faults(item: dict[str, Any]) -> list[str]:
 
 
 def pods(ray_job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod that a RayJob makes, with where its template stands."""
+    """Yield every pod template of a RayJob as a pod, preceded by its path in the spec."""
     spec = ray_job["spec"]
     cluster = spec["rayClusterSpec"]
     templates = {"headGroupSpec": cluster["headGroupSpec"]["template"]}
@@ -79,7 +81,7 @@ def _core_faults(item: dict[str, Any]) -> list[str]:
 
 
 def faults(path: Path) -> list[str]:
-    """What is wrong with a compose file or a kustomization."""
+    """List the errors in the compose file or kustomization at `path`."""
     try:
         if path.is_dir():
             return [fault for item in kustomization.resolve(path) for fault in object_faults(item)]
@@ -90,6 +92,7 @@ def faults(path: Path) -> list[str]:
 
 
 def main(paths: list[str]) -> int:
+    """Print the errors in all paths to stderr; return 2 if there is any, else 0."""
     found = [f"{path}: {fault}" for path in map(Path, paths) for fault in faults(path)]
     print("\n".join(found) or f"{len(paths)} valid", file=sys.stderr if found else sys.stdout)
     return 2 if found else 0

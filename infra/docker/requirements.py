@@ -1,4 +1,4 @@
-"""Prints what a pyproject.toml depends on, extras included: `python requirements.py pyproject.toml [EXTRA ...]`."""
+"""Print the dependencies of a pyproject.toml with extras: `python requirements.py pyproject.toml [EXTRA ...]`."""
 
 import sys
 import tomllib

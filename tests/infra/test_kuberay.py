@@ -207,9 +207,9 @@ def test_the_overlay_names_a_queue_and_pins_the_image(infra, repository: Path) -
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("helmCharts: []", "'helmCharts' is not understood"),
+        ("helmCharts: []", "'helmCharts' is not supported"),
         ("resources: [a.yaml]\nresources: [b.yaml]", "'resources' is given twice"),
-        ("patches: [{path: p.yaml, options: {}}]", "'options' is not understood"),
+        ("patches: [{path: p.yaml, options: {}}]", "'options' is not supported"),
     ],
 )
 def test_a_kustomization_that_we_cannot_resolve_is_refused(infra, tmp_path: Path, text: str, words: str) -> None:
@@ -222,8 +222,8 @@ def test_a_kustomization_that_we_cannot_resolve_is_refused(infra, tmp_path: Path
     ("patch", "words"),
     [
         ("[{op: add, path: /spec/nowhere/x, value: 1}]", "no parent 'nowhere'"),
-        ("[{op: replace, path: /metadata/annotations, value: {}}]", "is not there to replace"),
-        ("[{op: move, path: /metadata/name, value: x}]", "'move' is not understood"),
+        ("[{op: replace, path: /metadata/annotations, value: {}}]", "does not exist, so replace fails"),
+        ("[{op: move, path: /metadata/name, value: x}]", "'move' is not supported"),
         ("{spec: {containers: []}}", "is a list"),
     ],
 )
