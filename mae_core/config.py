@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 LAYER_NORM_EPS = 1e-6
 """Epsilon of every layer norm in the reference and in timm's ViT; transformers has 1e-12."""
+ADDED: Mapping[str, bool] = {"added": True}
+"""Metadata of a field that configs of earlier versions lack. While it has its default, it is no part of the identity of
+a run, so that runs of earlier versions keep their names and can be resumed."""
 _ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)")
 
 
@@ -110,7 +114,7 @@ class ModelConfig:
     """self: all tokens attend to each other (the paper); cross: mask tokens attend to visible ones only (CrossMAE)."""
     predicted_share: float = 1.0
     """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all."""
-    norm_eps: float = LAYER_NORM_EPS
+    norm_eps: float = field(default=LAYER_NORM_EPS, metadata=ADDED)
     """Epsilon of the layer norms; weights trained with transformers need 1e-12."""
 
     def __post_init__(self) -> None:

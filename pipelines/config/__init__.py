@@ -12,6 +12,7 @@ from pipelines.config.reading import (
     run_name,
     to_dict,
     with_overrides,
+    without_added_defaults,
 )
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 from pipelines.config.sweeping import SweepConfig, parse_space
@@ -45,4 +46,5 @@ __all__ = [
     "run_name",
     "to_dict",
     "with_overrides",
+    "without_added_defaults",
 ]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from mae_core.config import ADDED
 from mae_core.errors import UserError
 from pipelines.config.sweeping import SweepConfig
 from pipelines.config.training import ClassifyConfig, PretrainConfig
@@ -77,7 +78,7 @@ KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify"
 
 def identity(config: Any) -> dict[str, Any]:
     """Return the fields that decide a run's result, so without its name, output folder and number of workers."""
-    values = to_dict(config)
+    values = without_added_defaults(config)
     for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
         for key in ("name", "output", "tracking", "checkpoint"):
             part.pop(key, None)
@@ -86,6 +87,26 @@ def identity(config: Any) -> dict[str, Any]:
         # The dataset's location does not matter either: its digest identifies it.
         part.get("data", {}).pop("uri", None)
     return values
+
+
+def without_added_defaults(config: Any) -> dict[str, Any]:
+    """Convert a config like `to_dict`, leaving out fields marked `ADDED` that have their default."""
+    values = to_dict(config)
+    _drop_added_defaults(config, values)
+    return values
+
+
+def _drop_added_defaults(config: Any, values: dict[str, Any]) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata == ADDED and value == _default(field):
+            del values[field.name]
+        elif dataclasses.is_dataclass(value):
+            _drop_added_defaults(value, values[field.name])
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def config_hash(config: Any, dataset_digest: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
-from pipelines.config import identity, to_dict
+from pipelines.config import identity, to_dict, without_added_defaults
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
 from pipelines.runs.folder import RunFolder
@@ -150,7 +150,7 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
 
 def _resolved(job: Job) -> dict[str, Any]:
     """Return what the job resolved beyond its config, such as the normalization, without any URI."""
-    values = to_dict(job)
+    values = without_added_defaults(job)
     for key in ("folder", "config", "backbone"):
         values.pop(key, None)
     return values

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mae_core.config import Normalization, Size
+from mae_core.config import ADDED, LAYER_NORM_EPS, Normalization, Size
 from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.plan import EpochPlan, Index
@@ -55,7 +55,7 @@ class ClassifyJob:
     """URI of a folder with encoder.safetensors; empty for a random encoder."""
     backbone_px: Size
     """Image size of the backbone, whose positions are resized to `image_px`."""
-    norm_eps: float
+    norm_eps: float = field(default=LAYER_NORM_EPS, metadata=ADDED)
     """Epsilon of the backbone's layer norms."""
     kind: Literal["classify"] = "classify"
 

@@ -157,6 +157,21 @@ def test_configs_cannot_be_changed_after_they_were_validated() -> None:
         config.epochs = 3
 
 
+def test_runs_of_earlier_versions_keep_their_identity() -> None:
+    """The hashes are of commit 7e1ebf5; a field that is added since then must be marked `ADDED`."""
+    assert config_hash(PretrainConfig(), "digest") == "2f38aedd60ca"
+    assert config_hash(PROBE, "digest") == "f521c58fba25"
+    assert config_hash(load_preset(PretrainConfig, "demo_pretrain"), "digest") == "5c524b0bda3a"
+    assert config_hash(load_preset(ClassifyConfig, "demo_finetune"), "digest") == "ca447d62ca27"
+    assert config_hash(load_preset(SweepConfig, "demo_sweep"), "digest") == "11036ca17f96"
+
+
+def test_an_added_field_is_part_of_the_identity_unless_it_has_its_default() -> None:
+    base = PretrainConfig()
+    assert "norm_eps" not in identity(base)["model"]
+    assert identity(with_overrides(base, {"model.norm_eps": 1e-12}))["model"]["norm_eps"] == 1e-12
+
+
 def test_a_runs_identity_is_what_decides_its_result() -> None:
     base = PretrainConfig()
     same = dataclasses.replace(
