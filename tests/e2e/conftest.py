@@ -33,6 +33,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(dataset: Path) -> Iterator[Place]:
-    """Runs with an embedded Ray; a path short enough for its sockets."""
+    """Yield a place for runs with an embedded Ray, at a path short enough for its sockets."""
     with tempfile.TemporaryDirectory(prefix="mae-e2e-") as scratch:
         yield Place.of(Path(scratch), dataset)

@@ -35,7 +35,7 @@ class Place:
 
     @classmethod
     def of(cls, folder: Path, dataset: Path, **environment: str) -> "Place":
-        """A place whose commands find this code, and a Ray and an MLflow of their own."""
+        """Make a place whose commands import this code and have a Ray and an MLflow of their own."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         ours = {
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
@@ -45,7 +45,7 @@ class Place:
         return cls(folder=folder, dataset=dataset, environment=kept | ours | environment)
 
     def config(self, name: str, **changes: Any) -> dict[str, Any]:
-        """A run of two workers with `changes` of the config's parts."""
+        """Return the config of a run of two workers, with `changes` of the config's sections."""
         config: dict[str, Any] = {
             "name": name,
             "output": str(self.folder / "runs"),
@@ -69,13 +69,13 @@ class Place:
         return config
 
     def command(self, name: str, **changes: Any) -> list[str]:
-        """The command line that means the config."""
+        """Return the command line of the config."""
         preset = self.folder / f"{name}.yaml"
         preset.write_text(yaml.safe_dump({"kind": "pretrain"} | self.config(name, **changes)))
         return [*MAE, "pretrain", "--preset", str(preset), "--json"]
 
     def run(self, command: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
-        """The command, to its end."""
+        """Run the command to its end."""
         return subprocess.run(
             command, cwd=self.folder, env=dict(self.environment), capture_output=True, text=True, timeout=timeout_s
         )
@@ -100,7 +100,7 @@ class Place:
         return digests | {"step": str(checkpoint.step)}
 
     def losses(self, name: str) -> dict[int, float]:
-        """The loss of every step; the one learnt from last where it was taken twice."""
+        """Return the loss of every step; of a repeated step, the last one."""
         storage = self.run_folder(name).storage
         points = [
             point
@@ -112,7 +112,7 @@ class Place:
 
 @contextlib.contextmanager
 def started(command: list[str], place: Place) -> Iterator[psutil.Process]:
-    """The driver runs while the block does; then it and all that it started are killed, as a machine's loss would."""
+    """Run the driver while the block runs; then kill it with everything it started, as the loss of a machine would."""
     with (place.folder / "log").open("ab") as log:
         process = subprocess.Popen(
             command, cwd=place.folder, env=dict(place.environment), stdout=log, stderr=log, start_new_session=True
@@ -134,7 +134,7 @@ def started(command: list[str], place: Place) -> Iterator[psutil.Process]:
 
 
 def wait_for_step(place: Place, name: str, step: int, driver: psutil.Process, timeout_s: float = 400) -> int:
-    """A checkpoint of that step or a later one is committed; returns its step."""
+    """Wait until a checkpoint of that step or a later one is committed; return its step."""
     deadline_s = time.monotonic() + timeout_s
     while (newest := place.newest(name)) < step:
         assert runs(driver), place.log
@@ -144,7 +144,7 @@ def wait_for_step(place: Place, name: str, step: int, driver: psutil.Process, ti
 
 
 def runs(driver: psutil.Process) -> bool:
-    """The driver has not ended."""
+    """Return whether the driver is still running."""
     try:
         return driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -152,12 +152,12 @@ def runs(driver: psutil.Process) -> bool:
 
 
 def exit_status(driver: psutil.Process, timeout_s: float = 600) -> int | None:
-    """What the driver ended with."""
+    """Wait until the driver ends; return its exit status."""
     return driver.wait(timeout_s)
 
 
 def ranks(of: psutil.Process) -> list[psutil.Process]:
-    """The descendants of a driver, or of a node's raylet, that hold a rank."""
+    """List the descendants of a driver, or of a node's raylet, that hold a rank."""
     found = []
     for process in of.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

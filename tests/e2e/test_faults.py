@@ -1,7 +1,7 @@
-"""Pretraining through faults that are no clean deaths: a worker without memory, more failures than are allowed, a
-gradient that is not finite, and faults of all kinds at twenty random moments of one run.
+"""Pretraining through faults other than kills.
 
-Kills, and a worker that hangs, are in test_resume.py.
+They are a worker out of memory, more failures than allowed, a gradient that is not finite, and faults of all kinds at
+twenty random moments of one run. Kills and a hung worker are in test_resume.py.
 """
 
 import json
@@ -29,7 +29,7 @@ WIDE = {"model": {"decoder_width": 512}, "data": {"micro_batch": 32}}
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Place) -> dict[str, str]:
-    """What the weights of a run are that nobody disturbed."""
+    """Run without faults; return the digests of the weights."""
     finished = place.run(place.command("undisturbed", **WIDE))
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["failures"] == 0

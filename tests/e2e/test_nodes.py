@@ -45,7 +45,7 @@ ELASTIC = {"compute": {"num_workers": 2, "min_workers": 1, "spread": True}, "che
 
 @contextlib.contextmanager
 def cluster_of(nodes: int, num_cpus: int, place: Place) -> Iterator[Any]:
-    """A head without CPUs, and so many nodes with so many each; their environment is that of the place."""
+    """Run a head without CPUs and several nodes with CPUs, in the environment of the place."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def cluster_of(nodes: int, num_cpus: int, place: Place) -> Iterator[Any]:
 
 
 def driving(place: Place, name: str, cluster: Any, **changes: Any) -> contextlib.AbstractContextManager[psutil.Process]:
-    """The driver of a run on the cluster runs while the block does."""
+    """Return a context in which the driver of a run on the cluster runs."""
     config = from_dict(PretrainConfig, place.config(name, **changes))
     pixels = pixels_of(read_manifest(open_storage(str(place.dataset))), 1)
     job = PretrainJob(folder=str(place.folder / "runs" / name), config=config, pixels=pixels)
@@ -75,7 +75,7 @@ def driving(place: Place, name: str, cluster: Any, **changes: Any) -> contextlib
 
 
 def node_of_a_rank(cluster: Any) -> Any:
-    """A node on which a worker trains."""
+    """Return a node on which a worker trains."""
     for node in cluster.worker_nodes:
         if ranks(psutil.Process(node.all_processes["raylet"][0].process.pid)):
             return node
@@ -83,7 +83,7 @@ def node_of_a_rank(cluster: Any) -> Any:
 
 
 def announce(cluster: Any, node: Any, in_s: float) -> None:
-    """The node will be taken away in so many seconds, and Ray is told so."""
+    """Announce to Ray that the node will be preempted after that many seconds."""
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 

@@ -97,7 +97,7 @@ def test_two_workers_and_three_see_the_same_batches(place: Place) -> None:
 
 
 def outcome(place: Place, num_workers: int, name: str) -> dict[str, Any]:
-    """What the finished run found; it is run first where it is not finished."""
+    """Run the command to its end; return the outcome, which a finished run repeats."""
     done = place.run(command(place, num_workers, name))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -118,7 +118,7 @@ def points(place: Place, name: str, key: str) -> list[tuple[int, float]]:
 
 
 def mlflow_run(place: Place, name: str) -> tuple[Any, Any]:
-    """The only run of that name."""
+    """Return MLflow's client and the only run of that name."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=place.environment["MLFLOW_TRACKING_URI"])

@@ -26,7 +26,7 @@ def cells(kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def demo_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the notebook reads of a demo: 400 and more test images, and a backbone in sqlite's MLflow."""
+    """Create what the notebook reads of a demo: over 400 test images, and a backbone in MLflow on sqlite."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mae-demo/mlflow.db")
     (tmp_path / "mae-demo").mkdir()

@@ -46,7 +46,7 @@ def infra() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def servers() -> SimpleNamespace:
-    """What starts servers and asks whether they answer."""
+    """Return the functions that start servers and check whether they respond."""
 
     def program(name: str) -> str:
         found = shutil.which(name, path=str(BIN)) or shutil.which(name)
@@ -68,7 +68,7 @@ class LocalCluster:
     """Node id of each address."""
 
     def submit(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-        """The outcome of `ray job submit -- words`, output included."""
+        """Run `ray job submit -- words`; return its outcome with its output."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--", *words]
         return subprocess.run(
             command,
@@ -123,7 +123,7 @@ def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClu
 
 
 def _environment(tracking_uri: str, root: Path) -> dict[str, str]:
-    """What both nodes and every job inherit; nothing of the caller's Ray, and a home folder of its own."""
+    """Return the environment of both nodes and every job: a home folder of its own, and nothing of the caller's Ray."""
     return _inherited() | {
         "HOME": str(root),
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -155,7 +155,7 @@ def _node(arguments: list[str], agent_port: int, environment: dict[str, str], lo
 
 @contextmanager
 def _mlflow(port: int, root: Path) -> Iterator[None]:
-    """An MLflow server runs on loopback: a sqlite file would be out of reach for a remote cluster."""
+    """Run an MLflow server on loopback, since a remote cluster cannot reach a sqlite file."""
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
@@ -169,7 +169,7 @@ def _mlflow(port: int, root: Path) -> Iterator[None]:
 
 @contextmanager
 def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    """A process runs; afterwards neither it nor anything that it started is left."""
+    """Run a process; afterwards kill it and everything it started."""
     mark = f"MAE_TEST_PROCESS={secrets.token_hex(8)}"
     name, _, value = mark.partition("=")
     with log.open("wb") as output:
@@ -216,7 +216,7 @@ def _get(url: str, token: str) -> Any:
 
 
 def _status(url: str, **headers: str) -> int:
-    """The HTTP status that a server answers with; OSError where none does."""
+    """Return the HTTP status of a server's response. Raises OSError if it does not respond."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
             return answer.status
@@ -226,7 +226,7 @@ def _status(url: str, **headers: str) -> int:
 
 
 def _until(probe: Any, what: str, timeout_s: float = 90) -> Any:
-    """What the probe returns as soon as that is true."""
+    """Wait until the probe returns something true; return it."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

@@ -10,7 +10,7 @@ from pipelines.cli import parse
 
 
 def readme_commands(text: str) -> list[str]:
-    """The words after `mae` in every command of a code block; continued lines are joined."""
+    """Return the words after `mae` in every command of a code block, with continued lines joined."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     lines = [line.partition("  #")[0] for line in blocks.splitlines()]
     return [found.group(1) for line in lines if (found := re.match(r"(?:.* --rm )?mae (.*)$", line))]

@@ -40,7 +40,7 @@ def stages(text: str) -> dict[str, list[Instruction]]:
 
 
 def lineage(text: str, stage: str) -> list[Instruction]:
-    """What a stage inherits and then does itself."""
+    """Return the instructions that a stage inherits, followed by its own."""
     own = stages(text)[stage]
     parent = own[0][1].split(" AS ")[0]
     return (lineage(text, parent) if parent in stages(text) else []) + own

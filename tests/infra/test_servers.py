@@ -19,7 +19,7 @@ def compose(infra, repository) -> Any:
 
 @pytest.fixture(scope="module")
 def store(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The S3 store's address; its command is compose's, but for where it listens and what it does not need."""
+    """Run the S3 store with compose's command, except for ports and unneeded services; yield its address."""
     root = tmp_path_factory.mktemp("store")
     kept = [word for word in compose["s3"]["command"] if not re.match(r"-(dir|ip|ip\.bind)=", word)]
     assert len(kept) == len(compose["s3"]["command"]) - 3

@@ -21,7 +21,7 @@ def case(config: ModelConfig = CONFIG, num: int = 3) -> tuple[MaskedAutoencoder,
 
 
 def paint(images: torch.Tensor, ids: torch.Tensor, value: float) -> torch.Tensor:
-    """The images with the patches at `ids` set to a value."""
+    """Return the images with the patches at `ids` set to a value."""
     flags = torch.zeros(len(images), CONFIG.num_patches).scatter_(1, ids, 1.0).reshape(-1, 1, *CONFIG.grid)
     return torch.where(flags.repeat_interleave(4, 2).repeat_interleave(4, 3) > 0, value, images)
 

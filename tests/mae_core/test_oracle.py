@@ -13,7 +13,7 @@ from mae_core.patches import gather
 
 
 def oracle_of(mae: MaskedAutoencoder) -> ViTMAEForPreTraining:
-    """Transformers' model with the weights of ours; position tables and mask token too, which release 5.23 zeroes."""
+    """Build transformers' model with our weights, position tables and mask token (release 5.23 zeroes those two)."""
     config, width, decoder_width = mae.config, mae.encoder.embed_dim, mae.config.decoder_width
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(

@@ -35,7 +35,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 def loud(mae: MaskedAutoencoder) -> MaskedAutoencoder:
-    """The model with every bias, norm and token away from its first value, so that none can hide an error."""
+    """Change every bias, norm and token from its initial value, so that none can hide an error."""
     generator = torch.Generator().manual_seed(1)
     for parameter in mae.parameters():
         if parameter.requires_grad:

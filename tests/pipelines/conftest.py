@@ -45,7 +45,7 @@ def s3(s3_environment: Ports, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A server beside the session's, to be killed. Its endpoint is in nobody's environment."""
+    """Start a server of the test's own, which it may kill. Its endpoint is in no environment."""
     server = S3Server(tmp_path_factory.mktemp("own-weed"), free_ports())
     try:
         server.start()
@@ -86,7 +86,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped sample's images, unpacked. Read only."""
+    """Unpack the images of the bundled sample. Tests must not write to the folder."""
     from pipelines.sample import unpack
 
     return unpack(tmp_path_factory.mktemp("sample"))
@@ -105,7 +105,7 @@ def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tile(label: int, number: int) -> bytes:
-    """A noisy tile, dark or bright as its label says."""
+    """Draw a noisy tile, dark or bright by its label."""
     pixels = np.random.default_rng(number).integers(0, 60, (8, 8, 3))
     pixels += 150 * label
     file = io.BytesIO()
@@ -115,7 +115,7 @@ def _tile(label: int, number: int) -> bytes:
 
 @pytest.fixture
 def tiles(tmp_path: Path) -> tuple[str, Manifest]:
-    """A prepared dataset of 40 and 20 labelled tiles of 8 x 8 px, made without Ray, and its manifest."""
+    """Prepare a dataset of 40 and 20 labelled tiles of 8 x 8 px without Ray; return its URI and manifest."""
     splits, first_id = {}, 0
     numbers = {"num_bytes": 1, "sha256": "", "rows_per_group": 8}
     for name, rows in {"train": 40, "val": 20}.items():

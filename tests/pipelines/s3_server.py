@@ -22,7 +22,7 @@ class S3Server:
         self.uri = "s3://mae-test"
 
     def start(self) -> None:
-        """It answers."""
+        """Start the server and wait until it responds."""
         command = server_command(self._folder, "mae-test", self._ports)
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env={**os.environ, **CREDENTIALS}, stdout=log, stderr=log)
@@ -35,7 +35,7 @@ class S3Server:
         self._process.wait()
 
     def stop(self) -> None:
-        """It has ended."""
+        """Stop the server and wait until it has ended."""
         if self._process is None:
             return
         self._process.terminate()

@@ -100,7 +100,7 @@ def _flipped(content: bytes, num_bits: int) -> bytes:
 
 
 def _claiming(png: bytes, height_px: int, width_px: int) -> bytes:
-    """A PNG whose header claims another size, with a right checksum."""
+    """Return a PNG whose header claims another size, with a correct checksum."""
     header = b"IHDR" + struct.pack(">II", width_px, height_px) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 

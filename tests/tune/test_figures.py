@@ -20,7 +20,7 @@ def point(ratio: float, depth: int, finetune: float | None, probe: float | None,
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """Collect the figures that are saved."""
     figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))

@@ -55,7 +55,7 @@ PRESET = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 260 prepared images of the sample and the preset."""
+    """Return a folder with 260 prepared images of the sample and the preset."""
     home = tmp_path_factory.mktemp("sweep")
     images = sample.unpack(home / "images")
     for split, count in (("train", 20), ("test", 6)):
@@ -80,7 +80,7 @@ def run(home: Path, *flags: str, timeout_s: float = 540) -> dict[str, Any]:
 
 
 def kill_after_first_trial(home: Path) -> Path:
-    """The ledger's entry of the only trial that had finished when the driver was killed."""
+    """Kill the sweep's driver after its first trial; return the path of that trial's record."""
     command = [*MAE, "sweep", "--preset", "tiny.yaml"]
     with (home / "killed.log").open("wb") as log:
         driver = subprocess.Popen(command, cwd=home, env=environment(home), stdout=log, stderr=log)

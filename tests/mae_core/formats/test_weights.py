@@ -39,7 +39,7 @@ CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(28, 28), decoder_width=32
 
 
 def scrambled(model: nn.Module) -> Any:
-    """The model with every tensor random, small enough for an epsilon of 1e-6 to show."""
+    """Return the model with every tensor random, small enough for an epsilon of 1e-6 to matter."""
     random = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         norm_weight = "norm" in name and name.endswith("weight")

@@ -33,7 +33,7 @@ INTERNAL = {"Arch"}
 
 
 def documented(path: Path) -> dict[str, dict[str, str]]:
-    """The attribute docstrings of every dataclass of a file, by class and field; empty where there is none."""
+    """Read the attribute docstrings of every dataclass in a file, by class and field; empty if a field has none."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.decorator_list:
@@ -63,7 +63,7 @@ def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def squeezed(text: str) -> str:
-    """The text without frames and spaces, so that it does not matter where lines were broken."""
+    """Return the text without frames and spaces, so that line breaks do not matter."""
     return re.sub(r"[\s│╭╰╮╯─]", "", text)
 
 

@@ -17,7 +17,7 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def completed(source: str, *words: str) -> list[str]:
-    """What bash offers for the last word."""
+    """Return bash's completions of the last word."""
     line = " ".join(f"'{word}'" for word in words)
     call = f'{source}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _mae; printf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, mlflow_uri: str, without_ray: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The empty folder that the command runs in; Ray's part of `prepare` is done in this process."""
+    """Return an empty folder to run commands in; Ray tasks of `prepare` run in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
     return tmp_path
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refusal(place: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence that the command ends with; nothing in its folder has changed."""
+    """Run a command that must fail; return its message of one line. Nothing in its folder may change."""
     before = contents(place)
     capsys.readouterr()
     status = cli._main(list(argv))

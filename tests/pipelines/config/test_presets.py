@@ -17,7 +17,7 @@ ids = [path.stem for path in PATHS]
 
 
 def header(path: Path) -> str:
-    """The comment above the first key."""
+    """Return the comment above the first key."""
     lines = path.read_text().splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(lines[:end])

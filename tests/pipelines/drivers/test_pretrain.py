@@ -52,7 +52,7 @@ class Place:
         return MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
 
     def versions(self, run_id: str) -> list[str]:
-        """The registered versions that a run of MLflow made."""
+        """List the model versions that an MLflow run registered."""
         return [str(v.version) for v in self.client().search_model_versions(f"name = '{MODEL}'") if v.run_id == run_id]
 
 
@@ -161,7 +161,7 @@ def test_fresh_starts_anew_in_a_run_of_its_own(place: Place) -> None:
 
 
 def kill_once_trained(command: list[str], place: Place) -> None:
-    """The driver and all that it started are gone the moment that the workers have written their result."""
+    """Kill the driver and everything it started once the workers have written their result."""
     result = place.folder / "runs" / "killed" / "result.json"
     with (place.folder / "killed.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=place.folder, stdout=log, stderr=log, start_new_session=True)

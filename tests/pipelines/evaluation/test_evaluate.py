@@ -33,7 +33,7 @@ Tiles = tuple[str, Manifest]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported classifier with random weights, whose classes are the tiles' in another order and one more."""
+    """Export a classifier with random weights, whose classes are the tiles' in another order and one more."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     vit = build_classifier(parse_arch(ARCH), (8, 8), 3, len(CLASSES), ClassifierConfig(head_std=0.5))

@@ -41,7 +41,7 @@ class Proxy:
         self._server.server_close()
 
     def fault(self, method: str) -> str:
-        """What is wrong with the next answer, which takes `delay_s` longer; nothing, mostly."""
+        """Count a request, delay it by `delay_s`, and draw the fault of its response; empty for none."""
         with self._lock:
             self.num_requests += 1
             number, spoiled = self.num_requests, self._draw.random() < self.share
@@ -86,7 +86,7 @@ class Proxy:
                 return self.send(status, headers, content, length)
 
             def body(self) -> bytes:
-                """The request's; pyarrow sends its own in chunks."""
+                """Read the request's body; pyarrow sends it in chunks."""
                 if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
                     return self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 del self.headers["Transfer-Encoding"]
@@ -119,7 +119,7 @@ class Proxy:
 
 @pytest.fixture
 def proxy(own_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """What AWS_ENDPOINT_URL names."""
+    """Yield a proxy in front of the S3 server, at the address in AWS_ENDPOINT_URL."""
     proxy = Proxy(own_s3.endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     for name, value in (("AWS_ACCESS_KEY_ID", "testkey"), ("AWS_SECRET_ACCESS_KEY", "testsecretkey")):

@@ -47,7 +47,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, without_ray: None) -> s
 
 @pytest.fixture
 def put(root: str) -> Callable[[str, bytes], None]:
-    """Writes an image of the source, each later than the one before by the file system's clock."""
+    """Return a function that writes an image of the source, each with a later modification time than the one before."""
     storage, ticks = open_storage(f"{root}/source"), iter(range(10**18, 2 * 10**18, 10**9))
 
     def write(name: str, content: bytes) -> None:
@@ -64,7 +64,7 @@ def put(root: str) -> Callable[[str, bytes], None]:
 
 @pytest.fixture
 def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """Prepares until so many slices are written; then the numbers of those that the next preparation writes."""
+    """Return a function that interrupts a preparation after some slices, and returns what the next one writes."""
     prepare_slice, written = module.prepare_slice, []
 
     def kill_after(count: int) -> Iterator[int]:

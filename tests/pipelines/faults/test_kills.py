@@ -38,7 +38,7 @@ SERVER = multiprocessing.get_context("forkserver")
 
 
 def started(with_ray: bool, source: Path, out: Path) -> psutil.Process:
-    """The job, in a process of its own; without Ray in one that has imported everything already."""
+    """Start the job in another process; without Ray, in one that has already imported everything."""
     if with_ray:
         words = [sys.executable, "-c", WITH_RAY, "prepare", str(source), str(out), *FLAGS]
         with (out.parent / "log").open("ab") as log:
@@ -102,7 +102,7 @@ def check_readers(out: Path) -> bool:
 
 
 def killed_until_done(with_ray: bool, source: Path, out: Path, chance: random.Random) -> int:
-    """Starts again and again until there is a dataset; the number of kills.
+    """Restart the job until there is a dataset; return the number of kills.
 
     A kill falls when some files more are there (so that every start gets further, however slow the machine), or when
     the manifest is.

@@ -49,7 +49,7 @@ def num_rows_read(uri: str, manifest: Manifest) -> int:
 
 @pytest.fixture
 def local(few: Path, tmp_path: Path, without_ray: None) -> tuple[Manifest, dict[str, str]]:
-    """What an undisturbed preparation into a folder comes to."""
+    """Return the result of an undisturbed preparation into a folder."""
     return prepare(str(few), str(tmp_path / "local"), CONFIG), files_of(str(tmp_path / "local"))
 
 

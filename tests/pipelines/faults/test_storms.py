@@ -96,7 +96,7 @@ def test_a_minute_of_spoiled_answers_and_half_a_minute_without_a_server(source: 
 
 
 def in_a_storm(source: str, proxy: Any, *kinds: str) -> Job:
-    """The storm begins when the job has begun to read, since a job takes long to start."""
+    """Run the job in a storm that starts once it has begun to read, since a job takes long to start."""
     over_s: list[float] = []
 
     def at(number: int) -> None:

@@ -30,7 +30,7 @@ SAVE_EVERY = 10
 
 
 def work(uri: str, here: str, environment: dict[str, str], patience_s: float) -> None:
-    """The run in the folder takes a step each time that the file `go` says a larger number, and says so in `done`."""
+    """Train the run in the folder up to the step in the file `go`, and write the steps done to `done`."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     rank, plan, folder, run = rank_of(0, 1), plan_of(1), Path(here), RunFolder(uri)
@@ -71,7 +71,7 @@ class Training:
         self.process.start()
 
     def go(self, step: int) -> None:
-        """The process has taken so many steps."""
+        """Wait until the process has taken that many steps."""
         (self._here / "go").write_text(str(step))
         deadline_s = time.monotonic() + 60
         while int((self._here / "done").read_text() or 0) < step:
@@ -80,7 +80,7 @@ class Training:
             time.sleep(0.01)
 
     def saved(self, step: int) -> None:
-        """The checkpoint of the step is committed, and whole."""
+        """Wait until an intact checkpoint of the step is committed."""
         deadline_s = time.monotonic() + 60
         while step not in self.run.checkpoints.steps():
             assert self.process.is_alive()
@@ -91,7 +91,7 @@ class Training:
 
 @pytest.fixture
 def training(tmp_path: Path, own_s3: Any, proxy: Any) -> Iterator[Any]:
-    """Starts one."""
+    """Return a function that starts a training process."""
     started: list[Training] = []
 
     def start(patience_s: float) -> Training:
@@ -107,7 +107,7 @@ def training(tmp_path: Path, own_s3: Any, proxy: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def refused(training: Any, proxy: Any) -> Any:
-    """Starts one whose first checkpoint is whole, and from now on nothing can be uploaded."""
+    """Return a function that starts a training process and blocks all uploads after its first checkpoint."""
 
     def start(patience_s: float) -> Training:
         run = training(patience_s)

@@ -68,7 +68,7 @@ def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[FeedSegm
 
 
 def consume(segments: list[FeedSegment], num_workers: int, max_tasks: int | None = None) -> list[list[MicroBatch]]:
-    """What each of the ranks gets."""
+    """Return the micro-batches that each rank gets."""
     found: list[list[MicroBatch]] = [[] for _ in range(num_workers)]
     source, lock = feed(segments, num_workers, max_tasks), threading.Lock()
 
@@ -92,7 +92,7 @@ def consume(segments: list[FeedSegment], num_workers: int, max_tasks: int | None
 
 
 def expected_of(segments: list[FeedSegment], rank: int) -> list[MicroBatch]:
-    """The same without Ray."""
+    """Return the micro-batches of a rank, computed without Ray."""
     return [
         batch
         for segment in segments

@@ -76,7 +76,7 @@ def weights(size: int, out_size: int) -> tuple[np.ndarray, int]:
 
 
 def summed(pixels: np.ndarray, out_size: int) -> np.ndarray:
-    """[size ...] -> [out size ...]"""
+    """Return the weighted sums: [size ...] to [out_size ...]."""
     whole, bits = weights(len(pixels), out_size)
     total = np.tensordot(whole, pixels.astype(int), 1) + (1 << bits >> 1)
     return np.clip(total >> bits, 0, 255)

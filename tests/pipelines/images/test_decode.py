@@ -17,7 +17,7 @@ from pipelines.images.decode import decode, evaluation_view, inspect
 
 
 def reference(content: bytes, channels: int) -> np.ndarray:
-    """What Pillow makes of it, alpha over white."""
+    """Decode with Pillow, with transparency over white."""
     image = Image.open(io.BytesIO(content))
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -61,7 +61,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_of(height_px: int, width_px: int, *chunks: bytes) -> bytes:
-    """A black PNG of that size with further chunks, deflated row by row, so that the test itself stays small."""
+    """Return a black PNG of that size with further chunks, deflated row by row to keep the test's memory small."""
     header = struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0)
     deflate = zlib.compressobj(9)
     pixels = b"".join(deflate.compress(bytes(1 + 3 * width_px)) for _ in range(height_px)) + deflate.flush()

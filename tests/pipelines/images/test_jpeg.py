@@ -72,7 +72,7 @@ def sliceable(content: bytes, kind: str, num_mcus: int) -> tuple[bytes, np.ndarr
 
 
 def decode_box(found: tuple[bytes, np.ndarray], box: tuple[int, int, int, int], channels: int) -> np.ndarray:
-    """The box's pixels, decoded from what lies under it."""
+    """Return the box's pixels by a partial decode."""
     pixels, (top, left, height, width) = decode_crop(found[0], channels, 1, found[1], box, Scratch())
     return pixels[top : top + height, left : left + width]
 

@@ -18,7 +18,7 @@ ROTATED = 6
 
 @pytest.fixture
 def photo(tmp_path: Path, without_ray: None) -> Path:
-    """A folder with one JPEG, white on its left half as stored and therefore on its upper half when upright."""
+    """Return a folder with one JPEG whose left half is white as stored, and so the upper half after EXIF rotation."""
     pixels = np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[:, :32] = 255
     exif = Image.Exif()

@@ -517,7 +517,7 @@ class Server:
         raise AssertionError((self.folder / "log").read_text())
 
     def kill(self) -> None:
-        """The server and its workers are gone at once."""
+        """Kill the server and its workers."""
         if self.process is not None:
             os.killpg(self.process.pid, 9)
             self.process.wait()

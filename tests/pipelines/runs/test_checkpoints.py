@@ -38,7 +38,7 @@ def folder(tmp_path: Path, step: int) -> Path:
 
 
 def file_of(tmp_path: Path, step: int, name: str) -> Path:
-    """The file as the manifest names it."""
+    """Return the path of the file that the manifest names."""
     manifest = json.loads((folder(tmp_path, step) / "manifest.json").read_text())
     return folder(tmp_path, step) / manifest["files"][name]["path"]
 
@@ -127,7 +127,7 @@ READ: list[str] = []
 
 @pytest.fixture
 def counting(store: CheckpointStore, tmp_path: Path) -> CheckpointStore:
-    """A store of two checkpoints that counts what is read."""
+    """Return a store of two checkpoints that counts reads."""
     for step in (5, 6):
         store.save(checkpoint(step), THREE)
     READ.clear()
@@ -209,7 +209,7 @@ def test_of_two_drivers_that_commit_the_same_step_one_wins(store: CheckpointStor
 
 
 def mortal(tmp_path: Path, stop_at: int) -> Storage:
-    """A storage whose process is killed at its `stop_at`th write or delete, before it or after it."""
+    """Return a storage whose process is killed before or after its `stop_at`th write or delete."""
     count = 0
 
     def pass_by(path: str) -> None:

@@ -25,7 +25,7 @@ class Gone(Exception):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logging is this process', not one of Ray's."""
+    """Keep the logging of this process instead of that of a Ray process."""
     monkeypatch.setattr("pipelines.runs.failures.log_to_driver", lambda: None)
 
 

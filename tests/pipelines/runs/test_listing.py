@@ -18,7 +18,7 @@ from pipelines.storage import Storage
 
 
 def make(folder: Path, name: str, steps: range = range(1, 6)) -> RunFolder:
-    """A run of four epochs of five steps that came as far as `steps`."""
+    """Create a run of four epochs of five steps, with metrics and checkpoints of `steps`."""
     run = RunFolder(str(folder / name))
     run.claim({"kind": "pretrain", "config": {"epochs": 4}})
     spool = MetricSpool(run.storage)

@@ -18,7 +18,7 @@ from pipelines.storage import open_storage
 
 @pytest.fixture(scope="session")
 def png() -> Callable[[int], bytes]:
-    """A gray image of 8 x 8 pixels, another for every number."""
+    """Return a function that draws a gray image of 8 x 8 px, a different one for every number."""
 
     def encoded(number: int) -> bytes:
         file = io.BytesIO()
@@ -31,7 +31,7 @@ def png() -> Callable[[int], bytes]:
 
 @pytest.fixture
 def prepared(tmp_path: Path, without_ray: None) -> Callable[..., tuple[Manifest, dict[str, list[dict]]]]:
-    """Prepares a source; its manifest and the rows of each split."""
+    """Return a function that prepares a source and returns its manifest and the rows of each split."""
 
     def prepare(source: str | Path, out: str = "out", **options: Any) -> tuple[Manifest, dict[str, list[dict]]]:
         config = PrepareConfig(**{"val_fraction": 0, "rows_per_shard": 6, "rows_per_group": 2, **options})

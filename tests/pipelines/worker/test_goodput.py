@@ -10,7 +10,7 @@ from pipelines.worker.goodput import Attempt, Clock
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the test sets."""
+    """Replace the clocks by one that the test sets in the returned list."""
     moment = [1000.0]
     monkeypatch.setattr(goodput.time, "perf_counter", lambda: moment[0])
     monkeypatch.setattr(goodput.time, "time", lambda: moment[0])

@@ -34,7 +34,7 @@ _SERVER.set_forkserver_preload([__name__, "tests.pipelines.worker.test_loop"])
 
 
 def work(folder: str, max_file_bytes: int | None = None, ends: bool = True) -> None:
-    """The run in the folder is at its last step, or, where it must not end, waits before it; every step saves."""
+    """Train the run in the folder to its last step, or wait before it if it must not end; every step saves."""
     torch.set_num_threads(1)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -62,7 +62,7 @@ def rank_of(index: int, world: int) -> Rank:
 
 
 def images_of(ids: np.ndarray) -> Tensor:
-    """An image that its id decides; placeholders are black."""
+    """Return images, each a function of its id; placeholders are black."""
     found = torch.zeros(len(ids), 8, 8, 1, dtype=torch.uint8)
     for row, number in zip(found, ids.tolist()):
         if number >= 0:
@@ -71,7 +71,7 @@ def images_of(ids: np.ndarray) -> Tensor:
 
 
 def batches_of(plan: EpochPlan, step: int, rank: Rank) -> list[MicroBatch]:
-    """What the feed would give this rank."""
+    """Return the micro-batches that the feed gives this rank."""
     ids = plan.step_ids(step, rank.index).reshape(-1, plan.micro_batch)
     return [
         MicroBatch(
@@ -114,7 +114,7 @@ def pretrained(rank: Rank, micro_batch: int = 4) -> tuple[dict[str, Tensor], lis
 
 
 def probed(rank: Rank) -> tuple[dict[str, Tensor], list[float]]:
-    """A probe's head after three epochs on features that are the first twelve pixels."""
+    """Train a probe's head for three epochs on features that are the first twelve pixels."""
     plan = plan_of(rank.world)
     torch.manual_seed(0)
     head = ProbeHead(12, 3, head_std=0.5).double()
@@ -158,7 +158,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(micro_batch: int) ->
 
 
 def save(state: TrainState, folder: RunFolder) -> None:
-    """A checkpoint of the state is committed."""
+    """Commit a checkpoint of the state."""
     writer = CheckpointWriter(folder.checkpoints, Retention(newest=2), patience_s=0, before=lambda: None)
     writer.save(state.step, state.snapshot, {})
     writer.wait()
@@ -223,7 +223,7 @@ def _on_rank(index: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    """What real gloo groups of two and three processes found, by their size."""
+    """Return the results of real gloo groups of two and three processes, by size."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(_on_rank, (str(folder),), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
     return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in (2, 3)}

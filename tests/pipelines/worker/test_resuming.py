@@ -28,7 +28,7 @@ def checkpoint(step: int) -> Checkpoint:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run with checkpoints of steps 5 and 6."""
+    """Return a run with checkpoints of steps 5 and 6."""
     folder = RunFolder(str(tmp_path))
     for step in (5, 6):
         folder.checkpoints.save(checkpoint(step), Retention(newest=2))
