@@ -28,6 +28,7 @@ def build_classifier(
         image_px,
         channels,
         drop_path=config.drop_path,
+        dropout=config.dropout,
         num_classes=num_classes,
         pool=config.pool,
         norm_eps=norm_eps,
@@ -38,15 +39,19 @@ def build_classifier(
     return vit
 
 
-def freeze(vit: VisionTransformer, train_blocks: int) -> None:
+def freeze(vit: VisionTransformer, train_blocks: int | float) -> None:
     """Freeze all but the last `train_blocks` blocks, the norm after them, and the head (Figure 9).
 
-    0 trains the head only. Raises UserError if the encoder has fewer blocks.
+    A half is the MLP of a block with its norm, without its attention; 0 trains the head only. Raises UserError if the
+    encoder has fewer blocks.
     """
-    depth = len(vit.blocks)
+    depth, num_whole = len(vit.blocks), int(train_blocks)
     if train_blocks > depth:
-        raise UserError(f"train_blocks {train_blocks} is above the encoder's {depth} blocks; try {depth}")
-    learning = [vit.head, *list(vit.blocks)[depth - train_blocks :]]
+        raise UserError(f"train_blocks {train_blocks:g} is above the encoder's {depth} blocks; try {depth}")
+    learning = [vit.head, *list(vit.blocks)[depth - num_whole :]]
+    if train_blocks > num_whole:
+        half = list(vit.blocks)[depth - num_whole - 1]
+        learning += [half.norm2, half.mlp]
     if train_blocks:
         learning += [vit.norm, vit.fc_norm]
     vit.requires_grad_(False)

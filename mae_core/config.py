@@ -266,26 +266,48 @@ class AugmentConfig:
 class ClassifierConfig:
     """A ViT classifier on top of an encoder."""
 
-    method: Literal["finetune", "probe"] = "finetune"
-    """finetune: train everything; probe: train a linear layer on frozen features, after a BatchNorm without affine."""
+    method: Literal["finetune", "probe", "attentive", "knn"] = "finetune"
+    """finetune: train everything; probe: train a linear layer on frozen features, after a BatchNorm without affine;
+    attentive: train a query that pools frozen patch tokens by cross-attention, and a linear layer; knn: train nothing,
+    classify by the nearest training images (which says little of MAE)."""
     pool: Literal["avg", "token"] = "avg"
     """Input of the head: the mean of the patch tokens, or the class token."""
     drop_path: float = 0.0
     """Stochastic depth, rising linearly to this in the last block."""
+    dropout: float = field(default=0.0, metadata=ADDED)
+    """Dropout after position embeddings, attention and each layer of an MLP; MAE's recipes use none."""
     head_std: float = 2e-5
     """Standard deviation of the head's initial weights."""
-    train_blocks: int | None = None
-    """Number of last blocks to train along with the head (partial fine-tuning, Figure 9); without a value all."""
+    train_blocks: int | float | None = None
+    """Number of last blocks to train along with the head (partial fine-tuning, Figure 9); a half is a block's MLP
+    without its attention; without a value all."""
     ema_decay: float | None = None
     """Evaluate an exponential moving average of the weights with this decay; without a value the weights."""
+    num_neighbours: int = field(default=20, metadata=ADDED)
+    """Nearest training images that vote, for method knn."""
+    temperature: float = field(default=0.07, metadata=ADDED)
+    """A neighbour of cosine similarity s votes with weight exp(s / temperature), for method knn."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"drop_path {self.drop_path} is outside [0, 1); try 0.1, or 0 for none")
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999")
-        if self.train_blocks is not None and self.train_blocks < 0:
-            raise UserError(f"train_blocks {self.train_blocks} is negative; try 4, or 0 for the head alone")
+        if self.train_blocks is not None and (self.train_blocks < 0 or self.train_blocks % 0.5):
+            raise UserError(
+                f"train_blocks {self.train_blocks:g} is not a multiple of 0.5 from 0 up; try 4, 0.5 for the MLP of the "
+                "last block, or 0 for the head alone"
+            )
+        if self.num_neighbours < 1:
+            raise UserError(f"num_neighbours {self.num_neighbours} is below 1; try 20")
+        if not self.temperature > 0:
+            raise UserError(f"temperature {self.temperature:g} is not positive; try 0.07")
+
+    @property
+    def command(self) -> Literal["finetune", "probe"]:
+        """The `mae` command that runs this method: a probe leaves the encoder as it is."""
+        return "finetune" if self.method == "finetune" else "probe"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ def build_encoder(
     channels: int,
     *,
     drop_path: float = 0.0,
+    dropout: float = 0.0,
     num_classes: int = 0,
     pool: Literal["token", "avg"] = "token",
     norm_eps: float = LAYER_NORM_EPS,
@@ -41,6 +42,8 @@ def build_encoder(
         depth=arch.depth,
         num_heads=arch.heads,
         drop_path_rate=drop_path,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
         norm_layer=norm_layer(norm_eps),
         weight_init="skip",
     )

@@ -168,7 +168,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "pretrain": Command(help="Pretrain an MAE and register it.", config=PretrainConfig, run=_pretrain),
     "probe": Command(
-        help="Train a linear probe on the frozen features of a backbone.",
+        help="Train a linear or attentive probe on frozen features of a backbone, or classify by kNN.",
         config=ClassifyConfig,
         run=_probe,
         default=PROBE,

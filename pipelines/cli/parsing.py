@@ -118,10 +118,10 @@ def _takes_preset(name: str) -> bool:
 
 
 def _check_method(name: str, config: Any) -> None:
-    if name in ("probe", "finetune") and config.classifier.method != name:
-        other = "finetune" if name == "probe" else "probe"
+    if name in ("probe", "finetune") and config.classifier.command != name:
         raise UserError(
-            f"classifier.method is {config.classifier.method!r} but the command is {name}; try `mae {other}`"
+            f"classifier.method is {config.classifier.method!r} but the command is {name}; "
+            f"try `mae {config.classifier.command}`"
         )
 
 

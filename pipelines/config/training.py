@@ -1,10 +1,11 @@
 """Options of pretraining, and of training classifiers."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
+from mae_core.config import ADDED, AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
 from mae_core.errors import UserError
 from pipelines.config.data import DataConfig
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
@@ -17,6 +18,16 @@ def _check_epochs(epochs: int, optim: OptimConfig) -> None:
         raise UserError(
             f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
         )
+
+
+def _check_labels(labels: str, per_class: int | None) -> None:
+    is_share = re.fullmatch(r"[0-9]+(\.[0-9]+)?%", labels) is not None and 0 < float(labels[:-1]) <= 100
+    if labels and not is_share:
+        raise UserError(
+            f"labels {labels!r} is no percentage above 0; try 1%, or --data.labels-per-class 20 for a count per class"
+        )
+    if labels and per_class is not None:
+        raise UserError(f"labels {labels} and data.labels_per_class {per_class} exclude each other; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +120,11 @@ class ClassifyConfig:
     scratch. `mae finetune` and `mae probe` accept --model as another name."""
     image_px: tuple[int, int] | None = None
     """Height and width of the input; if not set, those of the backbone (for random, those of the stored images)."""
+    labels: str = field(default="", metadata=ADDED)
+    """Share of each class's training images to use, such as 1%: at least one image, chosen by the seed; 1% is part of
+    10%. All if empty. For a count per class, use data.labels_per_class."""
     seed: int = 0
-    """Seed of head, sample order, augmentation, mixup and drop path."""
+    """Seed of labelled subset, head, sample order, augmentation, mixup and drop path."""
     epochs: int = 100
     """Passes over the training split."""
     data: DataConfig = field(default_factory=lambda: DataConfig(batch=1024))
@@ -142,6 +156,7 @@ class ClassifyConfig:
             raise UserError(f"image_px {self.image_px[0]} x {self.image_px[1]} is below 1; try 224 224")
         if self.eval_every_epochs < 1:
             raise UserError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
+        _check_labels(self.labels, self.data.labels_per_class)
         if self.backbone.startswith("random:"):
             parse_arch(self.backbone.removeprefix("random:"))
         elif not self.backbone.startswith("models:/"):
@@ -149,6 +164,11 @@ class ClassifyConfig:
                 f"backbone {self.backbone!r} is neither models:/NAME@ALIAS, models:/NAME/VERSION nor random:<arch>; "
                 "try models:/mae-vit_base_patch16@candidate"
             )
+
+    @property
+    def label_share(self) -> float | None:
+        """Share of each class's training images to use, from 0 to 1; None if `labels` is empty."""
+        return float(self.labels[:-1]) / 100 if self.labels else None
 
 
 PROBE = ClassifyConfig(

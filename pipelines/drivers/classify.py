@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +16,10 @@ from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import Publish, PublishedJob, drive, read_export
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.jobs import ClassifyJob, train_index
 from pipelines.storage import open_storage
+
+log = logging.getLogger(__name__)
 
 _RANDOM = "random:"
 
@@ -57,10 +60,10 @@ def probe(config: ClassifyConfig, preset: str = "probe", *, fresh: bool = False)
 
 
 def _run(config: ClassifyConfig, method: Literal["finetune", "probe"], preset: str, *, fresh: bool) -> dict[str, Any]:
-    if config.classifier.method != method:
+    if config.classifier.command != method:
         raise UserError(
             f"classifier.method is {config.classifier.method!r} but the function is {method}(); "
-            f"call {config.classifier.method}()"
+            f"call {config.classifier.command}()"
         )
     config, manifest = with_labelled_dataset(config)
     tracking = registry.open_tracking(config.tracking.experiment)
@@ -158,7 +161,7 @@ def published_classify_job(
     """
     depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
     if train_blocks is not None and train_blocks > depth:
-        raise UserError(f"train_blocks {train_blocks} exceeds the {depth} blocks of {start.arch}; try {depth}")
+        raise UserError(f"train_blocks {train_blocks:g} exceeds the {depth} blocks of {start.arch}; try {depth}")
     storage = open_storage(open_storage(config.output).join(name))
     # Workers read the weights from the run folder, so that only the driver talks to MLflow.
     inputs = {"backbone/encoder.safetensors": start.encoder} if start.encoder else {}
@@ -174,11 +177,29 @@ def published_classify_job(
         backbone_px=start.backbone_px,
         norm_eps=start.norm_eps,
     )
-    method = config.classifier.method
-    publish = _register(config, start) if method == "finetune" and config.tracking.register else _nothing
+    command = config.classifier.command
+    publish = _register(config, start) if command == "finetune" and config.tracking.register else _nothing
     return PublishedJob(
-        name=name, kind=method, job=job, manifest=manifest, publish=publish, backbone=start.ref, inputs=inputs
+        name=name,
+        kind=command,
+        job=job,
+        manifest=manifest,
+        publish=publish,
+        backbone=start.ref,
+        inputs=inputs,
+        tags=_label_tags(job, manifest),
     )
+
+
+def _label_tags(job: ClassifyJob, manifest: Manifest) -> dict[str, str]:
+    """Return how many labelled images the job trains on, as tags of its run, and log it; empty if it uses all."""
+    config = job.config
+    if not config.labels and config.data.labels_per_class is None:
+        return {}
+    num_used, num_all = train_index(job, manifest).num_samples, manifest.split("train").num_rows
+    asked = config.labels or f"{config.data.labels_per_class} per class"
+    log.info("labels: %s, %d of %d training images of %d classes", asked, num_used, num_all, len(job.classes))
+    return {"mae.num_train": str(num_used)}
 
 
 def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:

@@ -47,6 +47,8 @@ class PublishedJob:
     """Files that the workers read from the run folder: content by path."""
     backbone: registry.ModelRef | None = None
     parent: registry.Run | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the run in MLflow."""
 
 
 def drive(
@@ -108,7 +110,7 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
         published.name,
         published.kind,
         to_dict(published.job.config),
-        tags={"mae.folder": published.job.folder},
+        tags={"mae.folder": published.job.folder, **published.tags},
         dataset=published.manifest,
         dataset_uri=published.job.config.data.uri,
         parent=published.parent,

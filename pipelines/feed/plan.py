@@ -84,6 +84,13 @@ class Index:
         """
         return self.only(choose_per_class(*self._labels(storage), per_class, seed=seed))
 
+    def take_share(self, storage: Storage, share: float, *, seed: int) -> "Index":
+        """Restrict the index to a share of every class, at least one sample of each, chosen by the seed.
+
+        Reads the label column of every shard. Raises UserError if there are no labels.
+        """
+        return self.only(choose_share(*self._labels(storage), share, seed=seed))
+
     def _bounds(self, ids: Ids) -> Ids:
         assert self.selected is not None
         return np.searchsorted(self.selected, ids).astype(np.int64)
@@ -102,15 +109,32 @@ class Index:
 
 def choose_per_class(ids: Ids, labels: Ids, per_class: int, *, seed: int) -> Ids:
     """Choose the `per_class` ids of every label with the smallest hash. Raises UserError if there are fewer."""
-    if (labels < 0).any():
-        raise UserError("labels_per_class needs a labelled dataset; prepare one folder a class, or leave it out")
-    order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    ids, counts = _by_label(ids, labels, seed)
     if counts.min() < per_class:
         raise UserError(
             f"labels_per_class {per_class} exceeds the {counts.min()} images of the smallest class; try {counts.min()}"
         )
-    return np.sort(ids[order[(starts[:, None] + np.arange(per_class)).ravel()]])
+    return _first_of_each(ids, counts, np.full_like(counts, per_class))
+
+
+def choose_share(ids: Ids, labels: Ids, share: float, *, seed: int) -> Ids:
+    """Choose the rounded share of every label's ids, at least one, with the smallest hash."""
+    ids, counts = _by_label(ids, labels, seed)
+    return _first_of_each(ids, counts, np.maximum(1, np.rint(share * counts).astype(np.int64)))
+
+
+def _by_label(ids: Ids, labels: Ids, seed: int) -> tuple[Ids, Ids]:
+    """Return the ids by label and then by hash, and the number of ids of each label that occurs."""
+    if (labels < 0).any():
+        raise UserError("a labelled subset needs a labelled dataset; prepare one folder a class, or use all images")
+    order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
+    return ids[order], np.unique(labels, return_counts=True)[1]
+
+
+def _first_of_each(ids: Ids, counts: Ids, wanted: Ids) -> Ids:
+    """Return the first `wanted` of each run of `counts` ids, ascending."""
+    starts = np.cumsum(counts) - counts
+    return np.sort(np.concatenate([ids[start : start + count] for start, count in zip(starts, wanted)]))
 
 
 @dataclass(frozen=True, eq=False)

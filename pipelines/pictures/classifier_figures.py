@@ -19,7 +19,7 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
 
     Cells hold counts up to 25 classes, and axes hold names up to 60. Rows of classes without an image stay blank.
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     size = len(classes)
@@ -28,9 +28,9 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
     side = float(np.clip(2.6 + 0.36 * size, 4.2, 11))
     figure = Figure(figsize=(side + 1.2, side + 0.3), dpi=150, layout="constrained")
     axes = figure.subplots()
-    # The logarithm shows confusions of 1 % beside a diagonal of 95 %.
-    shown = axes.imshow(np.where(shares > 0, shares, np.nan), cmap="Blues", norm=LogNorm(0.1, 100))
-    axes.set_title(title, fontsize=11, loc="left", color=_INK)
+    # The square root shows confusions of 1 % beside a diagonal of 95 %.
+    shown = axes.imshow(np.where(shares > 0, shares, np.nan), cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+    axes.set_title(_plain(title), fontsize=11, loc="left", color=_INK)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if size <= _MOST_NAMED:
@@ -41,7 +41,7 @@ def confusion_figure(counts: NDArray[np.integer], classes: Sequence[str], title:
     if size <= _MOST_NUMBERED:
         font_pt = min(9.0, 90 / max(size, len(str(counts.max())) * size / 3))
         for row, column in np.argwhere(counts > 0):
-            color = "white" if shares[row, column] > 12 else _INK
+            color = "white" if shares[row, column] > 30 else _INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=font_pt)
     axes.tick_params(length=0)
     axes.spines[:].set_color("#cccccc")
@@ -70,22 +70,13 @@ def reliability_figure(
     figure = Figure(figsize=(5.2, 6.2), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     above.plot([0, 100], [0, 100], color=_GRAY, linestyle=(0, (5, 4)), linewidth=1.1, label="perfectly calibrated")
-    above.bar(
-        centres[filled], 100 * accuracy[filled], width, color=_BLUE, alpha=0.8, edgecolor="white", label="accuracy"
-    )
-    gap = 100 * (confidence[filled] - accuracy[filled])
-    above.bar(
-        centres[filled],
-        gap,
-        width,
-        100 * accuracy[filled],
-        color=_RED,
-        alpha=0.3,
-        edgecolor=_RED,
-        label="gap to confidence",
-    )
+    right, sure = 100 * accuracy[filled], 100 * confidence[filled]
+    lower, gap = np.minimum(right, sure), np.abs(right - sure)
+    above.bar(centres[filled], lower, width, color=_BLUE, alpha=0.35)
+    above.bar(centres[filled], gap, width, lower, color=_RED, alpha=0.35, label="gap to mean confidence")
+    above.hlines(right, edges[:-1][filled], edges[1:][filled], color=_BLUE, linewidth=2.5, label="accuracy")
     above.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    above.set_title(title, fontsize=11, loc="left", color=_INK)
+    above.set_title(_plain(title), fontsize=11, loc="left", color=_INK)
     above.legend(frameon=False, fontsize=9, loc="upper left", title=f"ECE {error:.2f} %", alignment="left")
     below.bar(centres, counts, width, color=_GRAY, edgecolor="white")
     below.set(xlabel="confidence (%)", ylabel="images")
@@ -97,9 +88,14 @@ def reliability_figure(
 
 
 def _short(name: str) -> str:
+    """Return the name with its middle left out if it is long: classes often differ in their last letters alone."""
+    half = _MOST_LETTERS // 2 - 1
+    return _plain(name if len(name) <= _MOST_LETTERS else f"{name[:half]}...{name[-half:]}")
+
+
+def _plain(text: str) -> str:
     # matplotlib reads text between dollar signs as mathematics.
-    plain = name.replace("$", r"\$")
-    return plain if len(name) <= _MOST_LETTERS else f"{plain[: _MOST_LETTERS - 3]}..."
+    return text.replace("$", r"\$")
 
 
 def _png(figure: "Figure") -> bytes:

@@ -71,8 +71,9 @@ class ClassifyJob:
 
     @property
     def caches_features(self) -> bool:
-        """Whether each image's features are computed once: in a probe without random augmentation."""
-        return self.config.classifier.method == "probe" and not self.config.augment.is_random
+        """Whether each image's features are computed once: for kNN, and in a probe without random augmentation."""
+        method = self.config.classifier.method
+        return method == "knn" or (method == "probe" and not self.config.augment.is_random)
 
 
 Job = PretrainJob | ClassifyJob
@@ -106,12 +107,13 @@ class Phase:
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:
-    """Return the samples that the job trains on: the training split, or `labels_per_class` images of each class."""
-    per_class = job.config.data.labels_per_class
+    """Return the samples that the job trains on: the training split, or the labelled subset of a classifier."""
     index = Index.from_manifest(manifest, "train")
-    if per_class is None:
-        return index
-    return index.take_per_class(open_storage(job.config.data.uri), per_class, seed=job.config.seed)
+    data, seed = job.config.data, job.config.seed
+    if data.labels_per_class is not None:
+        return index.take_per_class(open_storage(data.uri), data.labels_per_class, seed=seed)
+    share = job.config.label_share if isinstance(job, ClassifyJob) else None
+    return index if share is None else index.take_share(open_storage(data.uri), share, seed=seed)
 
 
 def train_plan(job: Job, manifest: Manifest) -> EpochPlan:

@@ -13,7 +13,7 @@ from pipelines.feed.executions import dataset_name
 from pipelines.feed.rank import micro_batches
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Job, PretrainJob, job_from_dict, with_workers
-from pipelines.worker import finetuning, pretraining, probing
+from pipelines.worker import finetuning, neighbours, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
 from pipelines.worker.recorder import Stopped
@@ -62,6 +62,8 @@ def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
         found = pretraining.run(job, rank, feed, folder, checkpoint)
     elif job.config.classifier.method == "finetune":
         found = finetuning.run(job, rank, feed, folder, checkpoint)
+    elif job.config.classifier.method == "knn":
+        found = neighbours.run(job, rank, feed, folder)
     else:
         found = probing.run(job, rank, feed, folder, checkpoint)
     if rank.is_main:

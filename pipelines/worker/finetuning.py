@@ -45,7 +45,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     recorder.finish()
     if rank.is_main:
         export(job, state.ema or bare(state.model), folder)
-    return result_of(job, accuracy, state.step)
+    return result_of(job, accuracy, state.step, plan.num_samples)
 
 
 def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
@@ -128,7 +128,7 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
     folder.storage.write("export/config.json", json.dumps(config, indent=1).encode())
 
 
-def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int) -> dict[str, Any]:
+def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int, num_train: int) -> dict[str, Any]:
     """What the run found, in percent."""
     split = job.config.eval_split
     return {
@@ -137,4 +137,5 @@ def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int) -> dict[
         "top1": round(accuracy[f"{split}/top1"], 3),
         "top5": round(accuracy[f"{split}/top5"], 3),
         "steps": steps,
+        "num_train": num_train,
     }

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mae_core.attentive import AttentiveHead
 from mae_core.augment import pixels_to_input, soft_targets
 from mae_core.classifier import ProbeHead, features, load_encoder_weights
 from mae_core.config import parse_arch
-from mae_core.encoder import build_encoder
+from mae_core.encoder import build_encoder, encode
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import unpack
 from mae_core.step import classify_loss
@@ -30,7 +31,7 @@ from pipelines.worker.recorder import Recorder
 
 @dataclass(frozen=True)
 class Examples:
-    """Frozen features [n d] with their labels [n] and weights [n]."""
+    """Frozen features [n d], or patch tokens [n p d], with their labels [n] and weights [n]."""
 
     features: Tensor
     labels: Tensor
@@ -46,10 +47,9 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     config = job.config
     manifest = read_manifest(open_storage(config.data.uri))
     plan = train_plan(job, manifest)
-    encode = _frozen_encoder(job, rank)
+    encode = frozen_encoder(job, rank)
     torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
-    head = ProbeHead(parse_arch(job.arch).width, len(job.classes), head_std=config.classifier.head_std)
-    head.to(rank.device)
+    head = _head(job).to(rank.device)
     # No DDP: BatchNorm's statistics and the gradients are summed over ranks in _fit.
     state = TrainState.of(config, head, head, plan.steps_per_epoch)
     recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
@@ -59,7 +59,7 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     accuracy: dict[str, float] = {}
     for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
         if phase.split == "train" and phase.kind == "read":
-            table = _read_table(job, rank, feed, manifest, encode)
+            table = read_table(job, rank, feed, manifest, encode)
             with feed.clock.spent("steps"):
                 _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
         elif phase.kind == "train":
@@ -69,22 +69,35 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
             accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
             recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
-    return result_of(job, accuracy, state.step)
+    return result_of(job, accuracy, state.step, plan.num_samples)
 
 
-def _frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tensor]:
+def _head(job: ClassifyJob) -> ProbeHead | AttentiveHead:
+    arch, config = parse_arch(job.arch), job.config.classifier
+    if config.method == "attentive":
+        return AttentiveHead(arch.width, len(job.classes), arch.heads, head_std=config.head_std)
+    return ProbeHead(arch.width, len(job.classes), head_std=config.head_std)
+
+
+def frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tensor]:
+    """Build the encoder; return a function from a micro-batch to features, or to patch tokens for an attentive head."""
     torch.manual_seed(seed_of(job.config.seed, Purpose.INIT, 0))
     vit = build_encoder(parse_arch(job.arch), job.image_px, job.channels, norm_eps=job.norm_eps)
     if job.backbone:
         load_encoder_weights(vit, unpack(open_storage(job.backbone).read("encoder.safetensors")), job.backbone_px)
     vit.requires_grad_(False).eval().to(rank.device)
 
-    @torch.no_grad()
-    def encode(batch: MicroBatch) -> Tensor:
-        with rank.autocast():
-            return features(vit, pixels_to_input(batch.images, job.pixels), job.config.classifier.pool).float()
+    config = job.config.classifier
 
-    return encode
+    @torch.no_grad()
+    def encoded(batch: MicroBatch) -> Tensor:
+        images = pixels_to_input(batch.images, job.pixels)
+        with rank.autocast():
+            if config.method == "attentive":
+                return encode(vit, images, None)[:, 1:].float()
+            return features(vit, images, config.pool).float()
+
+    return encoded
 
 
 def _fit(
@@ -145,13 +158,13 @@ class FeatureTable:
         return Examples(self.features[rows], self.labels[rows], real.float())
 
 
-def _read_table(
+def read_table(
     job: ClassifyJob, rank: Rank, feed: Feed, manifest: Manifest, encode: Callable[[MicroBatch], Tensor]
 ) -> FeatureTable:
     """Every rank holds the features of the whole training split."""
     plan = read_plan(job, manifest, "train")
     ids, found, labels = [], [], []
-    for batch in _read(rank, plan, feed):
+    for batch in read_split(rank, plan, feed):
         ids.append(torch.where(batch.weights > 0, batch.ids, -1))
         found.append(encode(batch))
         labels.append(batch.labels)
@@ -163,7 +176,8 @@ def _read_table(
     return FeatureTable(all_ids[order], all_features[order], all_labels[order])
 
 
-def _read(rank: Rank, plan: EpochPlan, feed: Feed) -> Iterator[MicroBatch]:
+def read_split(rank: Rank, plan: EpochPlan, feed: Feed) -> Iterator[MicroBatch]:
+    """Yield this rank's micro-batches of one pass over a split, on its device."""
     for step in range(plan.steps_per_epoch):
         for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
             yield batch.to(rank.device)
@@ -181,7 +195,7 @@ def _evaluate(
 ) -> dict[str, float]:
     counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
     head.eval()
-    for batch in _read(rank, read_plan(job, manifest, phase.split), feed):
+    for batch in read_split(rank, read_plan(job, manifest, phase.split), feed):
         counts += hits(head(encode(batch), batch.weights, None), batch.labels, batch.weights)
     head.train()
     return accuracy_of(rank, counts, phase.split)

@@ -55,6 +55,38 @@ def test_freeze_leaves_only_the_last_blocks_and_the_head_trainable(train_blocks)
     )
 
 
+@pytest.mark.parametrize(("train_blocks", "half"), [(0.5, 3), (1.5, 2)])
+def test_half_a_block_is_its_mlp_with_its_norm(train_blocks, half):
+    model = build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=train_blocks))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {
+        f"blocks.{half}.{name}" for name, _ in model.blocks[half].named_parameters() if name[:3] in ("nor", "mlp")
+    }
+    expected -= {f"blocks.{half}.norm1.weight", f"blocks.{half}.norm1.bias"}
+    expected |= {name for name, _ in model.named_parameters() if name.startswith("blocks.3") and train_blocks > 1}
+    assert {name for name in learning if name.startswith("blocks")} == expected
+    assert {name.split(".")[0] for name in learning} == {"blocks", "fc_norm", "head"}
+
+
+@pytest.mark.parametrize("train_blocks", [-1, 0.3])
+def test_other_shares_of_a_block_are_refused(train_blocks):
+    with pytest.raises(ValueError, match=r"is not a multiple of 0.5 from 0 up; try 4, 0.5 for the MLP"):
+        ClassifierConfig(train_blocks=train_blocks)
+
+
+def test_dropout_is_where_the_vit_paper_has_it_and_nowhere_without_it():
+    rates = {name: layer.p for name, layer in build(dropout=0.1).named_modules() if isinstance(layer, nn.Dropout)}
+    assert {name for name, p in rates.items() if p} == {
+        "pos_drop",
+        *(f"blocks.{i}.{name}" for i in range(4) for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")),
+    }
+    assert not any(layer.p for layer in build(dropout=0.0).modules() if isinstance(layer, nn.Dropout))
+
+
+def build(dropout):
+    return build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(dropout=dropout))
+
+
 def test_freeze_refuses_more_blocks_than_the_encoder_has():
     with pytest.raises(ValueError, match=r"train_blocks 5 is above the encoder's 4 blocks; try 4"):
         build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=5))

@@ -149,6 +149,8 @@ def test_flags_of_every_type_arrive() -> None:
     )
     config = parse(shlex.split(words)).config
     assert config.data.labels_per_class == 5
+    assert parse(["probe", "--labels", "1%"]).config.labels == "1%"
+    assert parse(["finetune", "--classifier.train-blocks", "0.5"]).config.classifier.train_blocks == 0.5
     assert config.optim.betas == (0.8, 0.9)
     assert config.augment.flip is False
     assert config.model.image_px == (28, 56)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_core.config import AugmentConfig, ClassifierConfig, MaskConfig, ModelConfig, OptimConfig
+from mae_core.errors import UserError
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -70,6 +71,18 @@ def pretrain_configs(draw: st.DrawFn) -> PretrainConfig:
         checkpoint=CheckpointConfig(every_epochs=draw(positive), keep=draw(st.integers(1, 9))),
         tracking=TrackingConfig(experiment=draw(words), register=draw(st.booleans())),
     )
+
+
+@pytest.mark.parametrize("labels", ["1", "0%", "101%", "-1%", "1.%"])
+def test_labels_are_a_percentage(labels: str) -> None:
+    with pytest.raises(UserError, match=r"is no percentage above 0; try 1%, or --data.labels-per-class 20"):
+        ClassifyConfig(labels=labels)
+    assert (ClassifyConfig(labels="2.5%").label_share, ClassifyConfig().label_share) == (0.025, None)
+
+
+def test_a_share_and_a_count_of_labels_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r"labels 1% and data.labels_per_class 20 exclude each other"):
+        ClassifyConfig(labels="1%", data=DataConfig(labels_per_class=20))
 
 
 @settings(deadline=None)

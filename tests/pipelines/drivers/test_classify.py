@@ -7,14 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
 from mae_core.errors import UserError
+from mae_core.pretrained import load_encoder
 from mae_core.state import unpack
 from pipelines.config import (
     CheckpointConfig,
     ClassifyConfig,
+    ComputeConfig,
     DataConfig,
     PrepareConfig,
     PretrainConfig,
@@ -22,6 +28,7 @@ from pipelines.config import (
     RegisterConfig,
     TrackingConfig,
 )
+from pipelines.images.decode import decode
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage, storage_of
 from tests.digest import tensors_digest
@@ -175,6 +182,40 @@ def test_a_probe_registers_nothing_and_a_repetition_prints_the_same(pretrained: 
     assert outcome["kind"] == "probe"
     assert "model" not in outcome
     assert probe(config, "probe") == outcome
+
+
+def test_a_knn_probe_trains_nothing_and_counts_what_scikit_learn_counts(pretrained: Pretrained, tmp_path: Path) -> None:
+    from pipelines.drivers.classify import probe
+
+    config = classify(pretrained, "knn", name="neighbours", compute=ComputeConfig(num_workers=2))
+    # The augmentation of another method is ignored: features are those of the evaluation view.
+    outcome = probe(replace(config, augment=AugmentConfig()), "probe")
+    assert (outcome["kind"], outcome["steps"]) == ("knn", 0)
+    (train, train_labels), (val, val_labels) = (embedded(pretrained, split, tmp_path) for split in ("train", "val"))
+    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    accuracy = (reference.fit(train, train_labels).predict(val) == val_labels).mean()
+    assert outcome["top1"] == pytest.approx(100 * accuracy, abs=1e-3)
+    assert outcome["num_train"] == len(train)
+
+
+def embedded(pretrained: Pretrained, split: str, tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of a split, by the library."""
+    fetched(f"models:/mae-{ARCH}@candidate", tmp_path)
+    table = pq.read_table(Path(pretrained.dataset) / split)
+    images = np.stack([decode(image, 1) for image in table["image"].to_pylist()])
+    return load_encoder(tmp_path)(torch.from_numpy(images)).detach().numpy(), table["label"].to_numpy()
+
+
+def test_an_attentive_probe_trains_on_a_share_of_the_labels(pretrained: Pretrained) -> None:
+    from pipelines.drivers.classify import probe
+    from pipelines.registry import open_tracking
+
+    outcome = probe(classify(pretrained, "attentive", name="attentive", labels="10%"), "probe")
+    assert outcome["kind"] == "attentive"
+    sizes = np.unique(pq.read_table(Path(pretrained.dataset) / "train")["label"].to_numpy(), return_counts=True)[1]
+    assert outcome["num_train"] == sum(max(1, round(0.1 * size)) for size in sizes.tolist())
+    tags = open_tracking("mae").client.get_run(outcome["run_id"]).data.tags
+    assert (tags["mae.kind"], tags["mae.num_train"]) == ("probe", str(outcome["num_train"]))
 
 
 def test_a_config_of_the_other_method_is_refused() -> None:

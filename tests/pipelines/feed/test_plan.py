@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.dataset.manifest import Manifest, Shard, Split
-from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index, choose_per_class
+from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index, choose_per_class, choose_share
 
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -195,6 +195,22 @@ def test_a_subset_has_so_many_of_each_class_and_depends_on_the_seed() -> None:
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert chosen.tolist() != choose_per_class(ids, labels, 5, seed=4).tolist()
     assert set(chosen.tolist()) < set(choose_per_class(ids, labels, 6, seed=3).tolist())
+
+
+def test_a_share_is_exact_per_class_at_least_one_and_nested() -> None:
+    labels = np.repeat([0, 1, 2], [1000, 260, 3])
+    ids = np.random.default_rng(0).permutation(len(labels)) + 5
+    label_of = dict(zip(ids.tolist(), labels.tolist()))
+    chosen = {share: choose_share(ids, labels, share, seed=3) for share in (0.001, 0.01, 0.1, 1.0)}
+    counts = {share: np.bincount([label_of[i] for i in found.tolist()]).tolist() for share, found in chosen.items()}
+    assert counts == {0.001: [1, 1, 1], 0.01: [10, 3, 1], 0.1: [100, 26, 1], 1.0: [1000, 260, 3]}
+    assert set(chosen[0.001]) < set(chosen[0.01]) < set(chosen[0.1]) < set(chosen[1.0])
+    assert chosen[0.1].tolist() != choose_share(ids, labels, 0.1, seed=4).tolist()
+
+
+def test_a_share_and_a_count_of_one_size_are_the_same_images() -> None:
+    ids, labels = np.arange(200), np.arange(200) % 2
+    assert choose_share(ids, labels, 0.05, seed=3).tolist() == choose_per_class(ids, labels, 5, seed=3).tolist()
 
 
 def test_a_subset_that_is_too_large_or_unlabelled_is_refused() -> None:

@@ -52,6 +52,16 @@ def test_a_job_survives_the_way_to_its_workers(job: Any) -> None:
     assert job_from_dict(job_to_dict(job)) == job
 
 
+@pytest.mark.parametrize(("method", "random"), [("probe", False), ("knn", False), ("knn", True)])
+def test_features_that_never_vary_are_read_once(method: Any, random: bool) -> None:
+    job = classify_job(method, augment=AugmentConfig() if random else AugmentConfig(crop="none", flip=False))
+    assert spans(job, 0) == [("read", "train", 0, 0), ("read", "val", 50, 50)]
+
+
+def test_patch_tokens_are_never_kept() -> None:
+    assert not classify_job("attentive", augment=AugmentConfig(crop="none", flip=False)).caches_features
+
+
 def test_pretraining_is_one_stretch() -> None:
     assert spans(pretrain_job(), 0) == [("train", "train", 0, 40)]
     assert spans(pretrain_job(), 13) == [("train", "train", 13, 40)]
