@@ -12,6 +12,7 @@ from pipelines.config import (
     ClassifyConfig,
     DemoConfig,
     EvaluateConfig,
+    ImportConfig,
     InspectConfig,
     PrepareConfig,
     PretrainConfig,
@@ -100,6 +101,12 @@ def _register(call: Invocation) -> dict[str, Any]:
     from pipelines.drivers.register import register
 
     return register(call.arguments[0], call.config)
+
+
+def _import(call: Invocation) -> dict[str, Any]:
+    from pipelines.drivers.importing import import_weights
+
+    return import_weights(call.arguments[0], call.config)
 
 
 def _runs(call: Invocation) -> dict[str, Any]:
@@ -193,6 +200,14 @@ COMMANDS: dict[str, Command] = {
         config=RegisterConfig,
         run=_register,
         positional=(("RUN", "folder or URI of a pretraining run, or RUN@STEP for one of its checkpoints"),),
+    ),
+    "import": Command(
+        help="Register weights of the reference, timm or transformers, or of another site, as a model version.",
+        config=ImportConfig,
+        run=_import,
+        positional=(
+            ("SOURCE", "a .pth or .safetensors file, a folder of transformers or of this project, or timm:MODEL.TAG"),
+        ),
     ),
     "runs": Command(
         help="List runs with their state, step, last checkpoint and loss.",

@@ -1,7 +1,9 @@
 """Options of the commands that show images, models and runs, and of the demo."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from mae_core.config import Size
 from mae_core.errors import UserError
 from pipelines.config.running import check_model_name
 
@@ -59,6 +61,41 @@ class RegisterConfig:
 
     def __post_init__(self) -> None:
         check_model_name(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Weights from elsewhere as a version of a registered model. Options replace what the files say."""
+
+    name: str = ""
+    """Registered model, such as mae-vit_base_patch16-official; required."""
+    licence: str = ""
+    """Licence of the weights, such as CC-BY-NC-4.0; required unless this project exported them."""
+    origin: str = ""
+    """URL that the weights come from; required unless this project exported them."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel that the model was trained with; if empty, as the files say, else ImageNet's."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel; if empty, as the files say, else ImageNet's."""
+    image_px: Size | None = None
+    """Height and width the model was trained at; without a value read off the position table, which must be square."""
+    decoder_heads: int | None = None
+    """Attention heads of the decoder; without a value as the files say, or 16 if its width is 512."""
+    target: Literal["norm_pixels", "pixels"] | None = None
+    """What the decoder predicts; without a value as the files say, else norm_pixels."""
+    classes: str = ""
+    """Text file with the class names of a classifier, one a line; if empty, as the files say, else class numbers."""
+    experiment: str = "mae"
+    """MLflow experiment of the import."""
+
+    def __post_init__(self) -> None:
+        check_model_name(self.name)
+        if len(self.mean) != len(self.std):
+            raise UserError(f"mean {self.mean} and std {self.std} differ in length; give one of each per channel")
+        if any(std <= 0 for std in self.std):
+            raise UserError(f"std {self.std} is not above 0; give the deviation of each channel on the scale 0 to 1")
+        if self.decoder_heads is not None and self.decoder_heads < 1:
+            raise UserError(f"decoder_heads {self.decoder_heads} is below 1; try 16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import mae_core
 from mae_core.errors import UserError
 from pipelines.registry.outages import retry
 from pipelines.registry.runs import Run
-from pipelines.registry.versions import PARENT_TAG, SHA256_TAG, ModelRef, check_file_name, ref_of, sha256_of
+from pipelines.registry.versions import SHA256_TAG, ModelRef, check_file_name, inherited_tags, ref_of, sha256_of
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -24,22 +24,30 @@ if TYPE_CHECKING:
 ALIAS = "candidate"
 """Alias of the newest complete version."""
 Content = bytes | Path
-_BACKBONE = ("encoder.safetensors", "mae.safetensors", "config.json")
+_BACKBONE = ("encoder.safetensors", "config.json")
 _CLASSIFIER = ("classifier.safetensors", "config.json")
 _SUFFIXES = (".safetensors", ".json", ".png")
 _REQUIREMENTS = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "safetensors", "simplejpeg", "timm", "torch")
 
 
 def register_backbone(
-    run: Run, files: dict[str, Content], model_name: str, *, description: str = "", tags: dict[str, str] | None = None
+    run: Run,
+    files: dict[str, Content],
+    model_name: str,
+    *,
+    parent: ModelRef | None = None,
+    description: str = "",
+    tags: dict[str, str] | None = None,
 ) -> ModelRef:
     """Register a complete new version of the model and move alias @candidate to it.
 
-    Idempotent: the same files of the same run register once. `files` must hold encoder.safetensors, mae.safetensors and
-    config.json; manifest.json and reconstructions.png are optional. Raises UserError for a missing or unexpected file.
+    Idempotent: the same files of the same run register once. `files` must hold encoder.safetensors and config.json;
+    mae.safetensors (missing if there is no decoder), manifest.json and reconstructions.png are optional. A version that
+    continues `parent` gets its licence and origin. Raises UserError for a missing or unexpected file.
     """
     _check(files, _BACKBONE)
-    return _register(run, files, model_name, description, {"mae.kind": "backbone", **(tags or {})})
+    inherited = inherited_tags(parent) if parent else {}
+    return _register(run, files, model_name, description, {"mae.kind": "backbone", **inherited, **(tags or {})})
 
 
 def register_classifier(
@@ -53,6 +61,8 @@ def register_classifier(
 ) -> ModelRef:
     """Register a new version of `<backbone>-classifier`, or of `model_name`, tagged with the backbone it came from.
 
+    The backbone's licence and origin are tags of the classifier too.
+
     Classes and preprocessing are copied from config.json into tags. Without a backbone (training from scratch),
     `model_name` is required.
     """
@@ -62,7 +72,7 @@ def register_classifier(
     config = json.loads(_read(files["config.json"]))
     described = {key: json.dumps(config[key])[:5000] for key in ("classes", "image_px", "pixels") if key in config}
     if backbone is not None:
-        described[PARENT_TAG] = backbone.uri
+        described |= inherited_tags(backbone)
     name = model_name or f"{backbone.name}-classifier"  # pyright: ignore[reportOptionalMemberAccess]
     return _register(run, files, name, description, {"mae.kind": "classifier", **described, **(tags or {})})
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SHA256_TAG = "sha256."
 PARENT_TAG = "mae.parent"
+LICENCE_TAG, ORIGIN_TAG = "mae.licence", "mae.origin"
+"""Of weights that were imported, and of everything trained from them."""
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>[0-9]+))")
 _SOURCE = re.compile(r"models:/(?P<id>m-[0-9a-f]{32})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*")
@@ -98,6 +100,12 @@ def ref_of(version: "ModelVersion") -> ModelRef:
     )
 
 
+def inherited_tags(ref: ModelRef) -> dict[str, str]:
+    """Return the tags that whatever is trained from this version gets: where it came from, licence and origin."""
+    kept = {tag: ref.tags[tag] for tag in (LICENCE_TAG, ORIGIN_TAG) if tag in ref.tags}
+    return {PARENT_TAG: ref.uri, **kept}
+
+
 def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path) -> dict[str, Path]:
     """Download the version's files to `folder` and verify their sha256; return their paths by name.
 
@@ -141,7 +149,9 @@ def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
     tags: dict[str, str] = {}
     while ref is not None and ref.uri not in seen:
         seen.add(ref.uri)
-        steps.append(Step(kind="model version", id=ref.uri, facts={f"sha256 {k}": v for k, v in ref.sha256.items()}))
+        facts = {f"sha256 {k}": v for k, v in ref.sha256.items()}
+        facts |= {tag.removeprefix("mae."): ref.tags[tag] for tag in (LICENCE_TAG, ORIGIN_TAG) if tag in ref.tags}
+        steps.append(Step(kind="model version", id=ref.uri, facts=facts))
         run_id = ref.run_id
         run = retry(lambda run_id=run_id: client.get_run(run_id), "the run")
         tags = run.data.tags

@@ -1,8 +1,11 @@
-"""Serialize a pretrained model for export and registration."""
+"""Serialize a pretrained model or a classifier for export and registration."""
 
 import json
+from collections.abc import Mapping
 
-from mae_core.config import ModelConfig, Normalization
+from torch import Tensor
+
+from mae_core.config import ClassifierConfig, ModelConfig, Normalization, Size
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
 from mae_core.state import pack, unpack
@@ -17,9 +20,35 @@ def backbone_files(model: ModelConfig, pixels: Normalization, mae_tensors: bytes
     """
     mae = build_mae(model, seed=0)
     mae.load_state_dict(unpack(mae_tensors))
+    return {**encoder_files(model, pixels, export_tensors(mae.encoder)), "mae.safetensors": mae_tensors}
+
+
+def encoder_files(model: ModelConfig, pixels: Normalization, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Return the files of a backbone without a decoder by name: its tensors under timm's names, and its config."""
     config = {"kind": "backbone", "model": to_dict(model), "pixels": to_dict(pixels)}
-    return {
-        "encoder.safetensors": pack(export_tensors(mae.encoder)),
-        "mae.safetensors": mae_tensors,
-        "config.json": json.dumps(config, indent=1).encode(),
+    return {"encoder.safetensors": pack(tensors), "config.json": json.dumps(config, indent=1).encode()}
+
+
+def classifier_files(
+    tensors: Mapping[str, Tensor],
+    config: ClassifierConfig,
+    *,
+    arch: str,
+    image_px: Size,
+    channels: int,
+    classes: tuple[str, ...],
+    norm_eps: float,
+    pixels: Normalization,
+) -> dict[str, bytes]:
+    """Return the files of a classifier by name: its tensors under timm's names; classes and preprocessing."""
+    values = {
+        "kind": "classifier",
+        "arch": arch,
+        "image_px": list(image_px),
+        "channels": channels,
+        "classes": list(classes),
+        "classifier": to_dict(config),
+        "norm_eps": norm_eps,
+        "pixels": to_dict(pixels),
     }
+    return {"classifier.safetensors": pack(tensors), "config.json": json.dumps(values, indent=1).encode()}

@@ -1,6 +1,5 @@
 """Fine-tuning, partial fine-tuning and training from scratch on one rank."""
 
-import json
 from typing import Any
 
 import torch
@@ -10,15 +9,15 @@ from mae_core.augment import erase, mixup, pixels_to_input
 from mae_core.classifier import build_classifier, load_encoder_weights
 from mae_core.config import parse_arch
 from mae_core.randomness import Purpose, seed_of
-from mae_core.state import model_tensors, pack, unpack
+from mae_core.state import model_tensors, unpack
 from mae_core.step import classify_loss
-from pipelines.config import to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
+from pipelines.worker.export import classifier_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, bare
 from pipelines.worker.recorder import Recorder
@@ -114,18 +113,18 @@ def accuracy_of(rank: Rank, counts: Tensor, split: str) -> dict[str, float]:
 
 def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
     """export/ holds what the registry takes: weights, classes and preprocessing."""
-    config = {
-        "kind": "classifier",
-        "arch": job.arch,
-        "image_px": list(job.image_px),
-        "channels": job.channels,
-        "classes": list(job.classes),
-        "classifier": to_dict(job.config.classifier),
-        "norm_eps": job.norm_eps,
-        "pixels": to_dict(job.pixels),
-    }
-    folder.storage.write("export/classifier.safetensors", pack(model_tensors(model)))
-    folder.storage.write("export/config.json", json.dumps(config, indent=1).encode())
+    files = classifier_files(
+        model_tensors(model),
+        job.config.classifier,
+        arch=job.arch,
+        image_px=job.image_px,
+        channels=job.channels,
+        classes=job.classes,
+        norm_eps=job.norm_eps,
+        pixels=job.pixels,
+    )
+    for name, content in files.items():
+        folder.storage.write(f"export/{name}", content)
 
 
 def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int, num_train: int) -> dict[str, Any]:

@@ -357,6 +357,17 @@ class TestModels:
             "commit",
         ]
 
+    def test_licence_and_origin_reach_the_last_classifier(self, tracking, backbone_files, classifier_files):
+        tags = {"mae.licence": "CC-BY-NC-4.0", "mae.origin": "https://example.org/mae"}
+        imported = register_backbone(tracking.run("i", "import", {}), backbone_files, "mae-l", tags=tags)
+        further = register_backbone(tracking.run("p", "pretrain", {}), backbone_files, "mae-l2", parent=imported)
+        classifier = register_classifier(tracking.run("f", "finetune", {}), classifier_files, further)
+        assert tags.items() <= classifier.tags.items()
+        versions = [step for step in tracking.lineage(classifier.uri) if step.kind == "model version"]
+        assert [step.id for step in versions] == [classifier.uri, further.uri, imported.uri]
+        for step in versions:
+            assert (step.facts["licence"], step.facts["origin"]) == tuple(tags.values())
+
     def test_unknown_models_say_what_there_is(self, tracking, backbone_files):
         run = tracking.run("p", "pretrain", {})
         register_backbone(run, backbone_files, "mae-vit_pico")
@@ -374,7 +385,7 @@ class TestModels:
     def test_files_are_checked_before_anything_is_made(self, tracking, backbone_files):
         run = tracking.run("p", "pretrain", {})
         for files, message in [
-            ({"config.json": b"{}"}, "encoder.safetensors, mae.safetensors is missing"),
+            ({"config.json": b"{}"}, "encoder.safetensors is missing"),
             ({**backbone_files, "../x.json": b""}, "not a plain file name"),
             ({**backbone_files, "x.pkl": b""}, "does not allow"),
         ]:
