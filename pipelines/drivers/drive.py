@@ -151,9 +151,12 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
 
 
 def _resolved(job: Job) -> dict[str, Any]:
-    """Return what the job resolved beyond its config, such as the normalization, without any URI."""
+    """Return what the job resolved beyond its config, such as the normalization, without any URI.
+
+    The backbone, whose version the config pins, decides `backbone_px`.
+    """
     values = without_added_defaults(job)
-    for key in ("folder", "config", "backbone"):
+    for key in ("folder", "config", "backbone", "backbone_px"):
         values.pop(key, None)
     return values
 
