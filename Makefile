@@ -1,6 +1,8 @@
 # Everything runs from .venv, which pyproject.toml alone defines.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes at least, four at most: some tests start a Ray cluster of their own.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo bench test test-long check format clean
 
@@ -24,7 +26,7 @@ bench: setup
 
 # Every test that can run on this machine; each skipped test says what is missing.
 test: setup
-	$(BIN)/python -m pytest --durations=30
+	$(PYTEST) --durations=30
 
 # Tests of kills and restarts that take many minutes.
 test-long: setup
@@ -37,7 +39,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not ray and not s3 and not gpu and not browser"
+	$(PYTEST) -q -m "not long and not slow and not ray and not s3 and not gpu and not browser"
 
 format: setup
 	$(BIN)/ruff check --fix .

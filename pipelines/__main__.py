@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 PIPELINE_MODULES = (
     "boto3",
+    "faiss",
     "matplotlib",
     "mlflow",
     "numba",
@@ -15,6 +16,7 @@ PIPELINE_MODULES = (
     "yaml",
     "ray",
     "rich",
+    "sklearn",
     "scipy",
     "simplejpeg",
     "torchvision",

@@ -16,6 +16,8 @@ from ray._private.state import state as cluster_state
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
 
+log = logging.getLogger(__name__)
+
 _EMBEDDED = "MAE_RAY_EMBEDDED"
 """Set in the processes of an embedded Ray, which inherit the driver's environment."""
 
@@ -26,6 +28,9 @@ DATA_TASK = "mae_data_task"
 """Ray resource that limits data tasks. An embedded Ray declares one more than may run at a time, so that two executions
 of a feed do not start twice as many processes. A cluster may declare it too, to choose which nodes decode and how many
 tasks each runs at a time."""
+
+_STARTS = 3
+"""Attempts to start an embedded Ray: it gives up after 30 s, which a machine under full load may exceed."""
 
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, in addition to workers and data tasks.
 _SPARE_CPUS = 2
@@ -95,6 +100,7 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
         os.environ[_EMBEDDED] = "1"
         _init(
+            _STARTS,
             num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
             resources={DATA_TASK: groups * (compute.data_tasks + 1)},
             include_dashboard=False,
@@ -110,15 +116,20 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         os.environ.pop(_EMBEDDED, None)
 
 
-def _init(**arguments: Any) -> None:
-    """Initialize Ray. Raises CommandFailed if it does not respond."""
-    try:
-        ray.init(**arguments)
-    except Exception as error:  # ray.init also raises bare Exceptions
-        place = ray_address() or "on this machine"
-        raise CommandFailed(
-            f"Ray {place} did not answer ({' '.join(str(error).split())}); run `mae doctor`, then rerun"
-        ) from error
+def _init(starts: int = 1, **arguments: Any) -> None:
+    """Initialize Ray, in at most `starts` attempts. Raises CommandFailed if it does not respond."""
+    for attempt in range(1, starts + 1):
+        try:
+            ray.init(**arguments)
+        except Exception as error:  # ray.init also raises bare Exceptions
+            cause = " ".join(str(error).split())
+            if attempt == starts:
+                place = ray_address() or "on this machine"
+                raise CommandFailed(f"Ray {place} did not answer ({cause}); run `mae doctor`, then rerun") from error
+            log.warning("Ray did not start (%s); trying again", cause)
+            ray.shutdown()
+        else:
+            return
 
 
 def quiet_ray() -> None:

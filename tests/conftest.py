@@ -1,4 +1,4 @@
-"""Shapes in signatures are enforced while tests run, and no test touches the user's MLflow or Ray."""
+"""Enforce shapes in signatures, keep tests away from the user's MLflow and Ray, and deal them to processes."""
 
 import os
 
@@ -6,7 +6,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Installed before anything imports mae_core; it stays installed, since modules load as tests need them.
 install_import_hook("mae_core", "beartype.beartype")
+
+SHARED_RAY = "ray4"
+"""Fixture of the Ray session that many tests share: they all run in one process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests by file for pytest-xdist, those of the shared Ray together, and start the slow groups first.
+
+    A file's tests share fixtures, so one process runs them all. The order of groups decides how well two processes
+    share the work: a slow group that starts last would run alone.
+    """
+    group_of = {item: _group(item) for item in items}
+    slow = {group for item, group in group_of.items() if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (group_of[item] != SHARED_RAY, group_of[item] not in slow))
+    for item, group in group_of.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str:
+    return SHARED_RAY if SHARED_RAY in getattr(item, "fixturenames", ()) else item.location[0]

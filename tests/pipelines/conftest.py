@@ -54,9 +54,9 @@ def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         server.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray4(s3_environment: Ports) -> Iterator[None]:
-    """Ray with four logical CPUs, whose workers know the S3 server's address."""
+    """Start one Ray with four logical CPUs for all tests that use it; its workers know the S3 server's address."""
     import ray
 
     # A socket's path may be 107 bytes long: pytest's own folders would make it longer.

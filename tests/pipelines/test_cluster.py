@@ -1,11 +1,13 @@
-"""What data tasks may ask of a cluster."""
+"""What data tasks may request of a cluster, and an embedded Ray that does not start at once."""
 
+import os
 from typing import Any
 
 import pytest
 
-from pipelines.cluster import data_tasks
+from pipelines.cluster import data_tasks, ray_session
 from pipelines.config import ComputeConfig
+from pipelines.errors import CommandFailed
 
 
 def node(name: str, num_cpus: float, alive: bool = True) -> dict[str, Any]:
@@ -33,3 +35,41 @@ def test_data_tasks_ask_for_no_cpu_where_workers_have_them_all(
     monkeypatch.setattr("pipelines.cluster.cluster_state.get_draining_nodes", lambda: dict.fromkeys(leaving, 1))
     monkeypatch.delenv("MAE_RAY_EMBEDDED", raising=False)
     assert data_tasks(ComputeConfig(data_tasks=2), workers) == wanted
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace ray.init by one that fails twice as Ray does on a busy machine; return the arguments of its calls."""
+    calls: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    return calls
+
+
+def test_an_embedded_ray_that_did_not_start_is_started_again_with_the_same_arguments(
+    starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session(ComputeConfig()):
+        assert len(starts) == 3
+    assert starts[0] == starts[1] == starts[2]
+
+
+def test_a_cluster_that_does_not_answer_is_asked_once_and_named(
+    starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(CommandFailed, match=r"Ray 127.0.0.1:1 did not answer .*timed out"),
+        ray_session(ComputeConfig()),
+    ):
+        pytest.fail("no session was opened")
+    assert len(starts) == 1
