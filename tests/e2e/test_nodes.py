@@ -84,8 +84,9 @@ def node_of_a_rank(cluster: Any) -> Any:
 
 def announce(cluster: Any, node: Any, in_s: float) -> None:
     """Announce to Ray that the node will be preempted after that many seconds."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    # Both modules are built and have no stubs.
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # pyright: ignore[reportAttributeAccessIssue]
 
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline_ms = int(1000 * (time.time() + in_s))

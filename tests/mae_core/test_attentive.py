@@ -15,7 +15,7 @@ def test_it_is_torchs_attention_with_one_query():
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     attention.in_proj_weight.data = torch.cat([torch.eye(8), head.key_value.weight])
     attention.in_proj_bias.data = torch.cat([torch.zeros(8), head.key_value.bias])
-    attention.out_proj = head.projection
+    attention.out_proj.load_state_dict(head.projection.state_dict())
     pooled, _ = attention(head.query.expand(4, 1, 8), tokens, tokens)
     torch.testing.assert_close(head(tokens), head.head(head.norm(pooled[:, 0])))
 

@@ -81,13 +81,19 @@ def test_without_crop_and_flip_the_box_is_the_entire_image():
     assert not flips(config, seed=0, epoch=0, sample_ids=np.arange(100)).any()
 
 
+def global_states() -> tuple[object, ...]:
+    """States of the global generators of `random` and NumPy."""
+    words = np.random.get_state(legacy=False)
+    return random.getstate(), str(words), words["state"]["key"].tolist()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_rand_augment_depends_on_its_key_and_leaves_global_generators_alone(mode):
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     image = Image.fromarray(noise).convert(mode)
-    states = random.getstate(), np.random.get_state()[1].tolist()
+    states = global_states()
     seen = {rand_augment(image, RECIPE, key).tobytes() for key in range(8)}
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert global_states() == states
     assert len(seen) > 3
     random.random()
     assert rand_augment(image, RECIPE, 7).tobytes() in seen

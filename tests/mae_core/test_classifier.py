@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.classifier import ProbeHead, build_classifier, features, load_encoder_weights
@@ -34,6 +35,7 @@ def test_average_pooling_leaves_the_class_token_out():
 
 def test_the_classifiers_head_starts_small():
     model = build_classifier(ARCH, (16, 16), 3, 1000, ClassifierConfig(head_std=2e-5))
+    assert isinstance(model.head, nn.Linear)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert not model.head.bias.any()
 
@@ -92,18 +94,24 @@ def test_freeze_refuses_more_blocks_than_the_encoder_has():
         build_classifier(ARCH, (16, 16), 3, 7, ClassifierConfig(train_blocks=5))
 
 
+def table_of(model: VisionTransformer) -> torch.Tensor:
+    """Position table of the model."""
+    assert model.pos_embed is not None
+    return model.pos_embed
+
+
 def test_fixed_positions_of_another_image_size_become_those_of_the_models_size():
     model = build_encoder(ARCH, (32, 16), 3)
-    positions = model.pos_embed.clone()
+    positions = table_of(model).clone()
     load_encoder_weights(model, export_tensors(build_encoder(ARCH, (16, 16), 3)), (16, 16))
-    assert torch.equal(model.pos_embed, positions)
+    assert torch.equal(table_of(model), positions)
 
 
 def test_learned_positions_of_another_image_size_are_interpolated():
     encoder, model = build_encoder(ARCH, (16, 24), 3), build_encoder(ARCH, (32, 24), 3)
-    torch.nn.init.normal_(encoder.pos_embed)
+    nn.init.normal_(table_of(encoder))
     load_encoder_weights(model, export_tensors(encoder), (16, 24))
-    assert torch.equal(model.pos_embed, resized(encoder.pos_embed, (4, 6), (8, 6)))
+    assert torch.equal(table_of(model), resized(table_of(encoder), (4, 6), (8, 6)))
 
 
 def test_a_position_table_of_another_size_than_stated_is_refused():
@@ -136,13 +144,14 @@ def test_incomplete_encoder_weights_are_refused():
 def test_without_placeholders_the_probe_is_torchs_batch_norm_and_a_linear_layer():
     head = ProbeHead(6, 3)
     norm = nn.BatchNorm1d(6, affine=False, eps=1e-6)
-    for batch in torch.randn(4, 10, 6) * 3 + 1:
+    *batches, last = torch.randn(5, 10, 6) * 3 + 1
+    for batch in batches:
         torch.testing.assert_close(head(batch, torch.ones(10)), head.head(norm(batch)))
     torch.testing.assert_close(head.running_mean, norm.running_mean)
     torch.testing.assert_close(head.running_var, norm.running_var)
     head.eval()
     norm.eval()
-    torch.testing.assert_close(head(batch, torch.ones(10)), head.head(norm(batch)))
+    torch.testing.assert_close(head(last, torch.ones(10)), head.head(norm(last)))
 
 
 def test_placeholders_do_not_enter_the_probes_statistics():

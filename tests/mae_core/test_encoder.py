@@ -1,6 +1,9 @@
 import pytest
 import timm
 import torch
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from mae_core.config import ModelConfig, parse_arch
 from mae_core.encoder import build_encoder, encode, export_tensors
@@ -16,6 +19,7 @@ def test_encode_without_a_mask_equals_timms_forward_features(image_px, channels)
 
 def test_timms_own_model_takes_the_weights_strictly():
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    assert isinstance(theirs, VisionTransformer)
     ours = build_encoder(parse_arch("vit_tiny_patch16"), (224, 224), 3)
     theirs.load_state_dict(export_tensors(ours), strict=True)
     images = torch.randn(1, 3, 224, 224)
@@ -26,6 +30,7 @@ def test_timms_own_model_takes_the_weights_strictly():
 
 def test_positions_are_saved_but_not_trained():
     vit = build_encoder(parse_arch("vit_pico_patch4"), (16, 16), 3)
+    assert vit.pos_embed is not None
     assert not vit.pos_embed.requires_grad
     assert "pos_embed" in vit.state_dict()
     assert all(parameter.requires_grad for name, parameter in vit.named_parameters() if name != "pos_embed")
@@ -33,12 +38,19 @@ def test_positions_are_saved_but_not_trained():
 
 def test_the_encoder_starts_from_xavier_with_the_patch_embedding_as_a_linear_layer():
     vit = build_encoder(parse_arch("vit_small_patch16"), (32, 32), 3)
-    for weight, fans in ((vit.patch_embed.proj.weight, 768 + 384), (vit.blocks[0].mlp.fc1.weight, 384 + 1536)):
+    first, tokens = vit.blocks[0], vit.cls_token
+    assert isinstance(first, Block)
+    assert isinstance(first.attn, Attention)
+    assert isinstance(first.mlp, Mlp)
+    assert isinstance(first.norm1, nn.LayerNorm)
+    assert isinstance(vit.norm, nn.LayerNorm)
+    assert tokens is not None
+    for weight, fans in ((vit.patch_embed.proj.weight, 768 + 384), (first.mlp.fc1.weight, 384 + 1536)):
         bound = (6 / fans) ** 0.5
         assert 0.99 * bound < weight.abs().max().item() <= bound
-    assert not vit.blocks[0].attn.qkv.bias.any()
-    assert vit.blocks[0].norm1.eps == vit.norm.eps == 1e-6
-    assert 0.015 < vit.cls_token.std().item() < 0.025
+    assert not first.attn.qkv.bias.any()
+    assert first.norm1.eps == vit.norm.eps == 1e-6
+    assert 0.015 < tokens.std().item() < 0.025
 
 
 @pytest.mark.parametrize("size", ["pico", "nano", "tiny", "small", "base"])

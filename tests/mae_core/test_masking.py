@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_patches_with_the_least_noise_stay_visible_and_ties_go_to_the_earlier():
 
 
 def test_block_masks_are_in_larger_pieces_than_random_ones():
-    def edges(kind: str) -> float:
+    def edges(kind: Literal["random", "block"]) -> float:
         hidden = masks(MaskConfig(kind=kind, ratio=0.5), num=64).is_hidden().reshape(-1, *GRID)
         return (
             (hidden[:, 1:] != hidden[:, :-1]).double().mean() + (hidden[..., 1:] != hidden[..., :-1]).double().mean()

@@ -19,7 +19,8 @@ def draw(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_it_is_scikit_learns_with_the_same_weights():
     (queries, _), (bank, labels) = draw(50, 0), draw(200, 1)
     # The metric's distance is 1 - cosine similarity.
-    reference = KNeighborsClassifier(7, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    reference = KNeighborsClassifier(7, metric="cosine")
+    reference.set_params(weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = reference.fit(bank.numpy(), labels.numpy()).predict_proba(queries.numpy())
     found = knn_probabilities(queries, bank, labels, **OPTIONS)
     np.testing.assert_allclose(found, expected, atol=1e-5)

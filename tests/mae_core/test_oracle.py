@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from timm.layers import Attention
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_core.config import MaskConfig, ModelConfig
@@ -15,11 +16,13 @@ from mae_core.patches import gather
 def oracle_of(mae: MaskedAutoencoder) -> ViTMAEForPreTraining:
     """Build transformers' model with our weights, position tables and mask token (release 5.23 zeroes those two)."""
     config, width, decoder_width = mae.config, mae.encoder.embed_dim, mae.config.decoder_width
+    attention = mae.encoder.blocks[0].attn
+    assert isinstance(attention, Attention)
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=width,
             num_hidden_layers=len(mae.encoder.blocks),
-            num_attention_heads=mae.encoder.blocks[0].attn.num_heads,
+            num_attention_heads=attention.num_heads,
             intermediate_size=4 * width,
             image_size=config.image_px[0],
             patch_size=config.patch_px,

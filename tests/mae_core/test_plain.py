@@ -1,5 +1,7 @@
 """The fast path computes the paper's loss and gradients, to float32 rounding."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +13,16 @@ from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather
 from mae_core.plain import plain_loss, plain_predict
 
+KINDS: tuple[Literal["random", "block", "grid"], ...] = ("random", "block", "grid")
+ATTENTIONS: tuple[Literal["self", "cross"], ...] = ("self", "cross")
 shapes = st.sampled_from([("vit_pico_patch2", (8, 8)), ("vit_pico_patch4", (16, 8)), ("vit_pico_patch4", (8, 24))])
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
     arch, image_px = draw(shapes)
-    kind = draw(st.sampled_from(["random", "block", "grid"]))
-    attention = draw(st.sampled_from(["self", "cross"]))
+    kind = draw(st.sampled_from(KINDS))
+    attention = draw(st.sampled_from(ATTENTIONS))
     return ModelConfig(
         arch=arch,
         image_px=image_px,

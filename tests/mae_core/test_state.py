@@ -46,7 +46,10 @@ def test_optimizer_state_goes_by_name_and_not_by_order():
     other = copy.deepcopy(model)
     reordered = torch.optim.AdamW(list(reversed(list(other.parameters()))), lr=0.1, fused=True)
     load_optimizer_tensors(reordered, other, optimizer_tensors(optimizer, model))
-    assert torch.equal(reordered.state[other[2].weight]["exp_avg"], optimizer.state[model[2].weight]["exp_avg"])
+    theirs, ours = other[2].weight, model[2].weight
+    assert isinstance(theirs, nn.Parameter)
+    assert isinstance(ours, nn.Parameter)
+    assert torch.equal(reordered.state[theirs]["exp_avg"], optimizer.state[ours]["exp_avg"])
 
 
 def test_an_optimizer_that_has_not_stepped_has_no_state():

@@ -75,6 +75,8 @@ def test_ema_update_moves_the_average_towards_the_model():
     model = nn.BatchNorm1d(3)
     ema = copy.deepcopy(model).requires_grad_(False)
     nn.init.constant_(model.weight, 2.0)
+    assert model.running_mean is not None
+    assert ema.running_mean is not None
     model.running_mean.fill_(7.0)
     ema_update(ema, model, 0.9)
     torch.testing.assert_close(ema.weight, torch.full((3,), 1.1))

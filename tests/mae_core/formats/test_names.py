@@ -1,5 +1,7 @@
 """Laws of the three namings: to and back is the identity, and the libraries themselves take what is written."""
 
+from typing import Any
+
 import pytest
 import timm as timm_library
 import torch
@@ -16,7 +18,7 @@ from mae_core.model import build_mae
 
 ARCH = parse_arch("vit_pico_patch4")
 CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(28, 28), decoder_width=32, decoder_depth=2, decoder_heads=4)
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -24,12 +26,13 @@ SIZES = {
     "image_size": 28,
     "patch_size": 4,
 }
-DECODER_SIZES = {
+DECODER_SIZES: dict[str, Any] = {
     "decoder_hidden_size": 32,
     "decoder_num_hidden_layers": 2,
     "decoder_num_attention_heads": 4,
     "decoder_intermediate_size": 128,
 }
+FIVE_CLASSES: dict[str, Any] = {"num_labels": 5}
 
 
 def randomized(module: torch.nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -71,7 +74,7 @@ def test_to_and_back_is_the_identity(naming, kind):
     ("theirs", "kind"),
     [
         (lambda: ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **DECODER_SIZES)), "mae"),
-        (lambda: ViTForImageClassification(ViTConfig(**SIZES, num_labels=5)), "token"),
+        (lambda: ViTForImageClassification(ViTConfig(**SIZES, **FIVE_CLASSES)), "token"),
         (lambda: ViTMAEModel(ViTMAEConfig(**SIZES)), "encoder"),
         (lambda: ViTModel(ViTConfig(**SIZES), add_pooling_layer=False), "encoder"),
     ],
@@ -133,6 +136,8 @@ def test_the_reference_has_mask_token_and_decoder_beside_the_encoder():
 def test_a_linear_probes_batch_norm_is_merged_into_its_head():
     norm, linear = torch.nn.BatchNorm1d(64, affine=False, eps=1e-6), torch.nn.Linear(64, 5)
     head = torch.nn.Sequential(norm, linear).eval()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.1, 3)
     encoder = models()["encoder"]

@@ -1,5 +1,7 @@
 """What a file is said to be, from its keys."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,13 @@ import transformers
 from mae_core.errors import UserError
 from mae_core.formats.recognise import KNOWN, recognise
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+}
 
 
 @pytest.mark.parametrize("known", KNOWN)

@@ -21,7 +21,7 @@ from mae_core.masking import mask_from_noise
 from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -29,7 +29,7 @@ SIZES = {
     "image_size": 28,
     "patch_size": 4,
 }
-DECODER_SIZES = {
+DECODER_SIZES: dict[str, Any] = {
     "decoder_hidden_size": 32,
     "decoder_num_hidden_layers": 2,
     "decoder_num_attention_heads": 4,
@@ -158,9 +158,12 @@ def test_a_mask_token_that_timm_refuses_is_left_out():
 
 def test_a_linear_probe_of_the_reference_has_its_logits():
     theirs = vit()
-    theirs.head = nn.Sequential(nn.BatchNorm1d(64, affine=False, eps=1e-6), theirs.head)
-    theirs.head[0].running_mean.normal_()
-    theirs.head[0].running_var.uniform_(0.5, 2)
+    norm = nn.BatchNorm1d(64, affine=False, eps=1e-6)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    theirs.head = nn.Sequential(norm, theirs.head)
     weights = converted(theirs)
     assert (weights.kind, weights.pool, weights.notes) == ("classifier", "token", ())
     with torch.no_grad():

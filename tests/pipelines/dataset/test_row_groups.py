@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,13 +38,12 @@ def shard(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / PATH
         path.parent.mkdir()
         codecs = {"image": "NONE", "label": "ZSTD", "orientation": "ZSTD", "source": "ZSTD"}
-        pq.write_table(
-            table_of(rows),
-            path,
-            row_group_size=per_group,
-            compression={**codecs, "segment_offsets.list.element": "ZSTD"},
-            use_dictionary=["source"],
-        )
+        # pyarrow's signature has neither codecs nor dictionaries by column, its documentation has both.
+        by_column: dict[str, Any] = {
+            "compression": {**codecs, "segment_offsets.list.element": "ZSTD"},
+            "use_dictionary": ["source"],
+        }
+        pq.write_table(table_of(rows), path, row_group_size=per_group, **by_column)
         return path
 
     return write

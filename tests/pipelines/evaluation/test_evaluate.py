@@ -182,6 +182,7 @@ def test_a_registered_classifier_gets_a_run_with_its_version_metrics_and_picture
     assert result["model"] == ref.uri
     run = tracking.client.get_run(result["run_id"])
     assert (run.data.tags["mae.kind"], run.data.tags["mae.model"]) == ("evaluate", ref.uri)
+    assert run.inputs is not None
     assert [model_input.model_id for model_input in run.inputs.model_inputs] == [ref.model_id]
     assert run.inputs.dataset_inputs[0].tags[0].value == "evaluation"
     assert run.data.metrics["val/top1"] == pytest.approx(result["metrics"]["top1"]["value"])

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ with closing(SortedEntries(Entry(f"{number:02d}.bmp", f"{number:02d}.bmp") for n
     NAMES = [entry.name for entry in _entries]
     """In the order of storage."""
 CONFIG = PrepareConfig(rows_per_shard=5, rows_per_group=2, max_bad=1, val_fraction=0.2)
+KillAfter = Callable[[int], list[int]]
 
 
 def bitmap(number: int) -> bytes:
@@ -63,11 +64,11 @@ def put(root: str) -> Callable[[str, bytes], None]:
 
 
 @pytest.fixture
-def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> KillAfter:
     """Return a function that interrupts a preparation after some slices, and returns what the next one writes."""
-    prepare_slice, written = module.prepare_slice, []
+    prepare_slice, written = module.prepare_slice, list[int]()
 
-    def kill_after(count: int) -> Iterator[int]:
+    def kill_after(count: int) -> list[int]:
         def write(number: int, *rest: Any) -> dict[str, int]:
             if len(written) == count:
                 raise KeyboardInterrupt
@@ -92,7 +93,7 @@ def is_as_if_fresh(root: str) -> bool:
     return files_of(open_storage(f"{root}/out")) == files_of(open_storage(f"{root}/fresh"))
 
 
-def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any, killed: Any) -> None:
+def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any, killed: KillAfter) -> None:
     written = killed(4)
     put(NAMES[7], bitmap(100))
     module.prepare(f"{root}/source", f"{root}/out", CONFIG)
@@ -100,7 +101,7 @@ def test_only_the_slice_of_a_changed_image_is_written_again(root: str, put: Any,
     assert is_as_if_fresh(root)
 
 
-def test_a_bad_image_that_was_mended_leaves_no_quarantine(root: str, put: Any, killed: Any) -> None:
+def test_a_bad_image_that_was_mended_leaves_no_quarantine(root: str, put: Any, killed: KillAfter) -> None:
     killed(5)
     assert open_storage(f"{root}/out").exists("quarantine/part-00000.parquet")
     put(NAMES[3], bitmap(3))
@@ -110,7 +111,7 @@ def test_a_bad_image_that_was_mended_leaves_no_quarantine(root: str, put: Any, k
 
 @pytest.mark.parametrize("changed", [6, 27, 29])
 def test_a_change_after_duplicates_were_dropped_brings_back_what_is_none_now(
-    changed: int, root: str, put: Any, killed: Any, monkeypatch: pytest.MonkeyPatch
+    changed: int, root: str, put: Any, killed: KillAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = killed(6)
     # The slice with the copy is written again without it, and its summary never is.

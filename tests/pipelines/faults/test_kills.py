@@ -18,7 +18,7 @@ from pipelines.dataset.manifest import is_prepared, read_manifest
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 
-OPTIONS = {"rows_per_shard": 12, "rows_per_group": 5}
+OPTIONS: dict[str, Any] = {"rows_per_shard": 12, "rows_per_group": 5}
 FLAGS = ["--rows-per-shard", "12", "--rows-per-group", "5"]
 # Each slice takes a little longer, so that a kill may fall anywhere.
 IN_ONE_PROCESS = """

@@ -11,13 +11,13 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mae_core.errors import UserError
+from pipelines.dataset.manifest import Manifest, Split
 from pipelines.registry import (
     Tracking,
     TrackingUnreachable,
@@ -33,9 +33,11 @@ from pipelines.registry.versions import check_location
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
-MANIFEST = SimpleNamespace(
-    num_ok=10, channels=1, classes=["a", "b"], splits={"train": SimpleNamespace(num_rows=8)}, digest="d" * 64
-)
+MANIFEST = Manifest(
+    channels=1, image_px=(28, 28), classes=["a", "b"], splits={"train": Split(num_rows=8, num_bytes=1, shards=[])},
+    num_found=10, num_ok=10, num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.3], std=[0.35],
+    config={}, source_digest="", digest="d" * 64,
+)  # fmt: skip
 MODEL = {"arch": "vit_pico_patch4", "image_px": [28, 28], "channels": 1}
 PIXELS = {"mean": [0.3], "std": [0.35]}
 
@@ -227,11 +229,14 @@ class TestRuns:
 
     def test_this_machine_is_sampled(self, tracking, monkeypatch):
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+        ids = []
         for _ in range(2):
             run = tracking.run("a", "pretrain", {})
+            ids.append(run.id)
             time.sleep(0.3)
             run.finish()
-        steps = history(tracking, run.id, "system/cpu_utilization_percentage")
+        assert ids[0] == ids[1]
+        steps = history(tracking, ids[0], "system/cpu_utilization_percentage")
         assert len(steps) >= 4
         assert steps == list(range(len(steps)))
 
@@ -549,11 +554,11 @@ def test_on_a_server_that_dies_and_comes_back_every_point_is_there_once(server, 
     tracking = open_tracking("mae")
     run = tracking.run("p", "pretrain", {"a": 1}, dataset=MANIFEST, dataset_uri="/d")
     longest_s, step = 0.0, 0
+    restart = threading.Thread(target=server.start)
     for phase in ("up", "down", "up again"):
         if phase == "down":
             server.kill()
         if phase == "up again":
-            restart = threading.Thread(target=server.start)
             restart.start()
         for _ in range(20):
             began_s = time.monotonic()
@@ -567,7 +572,9 @@ def test_on_a_server_that_dies_and_comes_back_every_point_is_there_once(server, 
     run.finish()
     assert history(tracking, run.id) == list(range(1, step + 1))
     assert tracking.client.get_run(run.id).info.status == "FINISHED"
-    assert tracking.find_run("p").id == run.id
+    found = tracking.find_run("p")
+    assert found is not None
+    assert found.id == run.id
     files = tracking.fetch(tracking.resolve("models:/mae-s@candidate"), tmp_path / "x")
     assert {name: path.read_bytes() for name, path in files.items()} == backbone_files
     assert ref.uri in [step.id for step in tracking.lineage("models:/mae-s/1")]

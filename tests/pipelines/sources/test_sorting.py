@@ -2,6 +2,7 @@
 
 import random
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_images_that_are_files_are_mixed_alike_whatever_the_listing(run_entries:
 
 
 def test_images_within_files_keep_their_place() -> None:
-    for place in ({"offset": 0}, {"group": 0}):
-        made = [Entry(f"{i:03d}.png", "a", **place) for i in range(300)]
+    for where in (Entry("", "", offset=0), Entry("", "", group=0)):
+        made = [replace(where, name=f"{i:03d}.png", path="a") for i in range(300)]
         with closing(SortedEntries(made[::-1])) as entries:
             assert list(entries) == made
