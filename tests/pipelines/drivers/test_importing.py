@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import Block
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_core import load_classifier, load_encoder, load_mae
@@ -33,7 +34,7 @@ from pipelines.storage import open_storage
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 CONFIG = ModelConfig(arch="vit_pico_patch7", image_px=(28, 28), decoder_width=32, decoder_depth=1, decoder_heads=2)
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -87,7 +88,7 @@ def test_a_checkpoint_with_decoder_becomes_a_version_that_reconstructs(place: Pa
     assert mae.config.target == "pixels"
     assert normalization.mean == (0.485, 0.456, 0.406)
     assert all(torch.equal(t, tensors[n]) for n, t in fair.from_ours(mae.state_dict()).items())
-    assert torch.equal(load_encoder(folder).vit.norm.weight, tensors["norm.weight"])
+    assert torch.equal(load_encoder(folder).vit.state_dict()["norm.weight"], tensors["norm.weight"])
 
 
 def test_the_same_import_twice_is_one_version_and_another_is_another(place: Path) -> None:
@@ -118,7 +119,11 @@ def test_an_encoder_alone_is_a_backbone_that_says_that_it_has_no_decoder(place: 
 
 
 def test_a_folder_of_transformers_brings_its_epsilon_target_and_normalization(place: Path) -> None:
-    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    decoder: dict[str, Any] = {
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+    }
     config = ViTMAEConfig(**SIZES, **decoder, decoder_intermediate_size=128, norm_pix_loss=True)
     ViTMAEForPreTraining(config).save_pretrained(place / "vitmae")
     (place / "vitmae" / "preprocessor_config.json").write_text(
@@ -142,7 +147,7 @@ def test_a_classifier_of_transformers_has_its_class_names(place: Path) -> None:
 
 
 def test_a_fine_tuned_checkpoint_takes_class_names_from_a_file(place: Path) -> None:
-    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    sizes: dict[str, Any] = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, global_pool="avg", **sizes)
     torch.save({"model": model.state_dict()}, place / "finetuned.pth")
     (place / "names.txt").write_text("cat\ndog\ncow\n")
@@ -286,10 +291,14 @@ def test_licence_and_origin_reach_the_classifier_that_is_fine_tuned_from_an_impo
     )
     version = open_tracking("mae").resolve(outcome["model"])
     assert (version.tags["mae.licence"], version.tags["mae.origin"]) == tuple(LICENCE.values())
-    classifier = load_classifier(fetched(outcome["model"], place / "version"))
-    assert classifier.vit.blocks[0].norm1.eps == 1e-12
-    assert classifier.vit.pos_embed.shape == (1, 1 + 4 * 6, 64)
-    assert torch.equal(classifier.vit.pos_embed[0, 0], model.vit.embeddings.position_embeddings[0, 0])
+    vit = load_classifier(fetched(outcome["model"], place / "version")).vit
+    first, table = vit.blocks[0], vit.pos_embed
+    assert isinstance(first, Block)
+    assert isinstance(first.norm1, torch.nn.LayerNorm)
+    assert table is not None
+    assert first.norm1.eps == 1e-12
+    assert table.shape == (1, 1 + 4 * 6, 64)
+    assert torch.equal(table[0, 0], model.vit.embeddings.position_embeddings[0, 0])
 
 
 def test_a_complete_command_line_is_read(place: Path) -> None:
