@@ -14,11 +14,13 @@ from pipelines.config import (
     EvaluateConfig,
     ImportConfig,
     InspectConfig,
+    LookConfig,
     PrepareConfig,
     PretrainConfig,
     ReconstructConfig,
     RegisterConfig,
     RunsConfig,
+    SegmentConfig,
     SweepConfig,
     to_dict,
 )
@@ -83,6 +85,18 @@ def _evaluate(call: Invocation) -> dict[str, Any]:
     from pipelines.evaluation.evaluate import evaluate
 
     return evaluate(call.config, call.arguments[0])
+
+
+def _look(call: Invocation) -> dict[str, Any]:
+    from pipelines.evaluation.look import look
+
+    return look(call.arguments[0], call.arguments[1], call.config)
+
+
+def _segment(call: Invocation) -> dict[str, Any]:
+    from pipelines.evaluation.segment import segment
+
+    return segment(call.arguments[0], call.arguments[1], call.config)
 
 
 def _sweep(call: Invocation) -> dict[str, Any]:
@@ -194,6 +208,21 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep),
     "reconstruct": Command(
         help="Draw masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
+    ),
+    "segment": Command(
+        help="Train a linear segmentation probe on frozen patch tokens; measure mIoU.",
+        config=SegmentConfig,
+        run=_segment,
+        positional=(
+            ("DATA", "folder or s3:// prefix with images/ and masks/, or with both below train/ and val/"),
+            ("OUT", "folder or s3:// prefix of tokens, head, result and picture"),
+        ),
+    ),
+    "look": Command(
+        help="Draw patch tokens as colours and the attention of the class token, for a folder of images.",
+        config=LookConfig,
+        run=_look,
+        positional=(("FOLDER", "folder or s3:// prefix of images"), ("OUT", "folder or s3:// prefix of the pictures")),
     ),
     "register": Command(
         help="Register a checkpoint of a pretraining run as a model version.",

@@ -1,7 +1,7 @@
 """Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
-from pipelines.config.evaluating import EvaluateConfig
+from pipelines.config.evaluating import EvaluateConfig, LookConfig, SegmentConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -32,11 +32,13 @@ __all__ = [
     "EvaluateConfig",
     "ImportConfig",
     "InspectConfig",
+    "LookConfig",
     "PrepareConfig",
     "PretrainConfig",
     "ReconstructConfig",
     "RegisterConfig",
     "RunsConfig",
+    "SegmentConfig",
     "SweepConfig",
     "TrackingConfig",
     "config_hash",

@@ -38,3 +38,68 @@ class EvaluateConfig:
             raise UserError(
                 f"num_resamples {self.num_resamples} is too few for a 95 % interval; try 1000, or 0 for no intervals"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """Pictures of what an encoder sees: principal components of patch tokens, attention of the class token."""
+
+    model: str = "models:/mae-vit_base_patch16@candidate"
+    """Registered backbone (models:/NAME@ALIAS or models:/NAME/VERSION), or the export/ folder of a run."""
+    num_images: int = 12
+    """Most images to draw, spread evenly over the folder; the components are fitted over all of them."""
+    image_px: tuple[int, int] | None = None
+    """Height and width of the input, multiples of the patch; if not set, those of the backbone. Larger inputs make
+    finer pictures; positions are resized."""
+    gpu: bool = False
+    """Run the encoder on the first GPU."""
+    log: bool = False
+    """Log the pictures to MLflow."""
+    experiment: str = "mae"
+    """MLflow experiment of the run."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_images <= 1000:
+            raise UserError(f"num_images {self.num_images} is outside [1, 1000]; try 12")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """A linear segmentation probe on frozen patch tokens: mIoU and pictures."""
+
+    model: str = "models:/mae-vit_base_patch16@candidate"
+    """Registered backbone (models:/NAME@ALIAS or models:/NAME/VERSION), or the export/ folder of a run."""
+    image_px: tuple[int, int] | None = None
+    """Height and width of the input, multiples of the patch, to which images are stretched; if not set, those of the
+    backbone. Larger inputs give finer predictions; positions are resized."""
+    val_fraction: float = 0.2
+    """Share of the images held out by the seed, if there are no folders train/ and val/."""
+    epochs: int = 40
+    """Passes over the training images."""
+    batch: int = 16
+    """Images per step."""
+    lr: float = 1e-3
+    """AdamW's learning rate at the start of the cosine."""
+    weight_decay: float = 1e-4
+    """Weight decay of the linear layer."""
+    num_pictures: int = 8
+    """Validation images to draw beside their predictions and masks, spread evenly."""
+    seed: int = 0
+    """Seed of the held-out images, the head, and the order of images."""
+    gpu: bool = False
+    """Compute on the first GPU."""
+    log: bool = True
+    """Log metrics and pictures to MLflow."""
+    experiment: str = "mae"
+    """MLflow experiment of the run."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction {self.val_fraction} is outside (0, 1); try 0.2")
+        for name, good in (("epochs", 40), ("batch", 16), ("num_pictures", 8)):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try {good}")
+        if not self.lr > 0:
+            raise UserError(f"lr {self.lr:g} is not positive; try 1e-3")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay {self.weight_decay:g} is negative; try 1e-4, or 0 for none")

@@ -1,7 +1,6 @@
 """`mae evaluate`: a classifier on one split of a prepared dataset, from predictions to metrics, pictures and report."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -11,14 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from mae_core.errors import UserError
 from mae_core.pretrained import Classifier, load_classifier
 from pipelines import registry
 from pipelines.config import EvaluateConfig, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.evaluation.metrics import Metrics, measure
+from pipelines.evaluation.models import device_of, digest_of, model_files, needed_tracking
 from pipelines.evaluation.predictions import predict, read_predictions
 from pipelines.evaluation.report import html_report
 from pipelines.pictures.classifier_figures import confusion_figure, reliability_figure
@@ -26,7 +24,6 @@ from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
-_FILES = ("config.json", "classifier.safetensors")
 _IDENTITY = "evaluation.json"
 _MOST_NAMED = 20
 _TITLES = {
@@ -55,7 +52,7 @@ def evaluate(config: EvaluateConfig, out: str) -> dict[str, Any]:
     is written if model and dataset do not fit each other, or if `out` holds another evaluation.
     """
     uri, manifest = _labelled(config)
-    tracking = registry.open_tracking(config.experiment) if config.log or _is_registered(config.model) else None
+    tracking = needed_tracking(config.model, config.experiment, log=config.log)
     model = _load(config.model, tracking)
     check_classes(manifest.classes, model.classifier.classes, config.data, model.shown)
     if manifest.channels not in (1, model.classifier.channels):
@@ -109,27 +106,10 @@ def _labelled(config: EvaluateConfig) -> tuple[str, Manifest]:
     return storage.uri, manifest
 
 
-def _is_registered(model: str) -> bool:
-    return model.startswith("models:/")
-
-
 def _load(model: str, tracking: registry.Tracking | None) -> _Model:
-    if not _is_registered(model):
-        classifier = load_classifier(model)
-        digests = [hashlib.sha256((Path(model) / name).read_bytes()).hexdigest() for name in _FILES]
-        return _Model(classifier, None, _digest(digests), str(Path(model).absolute()))
-    assert tracking is not None
-    ref = tracking.resolve(model)
-    if "classifier.safetensors" not in ref.sha256:
-        raise UserError(f"{ref.uri} is no classifier; train one from it with `mae finetune --model {ref.uri}`")
-    with TemporaryDirectory(prefix="mae-evaluate-") as folder:
-        tracking.fetch(ref, Path(folder))
-        classifier = load_classifier(folder)
-    return _Model(classifier, ref, _digest([ref.sha256[name] for name in _FILES]), ref.uri)
-
-
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    remedy = "train a classifier from it with `mae finetune --model {model}`"
+    with model_files(model, tracking, "classifier.safetensors", remedy) as files:
+        return _Model(load_classifier(files.folder), files.ref, files.digest, files.shown)
 
 
 def _claim(storage: Storage, identity: dict[str, str]) -> None:
@@ -144,10 +124,8 @@ def _claim(storage: Storage, identity: dict[str, str]) -> None:
 
 
 def _predict(classifier: Classifier, uri: str, manifest: Manifest, config: EvaluateConfig, storage: Storage) -> None:
-    if config.gpu and not torch.cuda.is_available():
-        raise UserError("--gpu was given but torch finds no GPU; leave it out, or check `mae doctor`")
     total, done, said_s = manifest.split(config.split).num_rows, 0, time.monotonic()
-    device = torch.device("cuda" if config.gpu else "cpu")
+    device = device_of(gpu=config.gpu)
     for num_images in predict(classifier, uri, manifest, config.split, storage, batch=config.batch, device=device):
         done += num_images
         if time.monotonic() - said_s > 10:
@@ -239,7 +217,7 @@ def _log(
     identity: dict[str, str],
 ) -> str:
     """Log the evaluation as a run with lineage to the model's version; the same evaluation is the same run."""
-    key = "evaluate-" + _digest([*identity.values(), json.dumps(to_dict(config), sort_keys=True)])[:12]
+    key = "evaluate-" + digest_of([*identity.values(), json.dumps(to_dict(config), sort_keys=True)])[:12]
     tags = {"mae.model": model.shown, "mae.model_digest": model.digest}
     run = tracking.run(
         key, "evaluate", to_dict(config), tags=tags, dataset=manifest, dataset_uri=uri, context="evaluation"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pipelines.dataset.manifest import Manifest
 
-Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial", "import", "evaluate"]
+Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial", "import", "evaluate", "segment", "look"]
 Context = Literal["training", "evaluation"]
 """What a run uses its dataset for; MLflow's term."""
 End = Literal["FINISHED", "FAILED", "KILLED"]
