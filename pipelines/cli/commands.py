@@ -48,6 +48,8 @@ class Invocation:
     preset: str
     json: bool
     fresh: bool
+    stated: frozenset[str] = frozenset()
+    """Fields of the config that options or the preset name, dotted, such as model.mask.ratio."""
 
 
 def _prepare(call: Invocation) -> dict[str, Any]:
@@ -66,7 +68,8 @@ def _inspect(call: Invocation) -> dict[str, Any]:
 def _pretrain(call: Invocation) -> dict[str, Any]:
     from pipelines.drivers.pretrain import pretrain
 
-    return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh)
+    stated = {name.removeprefix("model.") for name in call.stated if name.startswith("model.")}
+    return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh, stated=stated)
 
 
 def _finetune(call: Invocation) -> dict[str, Any]:

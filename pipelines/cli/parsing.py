@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import mae_core
 from mae_core.errors import UserError
 from pipelines.cli.commands import COMMANDS, Invocation
 from pipelines.cli.exit_codes import ExitCode
-from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
+from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset, preset_fields
+
+log = logging.getLogger(__name__)
 
 # Commands that resume a run or show its result, unless --fresh starts another one.
 _STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
@@ -32,16 +35,24 @@ def parse(argv: Sequence[str]) -> Invocation:
         print(f"mae-ray {mae_core.__version__}")
         raise SystemExit(0)
     name = _take_command(rest)
-    if name in ("finetune", "probe"):
-        # What a classifier starts from is a registered model, as in `mae reconstruct --model`.
+    if name in ("pretrain", "finetune", "probe"):
+        # What training starts from is a registered model, as in `mae reconstruct --model`.
         rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
     as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
     wants_help = "-h" in rest or "--help" in rest
     preset = _take_option(rest, "--preset") if name == "config" or _takes_preset(name) else ""
     shown = name if name != "config" or wants_help else _take_shown(rest)
+    stated = _stated(rest) | (preset_fields(COMMANDS[shown].config or _NoFields, preset) if preset else frozenset())
     arguments, config = _parse_fields(name, shown, preset, rest)
     _check_method(shown, config)
-    return Invocation(command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh)
+    return Invocation(
+        command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh, stated=stated
+    )
+
+
+def _stated(words: Sequence[str]) -> frozenset[str]:
+    """Return the dotted names of the fields that the options set."""
+    return frozenset(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
 
 
 def _command_first(argv: Sequence[str]) -> list[str]:
@@ -88,6 +99,7 @@ def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[
 
     target, words = COMMANDS[shown].config or _NoFields, [] if name == "config" else COMMANDS[name].positional
     default = load_preset(target, preset) if preset else COMMANDS[shown].default or target()
+    default = _with_scaled_warmup(default, rest)
     fields: list[Any] = [
         (word, Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=what, metavar=word)]) for word, what in words
     ]
@@ -106,6 +118,22 @@ def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[
             raise
         raise UserError(_tyro_in_words(text.getvalue(), name)) from None
     return (shown,) if name == "config" else tuple(getattr(read, word) for word, _ in words), read.config
+
+
+def _with_scaled_warmup(default: Any, rest: Sequence[str]) -> Any:
+    """Scale the default's warm-up with --epochs, if that is fewer than the warm-up's and no other warm-up is stated."""
+    if not isinstance(default, PretrainConfig | ClassifyConfig) or "optim.warmup_epochs" in _stated(rest):
+        return default
+    found = re.search(r"(?:^| )--epochs[= ](\d+)(?: |$)", " ".join(rest))
+    epochs, warmup = int(found[1]) if found else default.epochs, default.optim.warmup_epochs
+    if not 0 < epochs < warmup:
+        return default
+    scaled = warmup * epochs / default.epochs
+    log.info(
+        "optim.warmup_epochs is scaled from %g to %g, since epochs are %d instead of %d",
+        warmup, scaled, epochs, default.epochs,
+    )  # fmt: skip
+    return dataclasses.replace(default, optim=dataclasses.replace(default.optim, warmup_epochs=scaled))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,23 @@ def with_overrides(config: T, point: dict[str, Any]) -> T:
 
 def load_preset(cls: type[T], preset: str) -> T:
     """Load a config from a YAML file, or from the shipped preset of that name. Raises UserError."""
+    return from_dict(cls, _preset_values(cls, preset))
+
+
+def preset_fields(cls: type, preset: str) -> frozenset[str]:
+    """Return the dotted names of the fields that a preset states, such as model.mask.ratio. Raises UserError."""
+    return frozenset(_leaves(_preset_values(cls, preset), ""))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _preset_values(cls: type, preset: str) -> dict[str, Any]:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -70,7 +87,7 @@ def load_preset(cls: type[T], preset: str) -> T:
         raise UserError(
             f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}"
         )
-    return from_dict(cls, values)
+    return values
 
 
 KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify", SweepConfig: "sweep"}

@@ -42,6 +42,9 @@ class PretrainConfig:
     """Seed of initial weights, sample order, crops and masks."""
     epochs: int = 800
     """Passes over the training split."""
+    backbone: str = field(default="", metadata=ADDED)
+    """Registered model to continue from (models:/NAME@ALIAS or models:/NAME/VERSION): its weights are the initial ones
+    where they fit. `mae pretrain` accepts --model as another name. If empty, the weights are random."""
     masks_per_image: int = 1
     """Masks per crop of a decoded image, all used in the same step. Batch and epochs still count masked images."""
     crops_per_image: int = 1
@@ -63,6 +66,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs, self.optim)
+        if self.backbone and not self.backbone.startswith("models:/"):
+            raise UserError(
+                f"backbone {self.backbone!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; "
+                "try models:/mae-vit_base_patch16@candidate"
+            )
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
                 raise UserError(f"augment.{name} is for classifiers, and pretraining has no labels; leave it out")

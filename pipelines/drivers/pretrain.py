@@ -1,29 +1,101 @@
 """`mae pretrain`: pretrain an MAE on a prepared dataset and register it."""
 
 import dataclasses
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from mae_core.config import Normalization
+from mae_core.config import ModelConfig, Normalization
 from mae_core.errors import UserError
+from mae_core.model import build_mae
+from mae_core.state import unpack
+from mae_core.transfer import start_from
 from pipelines import registry
-from pipelines.config import PretrainConfig, run_name
+from pipelines.config import PretrainConfig, from_dict, run_name, to_dict, with_overrides
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.drive import PublishedJob, drive, manifest_json, newest_picture, read_export
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
 
+log = logging.getLogger(__name__)
 
-def pretrain(config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = False) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """The model version that pretraining continues from, and its files."""
+
+    ref: registry.ModelRef
+    files: dict[str, bytes]
+    """config.json, and mae.safetensors or, for a version without a decoder, encoder.safetensors."""
+    model: ModelConfig
+    pixels: Normalization
+
+
+def pretrain(
+    config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = False, stated: Collection[str] | None = None
+) -> dict[str, Any]:
     """Pretrain and register an MAE; return the run's outcome: folder, MLflow run, final loss and model version.
 
-    An interrupted run resumes and a finished one repeats its outcome; `fresh` deletes it first. Raises UserError for
-    wrong input, before anything is written, and RunFailed if the worker group fails.
+    An interrupted run resumes and a finished one repeats its outcome; `fresh` deletes it first. With
+    `config.backbone`, the weights of that version are the initial ones; its alias is resolved first, so that a moved
+    alias starts another run. `stated` names the fields of `config.model` that replace the version's own, such as
+    "image_px" or "mask.ratio"; None means all. Raises UserError for wrong input, before anything is written, and
+    RunFailed if the worker group fails.
     """
-    config, manifest = with_dataset(config)
+    uri, manifest = open_dataset(config.data.uri)
     tracking = registry.open_tracking(config.tracking.experiment)
-    published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest)
+    config, start = with_starting_weights(config, tracking, stated)
+    config = _on_dataset(config, uri, manifest)
+    published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest, start)
     return drive([published], published.name, tracking, fresh=fresh)[0]
+
+
+def with_starting_weights(
+    config: PretrainConfig, tracking: registry.Tracking, stated: Collection[str] | None = None
+) -> tuple[PretrainConfig, StartingWeights | None]:
+    """Return the config with its backbone pinned to a version, and that version's weights; None if random.
+
+    Fields of `config.model` that are not among `stated` become those of the version. Raises UserError if there is no
+    such version, or if it has no encoder of the config's width and depth.
+    """
+    if not config.backbone:
+        return config, None
+    ref = tracking.resolve(config.backbone)
+    with TemporaryDirectory(prefix="mae-backbone-") as scratch:
+        fetched = tracking.fetch(ref, Path(scratch))
+        weights = next((name for name in ("mae.safetensors", "encoder.safetensors") if name in fetched), "")
+        if not weights:
+            raise UserError(f"{ref.uri} has no encoder; try a backbone such as models:/mae-vit_base_patch16")
+        files = {name: fetched[name].read_bytes() for name in ("config.json", weights)}
+    values = json.loads(files["config.json"])
+    given = from_dict(ModelConfig, values["model"])
+    model = config.model
+    if stated is not None:
+        mine = to_dict(config.model)
+        model = with_overrides(given, {dotted: _nested(mine, dotted) for dotted in stated})
+    transfer = start_from(build_mae(model, seed=0), unpack(files[weights]), given)
+    log.info(
+        "continuing from %s: %d tensors taken, %d adapted%s, %d initialized%s",
+        ref.uri, len(transfer.taken), len(transfer.adapted), _listed(transfer.adapted), len(transfer.initial),
+        _listed(transfer.initial),
+    )  # fmt: skip
+    start = StartingWeights(ref=ref, files=files, model=given, pixels=from_dict(Normalization, values["pixels"]))
+    return dataclasses.replace(config, backbone=ref.uri, model=model), start
+
+
+def _nested(values: dict[str, Any], dotted: str) -> Any:
+    for key in dotted.split("."):
+        values = values[key]
+    return values
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
 
 
 def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
@@ -32,13 +104,17 @@ def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
     Raises UserError if the dataset does not exist or its channels do not fit the model.
     """
     uri, manifest = open_dataset(config.data.uri)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
+    return _on_dataset(config, uri, manifest), manifest
+
+
+def _on_dataset(config: PretrainConfig, uri: str, manifest: Manifest) -> PretrainConfig:
+    """Return the config with the dataset's absolute URI. Raises UserError if its channels do not fit the model."""
     if manifest.channels not in (1, config.model.channels):
         raise UserError(
             f"dataset {config.data.uri} has {manifest.channels} channels but model.channels is "
             f"{config.model.channels}; try --model.channels {manifest.channels}"
         )
-    return config, manifest
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
 
 
 def open_dataset(uri: str) -> tuple[str, Manifest]:
@@ -61,12 +137,21 @@ def pixels_of(manifest: Manifest, channels: int) -> Normalization:
     return Normalization(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat)
 
 
-def published_pretrain_job(config: PretrainConfig, name: str, manifest: Manifest) -> PublishedJob:
-    """Return the run as a job to publish; publishing registers the model unless the config says not to."""
+def published_pretrain_job(
+    config: PretrainConfig, name: str, manifest: Manifest, start: StartingWeights | None = None
+) -> PublishedJob:
+    """Return the run as a job to publish; publishing registers the model unless the config says not to.
+
+    A run that continues from a version keeps its normalization, which its weights expect, unless channels differ.
+    """
+    storage = open_storage(open_storage(config.output).join(name))
+    pixels = pixels_of(manifest, config.model.channels)
+    if start is not None and start.model.channels == config.model.channels:
+        pixels = start.pixels
+    # Workers read the weights from the run folder, so that only the driver talks to MLflow.
+    inputs = {f"backbone/{file}": content for file, content in start.files.items()} if start else {}
     job = PretrainJob(
-        folder=open_storage(config.output).join(name),
-        config=config,
-        pixels=pixels_of(manifest, config.model.channels),
+        folder=storage.uri, config=config, pixels=pixels, backbone=storage.join("backbone") if start else ""
     )
 
     def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
@@ -75,19 +160,32 @@ def published_pretrain_job(config: PretrainConfig, name: str, manifest: Manifest
         files = read_export(folder, "encoder.safetensors", "mae.safetensors", "config.json")
         files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
         ref = registry.register_backbone(
-            run, files, config.tracking.name or f"mae-{config.model.arch}", description=describe(config, manifest)
+            run,
+            files,
+            config.tracking.name or f"mae-{config.model.arch}",
+            parent=start.ref if start else None,
+            description=describe(config, manifest),
         )
         return {"model": ref.uri}
 
-    return PublishedJob(name=name, kind="pretrain", job=job, manifest=manifest, publish=publish)
+    return PublishedJob(
+        name=name,
+        kind="pretrain",
+        job=job,
+        manifest=manifest,
+        publish=publish,
+        inputs=inputs,
+        backbone=start.ref if start else None,
+    )
 
 
 def describe(config: PretrainConfig, manifest: Manifest) -> str:
     """Describe the run for the registry: model, images, epochs, masks, decoder and dataset."""
     model = config.model
+    origin = f", continued from {config.backbone}" if config.backbone else ""
     return (
         f"MAE pretraining of {model.arch} at {model.image_px[0]} x {model.image_px[1]} px on "
         f"{manifest.splits['train'].num_rows:,} images for {config.epochs} epochs; {model.mask.kind} masks of "
         f"{model.mask.ratio:.0%}, {model.num_visible} of {model.num_patches} patches visible; "
-        f"decoder {model.decoder_depth} x {model.decoder_width}; dataset {manifest.digest[:12]}"
+        f"decoder {model.decoder_depth} x {model.decoder_width}; dataset {manifest.digest[:12]}{origin}"
     )

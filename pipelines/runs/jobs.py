@@ -22,6 +22,8 @@ class PretrainJob:
     """URI of the run's folder."""
     config: PretrainConfig
     pixels: Normalization
+    backbone: str = field(default="", metadata=ADDED)
+    """URI of a folder with the weights to start from and the config.json that describes them; empty for random ones."""
     kind: Literal["pretrain"] = "pretrain"
 
     @property

@@ -1,5 +1,6 @@
 """Pretraining on one rank."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
+from mae_core.config import ModelConfig
 from mae_core.masking import training_masks
 from mae_core.model import MaskedAutoencoder, build_mae
-from mae_core.state import model_tensors, pack
+from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import pretrain_loss
+from mae_core.transfer import start_from
+from pipelines.config import from_dict
 from pipelines.dataset.manifest import read_manifest
 from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
@@ -32,6 +36,8 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     config, reading = job.config, job.reading
     plan = train_plan(job, read_manifest(open_storage(config.data.uri)))
     mae = build_mae(config.model, config.seed)
+    if job.backbone:
+        _start_from_backbone(mae, job.backbone)
     total = reading.epochs * plan.steps_per_epoch
     state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
@@ -48,6 +54,14 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
             folder.storage.write(f"export/{name}", content)
     return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss")}
+
+
+def _start_from_backbone(mae: MaskedAutoencoder, uri: str) -> None:
+    """Copy the weights of the folder into the model where they fit."""
+    storage = open_storage(uri)
+    values = json.loads(storage.read("config.json"))
+    name = "mae.safetensors" if storage.exists("mae.safetensors") else "encoder.safetensors"
+    start_from(mae, unpack(storage.read(name)), from_dict(ModelConfig, values["model"]))
 
 
 def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:

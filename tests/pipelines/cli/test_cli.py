@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -276,3 +277,21 @@ def test_several_equal_results_are_an_object_a_line(capsys: pytest.CaptureFixtur
     print_result("bench step", {"objects": [{"a": 1}, {"a": 2}], "text": "table"}, as_json=True)
     print_result("bench step", {"objects": [{"a": 1}, {"a": 2}], "text": "table"}, as_json=False)
     assert capsys.readouterr().out == '{"a": 1}\n{"a": 2}\ntable\n'
+
+
+def test_what_pretraining_continues_from_and_which_fields_are_stated() -> None:
+    version = "models:/mae-vit_base_patch16@candidate"
+    call = parse(["pretrain", "--model", version, "--model.image-px", "64", "64", "--model.mask.ratio=0.5"])
+    assert call.config.backbone == version
+    assert call.stated == {"backbone", "model.image_px", "model.mask.ratio"}
+    assert {"model.arch", "epochs"} <= parse(["pretrain", "--preset", "nano"]).stated
+
+
+def test_fewer_epochs_than_the_warm_up_scale_it_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        config = parse(["pretrain", "--epochs", "20"]).config
+    assert (config.epochs, config.optim.warmup_epochs) == (20, 1.0)
+    assert "optim.warmup_epochs is scaled from 40 to 1, since epochs are 20 instead of 800" in caplog.text
+    assert parse(["pretrain", "--epochs", "40"]).config.optim.warmup_epochs == 40
+    with pytest.raises(UserError, match="warmup_epochs 30 exceeds epochs 20"):
+        parse(["pretrain", "--epochs", "20", "--optim.warmup-epochs", "30"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
+from mae_core.config import AugmentConfig, ClassifierConfig, MaskConfig, ModelConfig, OptimConfig
 from mae_core.errors import UserError
 from mae_core.pretrained import load_encoder
 from mae_core.state import unpack
@@ -226,3 +227,45 @@ def test_a_config_of_the_other_method_is_refused() -> None:
         probe(ClassifyConfig(), "probe")
     with pytest.raises(UserError, match=r"method is 'probe' but the function is finetune\(\); call probe\(\)"):
         finetune(ClassifyConfig(classifier=ClassifierConfig(method="probe")), "finetune")
+
+
+def test_pretraining_continues_from_a_version_at_another_size_with_lineage(
+    pretrained: Pretrained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pipelines.drivers.pretrain import pretrain
+    from pipelines.registry import open_tracking
+
+    version = f"models:/mae-{ARCH}/1"
+    config = PretrainConfig(
+        name="continued",
+        output=str(pretrained.folder / "runs"),
+        epochs=1,
+        backbone=f"models:/mae-{ARCH}@candidate",
+        data=DataConfig(uri=pretrained.dataset, batch=64, micro_batch=32),
+        # So small a rate that the exported weights are the initial ones.
+        optim=OptimConfig(base_lr=1e-12, warmup_epochs=0.0, weight_decay=0.0),
+        model=ModelConfig(arch=ARCH, image_px=(14, 28), mask=MaskConfig(ratio=0.5)),
+        tracking=TrackingConfig(name="mae-continued"),
+    )
+    with caplog.at_level("INFO"):
+        outcome = pretrain(config, stated={"image_px", "mask.ratio"})
+    assert "0 initialized" in caplog.text
+    files = fetched(outcome["model"], tmp_path)
+    values = json.loads(files["config.json"].read_bytes())
+    assert (values["model"]["arch"], values["model"]["image_px"], values["model"]["mask"]["ratio"]) == (
+        ARCH,
+        [14, 28],
+        0.5,
+    )
+    before = unpack(fetched(version, tmp_path / "before")["mae.safetensors"].read_bytes())
+    after = unpack(files["mae.safetensors"].read_bytes())
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"encoder.pos_embed", "decoder.pos_embed"}:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+    steps = [(step.kind, step.id) for step in open_tracking("mae").lineage(outcome["model"])]
+    assert steps[:3] == [
+        ("model version", outcome["model"]),
+        ("run", outcome["run_id"]),
+        ("model version", version),
+    ]
+    assert pretrain(config, stated={"image_px", "mask.ratio"}) == outcome
