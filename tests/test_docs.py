@@ -1,4 +1,4 @@
-"""Documentation is tested: every relative link leads somewhere, every command in it can be run."""
+"""Test the documentation: commands parse; links, paths, options and settings exist."""
 
 import re
 import shlex
@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from pipelines.cli import COMMANDS, parse
+from pipelines.cli.completion import options_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "infra" / "README.md"]
+FOLDERS = ("docs", "examples", "infra", "mae_core", "pipelines", "tests", "tune")
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for folder in ("docs", "examples", "infra") for page in sorted((ROOT / folder).rglob("*.md"))),
+]
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
 
 
@@ -25,6 +31,11 @@ def blocks(text: str) -> list[str]:
 def prose(text: str) -> str:
     """Return the page without its fenced blocks."""
     return re.sub(r"^```[^\n]*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(text: str) -> list[str]:
+    """Inline code of the prose."""
+    return re.findall(r"`([^`\n]+)`", prose(text))
 
 
 def commands(text: str) -> list[str]:
@@ -78,8 +89,38 @@ def modules(text: str) -> list[str]:
 
 
 def make_targets(text: str) -> list[str]:
-    spans = re.findall(r"`make ([a-z][\w-]*)", prose(text))
-    return spans + re.findall(r"^make ([a-z][\w-]*)", "\n".join(blocks(text)), re.MULTILINE)
+    named = re.findall(r"`make ([a-z][\w-]*)", prose(text))
+    return named + re.findall(r"^make ([a-z][\w-]*)", "\n".join(blocks(text)), re.MULTILINE)
+
+
+def paths(text: str) -> list[str]:
+    """Paths below the repository's folders, and Python files by the end of their path."""
+    folders = "|".join(FOLDERS)
+    return [span for span in spans(text) if re.fullmatch(rf"(?:{folders})/[\w./-]*|[\w/-]+\.py", span)]
+
+
+def options(text: str) -> list[str]:
+    """Options of `mae`, behind the command that the prose names with them if it does: `mae bench step --rounds`."""
+    found = []
+    for span in spans(text):
+        call = re.match(r"(?:mae ([a-z]+(?: [a-z]+)?)\b.*?)?(?=--)", span)
+        if call:
+            command = next((c for c in (call[1], (call[1] or "").split(" ")[0]) if c in COMMANDS), "")
+            found += [f"{command} {option}".strip() for option in re.findall(r"--[a-z][\w.-]*", span)]
+    return found
+
+
+def settings(text: str) -> list[str]:
+    """Fields of the configs, written as `compute.max_failures`."""
+    sections = "augment|checkpoint|compute|data|model|optim|tracking"
+    found = [span for span in spans(text) if re.fullmatch(rf"(?:{sections})(?:\.[a-z_]+)+", span)]
+    return [span for span in found if not span.endswith(".safetensors")]
+
+
+def options_of_command(name: str) -> set[str]:
+    """Options that the command takes: the fields of its config, and those that no config has."""
+    found = {"--help", "--json", "--preset", "--fresh", *options_of(COMMANDS[name].config)}
+    return found | ({"--model"} if name in ("probe", "finetune") else set())
 
 
 def test_commands_are_found_behind_prompts_environment_and_continuations() -> None:
@@ -92,6 +133,14 @@ def test_commands_are_found_behind_prompts_environment_and_continuations() -> No
         ["mae", "pretrain", "--preset", "vit_base"],
         [".venv/bin/mae", "doctor"],
     ]
+
+
+def test_paths_options_and_settings_are_found_in_inline_code() -> None:
+    text = "`tune/x.py`, `crops/y.py`, `a/b`, `mae bench step --rounds 5`, `--a.b-c 1 --d`, `compute.e_f`, `x.g`,"
+    text += "`model.safetensors`"
+    assert paths(text) == ["tune/x.py", "crops/y.py"]
+    assert options(text) == ["bench step --rounds", "--a.b-c", "--d"]
+    assert settings(text) == ["compute.e_f"]
 
 
 def test_links_and_anchors_are_found_outside_blocks_only() -> None:
@@ -110,6 +159,18 @@ def test_a_command_in_a_block_parses(page: Path, line: str) -> None:
     assert parse(words).command in COMMANDS
 
 
+def test_a_command_in_a_message_or_docstring_exists() -> None:
+    groups = {name.split()[0] for name in COMMANDS}
+    named = {
+        (name_of(source), name)
+        for source in SOURCES
+        if not name_of(source).startswith("tests/")
+        for name in re.findall(r"(?<!`)`mae ([a-z]+)", source.read_text())
+    }
+    assert named
+    assert [(source, name) for source, name in sorted(named) if name not in groups] == []
+
+
 @pytest.mark.parametrize(("page", "command"), each(named_commands))
 def test_a_command_in_the_prose_exists(page: Path, command: str) -> None:
     groups = {name.split()[0] for name in COMMANDS}
@@ -125,6 +186,26 @@ def test_a_make_target_exists(page: Path, target: str) -> None:
 def test_a_module_or_script_exists(page: Path, module: str) -> None:
     path = ROOT / (module if module.endswith(".py") else module.replace(".", "/"))
     assert path.is_file() or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize(("page", "path"), each(paths))
+def test_a_path_in_the_prose_exists(page: Path, path: str) -> None:
+    is_module = (ROOT / f"{path}.py").is_file()
+    is_end = path.endswith(".py") and any(str(source).endswith(f"/{path}") for source in SOURCES)
+    assert (ROOT / path).exists() or is_module or is_end, f"{name_of(page)} names {path}, which does not exist"
+
+
+@pytest.mark.parametrize(("page", "option"), each(options))
+def test_an_option_in_the_prose_is_one_of_the_command(page: Path, option: str) -> None:
+    *command, flag = option.rsplit(" ", 1)
+    taken = set().union(*map(options_of_command, command or COMMANDS), [] if command else ["--version"])
+    assert flag in taken, f"{name_of(page)} names {flag}, which {command or 'no command'} takes"
+
+
+@pytest.mark.parametrize(("page", "setting"), each(settings))
+def test_a_setting_in_the_prose_is_a_field_of_a_config(page: Path, setting: str) -> None:
+    taken = set().union(*map(options_of_command, COMMANDS))
+    assert f"--{setting.replace('_', '-')}" in taken, f"{name_of(page)} names {setting}, which no config has"
 
 
 @pytest.mark.parametrize(("page", "target"), each(links))

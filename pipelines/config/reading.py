@@ -85,7 +85,8 @@ def _preset_values(cls: type, preset: str) -> dict[str, Any]:
     kind = values.pop("kind", None) if isinstance(values, dict) else None
     if kind != KINDS[cls]:
         raise UserError(
-            f"preset {preset!r} is for `mae {kind}`, not for {KINDS[cls]}; its first key must be kind: {KINDS[cls]}"
+            f"preset {preset!r} has {f'kind: {kind}' if kind else 'no kind'}, but this command takes {KINDS[cls]}; "
+            f"its first key must be kind: {KINDS[cls]}"
         )
     return values
 

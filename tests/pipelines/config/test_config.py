@@ -221,7 +221,7 @@ def test_a_space_is_read_as_yaml() -> None:
 
 
 def test_a_preset_of_another_command_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="is for `mae classify`, not for pretrain"):
+    with pytest.raises(ValueError, match="has kind: classify, but this command takes pretrain; "):
         load_preset(PretrainConfig, "vit_base_probe")
     for text in ("", "epochs: 3", "[]", "- kind: pretrain", "kind: pretrian"):
         path = tmp_path / "mine.yaml"
