@@ -120,7 +120,7 @@ def settings(text: str) -> list[str]:
 def options_of_command(name: str) -> set[str]:
     """Options that the command takes: the fields of its config, and those that no config has."""
     found = {"--help", "--json", "--preset", "--fresh", *options_of(COMMANDS[name].config)}
-    return found | ({"--model"} if name in ("probe", "finetune") else set())
+    return found | ({"--model"} if "--backbone" in found else set())
 
 
 def test_commands_are_found_behind_prompts_environment_and_continuations() -> None:
