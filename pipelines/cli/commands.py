@@ -12,6 +12,7 @@ from pipelines.config import (
     ClassifyConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     ImportConfig,
     InspectConfig,
     LookConfig,
@@ -124,6 +125,12 @@ def _import(call: Invocation) -> dict[str, Any]:
     from pipelines.drivers.importing import import_weights
 
     return import_weights(call.arguments[0], call.config)
+
+
+def _export(call: Invocation) -> dict[str, Any]:
+    from pipelines.drivers.exporting import export_model
+
+    return export_model(call.arguments[0], call.arguments[1], call.config)
 
 
 def _runs(call: Invocation) -> dict[str, Any]:
@@ -239,6 +246,15 @@ COMMANDS: dict[str, Command] = {
         run=_import,
         positional=(
             ("SOURCE", "a .pth or .safetensors file, a folder of transformers or of this project, or timm:MODEL.TAG"),
+        ),
+    ),
+    "export": Command(
+        help="Write a model version for timm, transformers, the reference, ONNX or torch.export, with a model card.",
+        config=ExportConfig,
+        run=_export,
+        positional=(
+            ("MODEL", "models:/NAME@ALIAS, models:/NAME/VERSION, or the export/ folder of a finished run"),
+            ("OUT", "new or empty folder, or s3:// prefix"),
         ),
     ),
     "runs": Command(

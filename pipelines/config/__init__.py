@@ -18,7 +18,15 @@ from pipelines.config.reading import (
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 from pipelines.config.sweeping import SweepConfig, parse_space
 from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
-from pipelines.config.view import DemoConfig, ImportConfig, InspectConfig, ReconstructConfig, RegisterConfig, RunsConfig
+from pipelines.config.view import (
+    DemoConfig,
+    ExportConfig,
+    ImportConfig,
+    InspectConfig,
+    ReconstructConfig,
+    RegisterConfig,
+    RunsConfig,
+)
 
 __all__ = [
     "KINDS",
@@ -31,6 +39,7 @@ __all__ = [
     "DemoConfig",
     "EncodeConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "ImportConfig",
     "InspectConfig",
     "LookConfig",

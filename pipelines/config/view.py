@@ -99,6 +99,18 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """A model version in the format of another project, with a model card and the line that loads it."""
+
+    format: Literal["timm", "transformers", "fair", "onnx", "torch"] = "timm"
+    """timm, transformers: safetensors and config for timm.create_model or from_pretrained; fair: a .pth file with the
+    names of the reference implementation; onnx: model.onnx; torch: model.pt2 of torch.export."""
+    part: Literal["whole", "encoder", "classifier"] = "whole"
+    """whole: a classifier, or a backbone with its decoder if the format has names for one (transformers, fair);
+    encoder: a backbone without its decoder; classifier: refuse a model without classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunsConfig:
     """Listing of runs with their state, step, last checkpoint and loss."""
 

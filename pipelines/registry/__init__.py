@@ -8,9 +8,11 @@ from pipelines.registry.outages import TrackingUnreachable
 from pipelines.registry.points import Point
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
-from pipelines.registry.versions import ModelRef, Step
+from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, ModelRef, Step
 
 __all__ = [
+    "LICENCE_TAG",
+    "ORIGIN_TAG",
     "Kind",
     "ModelRef",
     "Point",

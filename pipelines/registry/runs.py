@@ -59,6 +59,11 @@ class Run:
         # The only API that returns steps without fetching the full history of each metric.
         return {metric.key: metric.step for metric in run.data._metric_objs}
 
+    def record(self) -> tuple[dict[str, str], dict[str, float]]:
+        """Return the run's parameters, and the last value of each of its metrics."""
+        data = retry(lambda: self.client.get_run(self.id), "the run").data
+        return dict(data.params), dict(data.metrics)
+
     def log_points(self, points: Sequence[Point | tuple[str, float, int, int]]) -> None:
         """Queue points (key, value, step, time in ms), each to be stored once, and return at once."""
         self._points.add([Point(*point) for point in points])

@@ -1,0 +1,82 @@
+"""`mae export`: write a model version in the format of another project, with a card and the line that loads it."""
+
+import logging
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mae_core.errors import UserError
+from pipelines import registry
+from pipelines.config import ExportConfig
+from pipelines.drivers.export_formats import WRITERS
+from pipelines.drivers.exportable import load_exportable
+from pipelines.drivers.model_card import PICTURE, Origin, model_card, origin_of
+from pipelines.storage import Storage, open_storage
+
+log = logging.getLogger(__name__)
+
+
+def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
+    """Write the model of SOURCE to the folder OUT; return the line that loads it and how it was checked.
+
+    It is written and checked on this machine before the first file reaches OUT; README.md comes last.
+
+    Raises UserError if OUT is not empty, or if the format cannot hold the model.
+    """
+    target = open_storage(out)
+    if not target.is_empty():
+        raise UserError(f"{target.uri} is not empty; choose a new or empty folder")
+    with TemporaryDirectory(prefix="mae-export-") as scratch:
+        fetched, written_to = Path(scratch) / "version", Path(scratch) / "out"
+        written_to.mkdir()
+        origin = _fetch(source, fetched)
+        model = load_exportable(fetched, source, config)
+        place = target.uri if target.is_local else target.uri.rpartition("/")[2]
+        written = WRITERS[config.format](model, written_to, place)
+        has_picture = (fetched / PICTURE).is_file()
+        if has_picture:
+            shutil.copyfile(fetched / PICTURE, written_to / PICTURE)
+        card = model_card(model, origin, config.format, written, has_picture=has_picture)
+        (written_to / "README.md").write_text(card)
+        files = _copy(written_to, target)
+    log.info("%s: %s", config.format, written.checked)
+    return {
+        "out": target.uri,
+        "model": origin.shown,
+        "kind": model.kind,
+        "format": config.format,
+        "files": files,
+        "checked": written.checked,
+        "notes": [*model.notes, *written.notes],
+        "load": written.load,
+    }
+
+
+def _fetch(source: str, folder: Path) -> Origin:
+    """Copy the files of a version or an export to `folder`; return where they come from."""
+    if source.startswith("models:/"):
+        tracking = registry.open_tracking("mae")
+        ref = tracking.resolve(source)
+        tracking.fetch(ref, folder)
+        return origin_of(tracking, ref)
+    storage = open_storage(source)
+    names = [name for name, _ in storage.list() if "/" not in name and name.endswith((".json", ".safetensors", ".png"))]
+    if "config.json" not in names:
+        raise UserError(
+            f"{storage.uri} has no config.json; give models:/NAME@ALIAS, or the export/ folder of a finished run"
+        )
+    folder.mkdir()
+    for name in names:
+        with storage.open_input(name) as reading, (folder / name).open("wb") as writing:
+            shutil.copyfileobj(reading, writing)
+    return Origin(shown=storage.uri.rpartition("/")[2])
+
+
+def _copy(folder: Path, target: Storage) -> list[str]:
+    """Copy the export to its place, the card last; return the names of the files."""
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == "README.md", name))
+    for name in names:
+        with (folder / name).open("rb") as reading, target.create(name) as writing:
+            shutil.copyfileobj(reading, writing, 2**24)
+    return names
