@@ -108,6 +108,15 @@ class ExportConfig:
     part: Literal["whole", "encoder", "classifier"] = "whole"
     """whole: a classifier, or a backbone with its decoder if the format has names for one (transformers, fair);
     encoder: a backbone without its decoder; classifier: refuse a model without classes."""
+    dynamic_size: bool = False
+    """Let a program (onnx, torch) take images of any size of whole patches, to which positions are interpolated."""
+
+    def __post_init__(self) -> None:
+        if self.dynamic_size and self.format not in ("onnx", "torch"):
+            raise UserError(
+                f"dynamic_size is for the formats onnx and torch, not {self.format}; leave it out: timm and "
+                "transformers resize positions where the model is loaded"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

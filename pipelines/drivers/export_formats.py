@@ -1,24 +1,20 @@
-"""Write a model in the format of timm, transformers, the reference, ONNX or torch.export, and check what was written.
+"""Write tensors and configs as timm, transformers or the reference have them, and check what was written.
 
 Each function writes to a folder of this machine and returns the line that loads the result from `place`, where the
-folder will be. Tensors are read back and must be identical; programs are run and must compute the same.
+folder will be. Tensors are read back and must be identical.
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_core.config import parse_arch
-from mae_core.errors import UserError
 from mae_core.formats import fair, timm, transformers
 from mae_core.formats.configs import (
     TransformersClass,
@@ -32,15 +28,7 @@ from mae_core.formats.configs import (
 )
 from mae_core.formats.reading import read_checkpoint
 from pipelines.drivers.exportable import Exportable
-from pipelines.errors import CommandFailed
 
-_OPSET = 20
-_MAX_ONE_FILE_BYTES = 1_900_000_000
-"""An ONNX file is a protobuf, at most 2 GB; larger weights go beside it."""
-_BATCHES = (1, 2, 5)
-"""Batches at which a written program must equal ours; it is traced at another one."""
-_TOLERANCE = 1e-4
-"""Largest difference from rounding, relative to the largest output."""
 _TRANSFORMERS_CLASSES: Mapping[str, TransformersClass] = {
     "mae": "ViTMAEForPreTraining",
     "encoder": "ViTModel",
@@ -76,7 +64,7 @@ def write_timm(model: Exportable, folder: Path, place: str) -> Written:
         notes.append(f"Its layer norms have epsilon {eps:g}, timm's 1e-06: the line passes it, config.json cannot.")
     if "img_size" in arguments or "patch_size" in arguments or "embed_dim" in arguments:
         notes.append(f"timm has no model of this size; the line gives VisionTransformer's arguments over {name}.")
-    if "embed_dim" not in arguments and eps is None:
+    if eps is None:
         notes.append('timm.create_model("local-dir:FOLDER", pretrained=True) reads the same from config.json.')
     said = ", ".join(f"{key}={value!r}" for key, value in overlay.items())
     return Written(
@@ -166,111 +154,6 @@ def _reference_constructor(model: Exportable) -> str:
     words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     owner = "models_mae.MaskedAutoencoderViT" if model.kind == "mae" else "models_vit.VisionTransformer"
     return f"{owner}({words}, norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.norm_eps!r}))"
-
-
-def write_onnx(model: Exportable, folder: Path, place: str) -> Written:
-    """Write model.onnx with a dynamic batch, and run it with onnxruntime. Raises UserError without onnx."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"ONNX needs {', '.join(missing)}, which is not installed; run pip install onnx onnxscript onnxruntime "
-            "(the extra `export`)"
-        )
-    import onnxruntime
-
-    program, output, path = _Program(model), _output(model), folder / "model.onnx"
-    num_bytes = sum(tensor.numel() * 4 for tensor in model.tensors.values())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's exporter, about its own internals
-        torch.onnx.export(
-            program,
-            (_images(model, 3),),
-            path,
-            input_names=["images"],
-            output_names=[output],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            opset_version=_OPSET,
-            external_data=num_bytes > _MAX_ONE_FILE_BYTES,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    checked = _compare(model, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-    return Written(
-        load=(
-            f"import onnxruntime; session = onnxruntime.InferenceSession({f'{place}/model.onnx'!r}, "
-            "providers=['CPUExecutionProvider'])"
-        ),
-        use=f"`session.run(None, {{'images': images}})[0]` are {_meaning(model)}; images are float32",
-        checked=f"onnxruntime equals torch, {checked}",
-        notes=(f"Opset {_OPSET}. The batch is dynamic, the image size fixed.",),
-    )
-
-
-def write_torch(model: Exportable, folder: Path, place: str) -> Written:
-    """Write model.pt2, a program of torch.export with a dynamic batch, and run it."""
-    path, batch = folder / "model.pt2", torch.export.Dim("batch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's exporter, about its own internals
-        exported = torch.export.export(_Program(model), (_images(model, 3),), dynamic_shapes={"images": {0: batch}})
-        torch.export.save(exported, path)
-        loaded = torch.export.load(path).module()
-    return Written(
-        load=f"import torch; model = torch.export.load({f'{place}/model.pt2'!r}).module()",
-        use=f"`model(images)` are {_meaning(model)}; neither timm nor this project is needed",
-        checked=f"the loaded program equals the model, {_compare(model, loaded)}",
-        notes=(f"Written by torch {torch.__version__}. The batch is dynamic, the image size fixed.",),
-    )
-
-
-WRITERS: Mapping[str, Callable[[Exportable, Path, str], Written]] = {
-    "timm": write_timm,
-    "transformers": write_transformers,
-    "fair": write_fair,
-    "onnx": write_onnx,
-    "torch": write_torch,
-}
-
-
-class _Program(nn.Module):
-    """The computation that is exported: logits, or all tokens after the last norm."""
-
-    def __init__(self, model: Exportable) -> None:
-        super().__init__()
-        self.vit, self.is_classifier = model.vit.eval(), bool(model.classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit(images) if self.is_classifier else self.vit.forward_features(images)
-
-
-def _output(model: Exportable) -> str:
-    return "logits" if model.classes else "tokens"
-
-
-def _meaning(model: Exportable) -> str:
-    return "logits" if model.classes else "the class token, then the patch tokens"
-
-
-def _images(model: Exportable, batch: int) -> Tensor:
-    shape = (batch, model.model.channels, *model.model.image_px)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
-
-
-@torch.inference_mode()
-def _compare(model: Exportable, run: Callable[[Tensor], Tensor]) -> str:
-    """Run the written program and ours on batches of several sizes. Raises CommandFailed if they differ."""
-    program, largest = _Program(model), 0.0
-    for batch in _BATCHES:
-        images = _images(model, batch)
-        expected = program(images)
-        difference = (run(images) - expected).abs().max().item() / max(1.0, expected.abs().max().item())
-        if not difference <= _TOLERANCE:
-            raise CommandFailed(
-                f"the exported program differs from the model by {difference:.1e} at a batch of {batch}, more than "
-                f"rounding ({_TOLERANCE:g}); nothing was written: export another format, and report this"
-            )
-        largest = max(largest, difference)
-    return f"largest difference {largest:.1e} at batches of {', '.join(map(str, _BATCHES))}"
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

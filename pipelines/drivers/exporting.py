@@ -1,6 +1,5 @@
 """`mae export`: write a model version in the format of another project, with a card and the line that loads it."""
 
-import logging
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,12 +8,11 @@ from typing import Any
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ExportConfig
-from pipelines.drivers.export_formats import WRITERS
-from pipelines.drivers.exportable import load_exportable
+from pipelines.drivers.export_formats import Written, write_fair, write_timm, write_transformers
+from pipelines.drivers.export_programs import write_onnx, write_torch
+from pipelines.drivers.exportable import Exportable, load_exportable
 from pipelines.drivers.model_card import PICTURE, Origin, model_card, origin_of
 from pipelines.storage import Storage, open_storage
-
-log = logging.getLogger(__name__)
 
 
 def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
@@ -33,14 +31,16 @@ def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
         origin = _fetch(source, fetched)
         model = load_exportable(fetched, source, config)
         place = target.uri if target.is_local else target.uri.rpartition("/")[2]
-        written = WRITERS[config.format](model, written_to, place)
+        written = _write(model, written_to, place, config)
         has_picture = (fetched / PICTURE).is_file()
         if has_picture:
             shutil.copyfile(fetched / PICTURE, written_to / PICTURE)
-        card = model_card(model, origin, config.format, written, has_picture=has_picture)
+        # The card moves with the folder, so its line names the folder alone.
+        inside = repr(place)[1:-1]
+        load = written.load.replace(inside, inside.rpartition("/")[2])
+        card = model_card(model, origin, config.format, written, load, has_picture=has_picture)
         (written_to / "README.md").write_text(card)
         files = _copy(written_to, target)
-    log.info("%s: %s", config.format, written.checked)
     return {
         "out": target.uri,
         "model": origin.shown,
@@ -71,6 +71,20 @@ def _fetch(source: str, folder: Path) -> Origin:
         with storage.open_input(name) as reading, (folder / name).open("wb") as writing:
             shutil.copyfileobj(reading, writing)
     return Origin(shown=storage.uri.rpartition("/")[2])
+
+
+def _write(model: Exportable, folder: Path, place: str, config: ExportConfig) -> Written:
+    match config.format:
+        case "timm":
+            return write_timm(model, folder, place)
+        case "transformers":
+            return write_transformers(model, folder, place)
+        case "fair":
+            return write_fair(model, folder, place)
+        case "onnx":
+            return write_onnx(model, folder, place, dynamic_size=config.dynamic_size)
+        case "torch":
+            return write_torch(model, folder, place, dynamic_size=config.dynamic_size)
 
 
 def _copy(folder: Path, target: Storage) -> list[str]:

@@ -52,8 +52,10 @@ def origin_of(tracking: Tracking, ref: ModelRef) -> Origin:
     )
 
 
-def model_card(model: Exportable, origin: Origin, naming: str, written: Written, *, has_picture: bool) -> str:
-    """Return the card in Markdown."""
+def model_card(
+    model: Exportable, origin: Origin, naming: str, written: Written, load: str, *, has_picture: bool
+) -> str:
+    """Return the card in Markdown; `load` is the line that loads the model from beside its folder."""
     config, normalization = model.model, model.normalization
     height_px, width_px = config.image_px
     facts = {
@@ -63,7 +65,7 @@ def model_card(model: Exportable, origin: Origin, naming: str, written: Written,
         "licence": origin.licence or "not stated",
         "origin": origin.url or "trained by this project, or not stated",
         "trained on the dataset with digest": origin.digest or "unknown",
-        "input size": f"{height_px} x {width_px} px, {config.channels} channels",
+        "input size": f"{height_px} x {width_px} px, {config.channels} channel{'s' if config.channels > 1 else ''}",
         "input values": "float32, (pixel / 255 - mean) / std, layout batch, channels, height, width",
         "mean": ", ".join(map(repr, normalization.mean)),
         "std": ", ".join(map(repr, normalization.std)),
@@ -74,8 +76,8 @@ def model_card(model: Exportable, origin: Origin, naming: str, written: Written,
     if model.classes:
         facts["classes"] = ", ".join(model.classes)
     parts = [f"# {origin.shown} for {naming}", _table(facts)]
-    parts += ["## Load", f"```python\n{written.load}\n```", f"{_sentence(written.use)}"]
-    parts += [f"- {note}" for note in (*model.notes, *written.notes)]
+    parts += ["## Load", f"```python\n{load}\n```", _sentence(written.use)]
+    parts.append("\n".join(f"- {note}" for note in (*model.notes, *written.notes)))
     parts += [
         "## Preprocessing",
         "An image larger than the input in both dimensions is resized to cover 256/224 of it, then its centre is "
@@ -91,7 +93,7 @@ def model_card(model: Exportable, origin: Origin, naming: str, written: Written,
         parts += ["## Recipe", _table(dict(origin.recipe))]
     if has_picture:
         parts += ["## Reconstructions", f"![masked, reconstruction, original]({PICTURE})"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _what(model: Exportable) -> str:

@@ -20,6 +20,7 @@ from mae_core.classifier import build_classifier
 from mae_core.config import ClassifierConfig, MaskConfig, ModelConfig, Normalization, parse_arch
 from mae_core.errors import UserError
 from mae_core.formats import fair, transformers
+from mae_core.formats.configs import timm_arguments, timm_name
 from mae_core.formats.reading import read_checkpoint
 from mae_core.masking import mask_from_noise
 from mae_core.model import build_mae
@@ -290,12 +291,35 @@ def test_a_folder_that_is_not_empty_is_refused(place: Path) -> None:
         exported(folder, "timm")
 
 
+@pytest.mark.parametrize("naming", ["onnx", "torch"])
+@torch.inference_mode()
+def test_a_program_of_dynamic_size_interpolates_positions_as_timm_does(place: Path, naming: str) -> None:
+    """Sizes are smaller, larger, square, and with as many patches as the model's own but in another grid."""
+    folder = classifier(place / "classifier", "avg")
+    config = ExportConfig(format="onnx" if naming == "onnx" else "torch", dynamic_size=True)
+    outcome = export_model(str(folder), "out", config)
+    names, ours = run_line(outcome["load"]), load_classifier(folder)
+    run = session_run(names["session"]) if naming == "onnx" else names["model"]
+    arguments = timm_arguments(PICO, num_classes=len(CLASSES), pool="avg")
+    theirs = timm.create_model(timm_name(PICO), **arguments, dynamic_img_size=True).eval()
+    theirs.load_state_dict(ours.vit.state_dict())
+    for batch, height_px, width_px in ((1, 28, 28), (2, 14, 56), (5, 14, 14), (1, 49, 49), (2, 21, 70)):
+        images = torch.randn(batch, 3, height_px, width_px)
+        assert_equal_to_rounding(run(images), theirs(images))
+    assert any("multiples of 7 px, at least 14 px" in note for note in outcome["notes"])
+
+
+def test_a_dynamic_size_is_refused_for_formats_that_are_no_programs() -> None:
+    with pytest.raises(UserError, match=r"for the formats onnx and torch, not timm; leave it out"):
+        ExportConfig(format="timm", dynamic_size=True)
+
+
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
 def test_what_onnx_needs_is_named_with_the_command_that_installs_it(
     place: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pipelines.drivers.export_formats.find_spec", lambda module: None if module == name else object()
+        "pipelines.drivers.export_programs.find_spec", lambda module: None if module == name else object()
     )
     with pytest.raises(UserError, match=rf"ONNX needs {name}, which is not installed; run pip install onnx"):
         exported(backbone(place / "backbone"), "onnx")
@@ -349,10 +373,12 @@ def test_the_card_of_a_version_says_where_it_comes_from(place: Path, capsys: pyt
         "cat, dog, cow",
         f"model version {version}",
         "![masked, reconstruction, original](reconstructions.png)",
-        outcome["load"],
+        outcome["load"].replace(str(place / "out"), "out"),
     ):
         assert said in card, said
     assert "secret" not in card
+    assert str(place) not in card
+    assert "model" in run_line(card.split("```python\n")[1].split("\n```")[0])
     assert "images_per_s" not in card
     assert Path("out/reconstructions.png").read_bytes() == b"a picture"
 
@@ -368,6 +394,7 @@ def test_an_export_goes_from_s3_to_s3(place: Path, s3: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_vit_base_computes_the_same_in_every_format(place: Path) -> None:
     """Real sizes at 224 px: one model with the decoder of the paper, exported to all formats."""
     config = ModelConfig()
