@@ -21,6 +21,7 @@ from pipelines.feed.rank import micro_batches
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.prepare import prepare
+from tests.waiting import JOB_DEADLINE_S, join
 
 pytestmark = [
     pytest.mark.ray,
@@ -87,7 +88,7 @@ def consume(segments: list[FeedSegment], num_workers: int, max_tasks: int | None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        join(thread, JOB_DEADLINE_S)
     return found
 
 

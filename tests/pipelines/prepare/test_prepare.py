@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipelines.prepare import prepare
 from pipelines.sources.entry import Entry
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import open_storage
+from tests.waiting import JOB_DEADLINE_S, wait_until
 
 pytestmark = [
     pytest.mark.ray,
@@ -110,8 +111,9 @@ def test_parallelism_and_repetition_change_no_byte(few: Path, tmp_path: Path) ->
     import ray
 
     first = prepare(str(few), str(tmp_path / "a"), SMALL)
-    waiting = ray.remote(num_cpus=3)(lambda: time.sleep(600)).remote()
+    waiting = ray.remote(num_cpus=3)(lambda: threading.Event().wait()).remote()
     try:
+        wait_until(lambda: ray.available_resources().get("CPU", 0) <= 1, "the task that holds three CPUs")
         assert prepare(str(few), str(tmp_path / "b"), SMALL) == first
     finally:
         ray.cancel(waiting, force=True)
@@ -301,7 +303,7 @@ def test_killed_anywhere_it_leaves_no_dataset_and_a_rerun_is_byte_identical(
     with scratch as ray_folder, (tmp_path / "log").open("wb") as log:
         words = [sys.executable, "-c", KILLED, str(few), str(out), str(after), ray_folder]
         process = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert process.wait(120) == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert process.wait(JOB_DEADLINE_S) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert not is_prepared(open_storage(out))
     with pytest.raises(ValueError, match="is not a prepared dataset"):
         read_manifest(open_storage(out))

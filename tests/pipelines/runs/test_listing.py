@@ -15,6 +15,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.listing import Heartbeat, RunStatus, last_alive_s, list_runs, runs, table
 from pipelines.runs.metrics import MetricSpool
 from pipelines.storage import Storage
+from tests.waiting import EVENT_DEADLINE_S, join, wait_until
 
 
 def make(folder: Path, name: str, steps: range = range(1, 6)) -> RunFolder:
@@ -93,7 +94,7 @@ def test_the_heartbeat_is_renewed_while_the_driver_lives_and_no_longer(
 
     monkeypatch.setattr(Storage, "write", noted)
     with Heartbeat([run.storage]):
-        assert renewed.wait(60)
+        assert renewed.wait(EVENT_DEADLINE_S)
     assert last_alive_s(run.storage) == beats[-1]
     assert beats == sorted(set(beats))
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
@@ -104,23 +105,21 @@ def test_watching_ends_with_the_run_and_shows_each_step(
 ) -> None:
     monkeypatch.setattr(module, "_POLL_EVERY_S", 0.01)
     run = make(tmp_path, "a", range(1, 2))
-    over, caught = threading.Event(), []
+    started = threading.Event()
 
     def drive() -> None:
         with Heartbeat([run.storage]):
             started.set()
-            over.wait(30)
+            wait_until(lambda: caplog.messages, "the first line of the watch")
             make(tmp_path, "a", range(2, 4))
             run.mark_published({})
 
-    started = threading.Event()
     driver = threading.Thread(target=drive)
     driver.start()
-    assert started.wait(30)
-    threading.Timer(0.1, over.set).start()
+    assert started.wait(EVENT_DEADLINE_S)
     with caplog.at_level("INFO"):
         caught = runs(str(tmp_path), RunsConfig(watch=True))["runs"]
-    driver.join()
+    join(driver)
     assert [(row["state"], row["step"]) for row in caught] == [("finished", 3)]
     assert caplog.messages[0].startswith("running, step 1 of 20")
     assert caplog.messages[-1].startswith("finished, step 3 of 20")

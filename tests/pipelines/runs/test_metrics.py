@@ -1,7 +1,6 @@
 """Every point of a spool reaches the sink once and in order, whatever restarts and whatever is away meanwhile."""
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipelines.runs.followers import MetricFollower, PictureFollower
 from pipelines.runs.metrics import MetricSpool, read_points
 from pipelines.runs.progress import ProgressDisplay
 from pipelines.storage import Storage, open_storage
+from tests.waiting import EVENT_DEADLINE_S, join, wait_until
 
 
 class MemorySink:
@@ -94,16 +94,17 @@ def test_nothing_is_written_by_a_rank_that_adds_nothing(storage):
 
 
 def test_adding_does_not_wait_for_the_storage(storage, monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(Storage, "write", lambda *_: release.wait(30))
+    writing, release = threading.Event(), threading.Event()
+    monkeypatch.setattr(Storage, "write", lambda *_: (writing.set(), release.wait(EVENT_DEADLINE_S)))
     spool = MetricSpool(storage)
     spool.add(1, {"lr": 1})
     flusher = threading.Thread(target=spool.flush)
     flusher.start()
+    assert writing.wait(EVENT_DEADLINE_S)
     spool.add(2, {"lr": 1})
     assert flusher.is_alive()
     release.set()
-    flusher.join()
+    join(flusher)
     spool.close()
 
 
@@ -146,18 +147,21 @@ def test_points_arrive_while_the_spool_grows(storage):
         for step in (1, 2, 3):
             spool.add(step, {"train/loss": 1})
             spool.flush()
-            assert arrived.wait(30)
+            assert arrived.wait(EVENT_DEADLINE_S)
             arrived.clear()
     spool.close()
     assert sink.steps() == [1, 2, 3]
 
 
-def test_points_stay_in_the_spool_while_too_many_wait_for_the_sink(storage):
+def test_points_stay_in_the_spool_while_too_many_wait_for_the_sink(storage, monkeypatch):
     sink = MemorySink()
     sink.num_waiting = 10**6
     spool_steps(storage, range(1, 5))
-    with MetricFollower(storage, sink, poll_every_s=0.01) as follower:
-        follower._stop.wait(0.1)
+    answers, is_ready = [], MetricFollower.is_ready
+    monkeypatch.setattr(MetricFollower, "is_ready", lambda self: (answers.append(is_ready(self)), answers[-1])[1])
+    with MetricFollower(storage, sink, poll_every_s=0.01):
+        wait_until(lambda: len(answers) > 3, "the follower to ask four times")
+        assert not any(answers)
         assert sink.steps() == []
     assert sink.steps() == [1, 2, 3, 4]
 
@@ -243,8 +247,7 @@ def test_pictures_are_delivered_once_drawn_and_all_by_the_end(tmp_path: Path) ->
     storage, album = open_storage(tmp_path), Album()
     storage.write("pictures/one.png", b"1")
     with PictureFollower(storage, album, poll_every_s=0.01):
-        while not album.pictures:
-            time.sleep(0.01)
+        wait_until(lambda: album.pictures, "the first picture")
         storage.write("pictures/two.png", b"2")
     assert album.pictures == {"pictures/one.png": b"1", "pictures/two.png": b"2"}
 
@@ -256,8 +259,7 @@ def test_a_refused_picture_is_delivered_later_and_reported_at_the_end_only(
     storage.write("pictures/one.png", b"1")
     album = Album(num_refused=1)
     with PictureFollower(storage, album, poll_every_s=0.01):
-        while not album.pictures:
-            time.sleep(0.01)
+        wait_until(lambda: album.pictures, "the first picture")
     assert "pictures could not be delivered, retrying in 0.01 s: MLflow refused" in caplog.text
     with (
         pytest.raises(RuntimeError, match="MLflow refused"),

@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.storage import Storage, open_storage, storage_of
 from pipelines.storage.retries import retry_limit
+from tests.waiting import join
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
@@ -156,7 +157,7 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
         assert all(storage.read("x") in contents for _ in range(200))
     finally:
         stop.set()
-        writer.join()
+        join(writer)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

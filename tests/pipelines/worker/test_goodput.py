@@ -1,11 +1,10 @@
 """Every second of a run counts once, over all its attempts."""
 
-import time
-
 import pytest
 
 from pipelines.worker import goodput
 from pipelines.worker.goodput import Attempt, Clock
+from tests.waiting import let_pass
 
 
 @pytest.fixture
@@ -54,5 +53,5 @@ def test_the_time_when_no_driver_ran_is_not_counted(now: list[float]) -> None:
 def test_seconds_are_of_the_wall() -> None:
     clock = Clock()
     with clock.spent("steps"):
-        time.sleep(0.01)
+        let_pass(0.01)
     assert clock.saved()["seconds"]["steps"] >= 0.01

@@ -15,6 +15,7 @@ from pipelines.runs.checkpoints import CheckpointStore, Retention
 from pipelines.storage import Storage, open_storage
 from pipelines.worker.saving import CheckpointWriter, Tensors
 from tests.digest import tensors_digest
+from tests.waiting import EVENT_DEADLINE_S
 
 KEEP = Retention(newest=3)
 
@@ -44,7 +45,7 @@ class Gated(Storage):
 
     @contextmanager
     def create(self, path: str) -> Iterator[IO[bytes]]:
-        assert self.gate.wait(30)
+        assert self.gate.wait(EVENT_DEADLINE_S)
         with super().create(path) as file:
             yield file
 
@@ -69,19 +70,27 @@ def test_training_goes_on_while_a_snapshot_is_written_which_equals_the_weights_a
     assert weights.digests() != wanted
 
 
-def test_the_next_save_waits_for_the_one_before_and_only_then_takes_its_snapshot(tmp_path: Path) -> None:
+def test_the_next_save_waits_for_the_one_before_and_only_then_takes_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Gated.gate.clear()
     store = CheckpointStore(open_storage(tmp_path))
     weights, writer = Weights(), writer_of(Gated(str(tmp_path)))
     writer.save(1, weights.snapshot, {})
-    threading.Timer(0.2, Gated.gate.set).start()
+    wait = writer.wait
+
+    def open_and_wait() -> None:
+        assert store.steps() == []
+        Gated.gate.set()
+        wait()
 
     def take() -> Tensors:
         assert store.steps() == [1]
         return weights.snapshot()
 
+    monkeypatch.setattr(writer, "wait", open_and_wait)
     writer.save(2, take, {})
-    writer.wait()
+    wait()
     assert store.steps() == [1, 2]
 
 
