@@ -15,12 +15,10 @@ from ray.tune import Callback
 from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
-from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.drive import claim
 from pipelines.registry import Point
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower, PictureFollower
-from pipelines.storage import open_storage
 from tune.space import describe
 from tune.trial import MEASURES, Trial, run
 
@@ -149,14 +147,13 @@ class Children:
         if trial.key in self._open:
             return
         config = trial.pretrain.config
-        manifest = read_manifest(open_storage(config.data.uri))
-        key = claim(trial.pretrain, "pretrain", manifest)
+        key = claim(trial.pretrain, "pretrain", trial.manifest)
         child = self._tracking.run(
             self.name(trial),
             "trial",
             to_dict(config),
             tags={"mae.folder": trial.folder, "mae.point": json.dumps(trial.point)},
-            dataset=manifest,
+            dataset=trial.manifest,
             dataset_uri=config.data.uri,
             parent=self._parent,
             key=key,
@@ -200,7 +197,7 @@ class Children:
 
     def find(self, trial: Trial) -> registry.Run:
         """Return the run of a finished trial; report the trial again if MLflow does not know it."""
-        key = claim(trial.pretrain, "pretrain", read_manifest(open_storage(trial.pretrain.config.data.uri)))
+        key = claim(trial.pretrain, "pretrain", trial.manifest)
         found = self._tracking.find_run(key)
         if found is None:
             self.close(trial)

@@ -14,14 +14,14 @@ from typing import Any
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SweepConfig, identity, run_name, to_dict
-from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.launch import launch
-from pipelines.drivers.pretrain import published_pretrain_job
+from pipelines.drivers.pretrain import publisher
 from pipelines.errors import CommandFailed
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.jobs import ClassifyJob, IndexedDataset
 from pipelines.storage import Storage, open_storage
 from tune.space import at
 from tune.summary import Entry, best_of, figure_of, preset_of, report
@@ -165,30 +165,29 @@ def _register(winner: Trial, children: Any) -> str:
     config = winner.pretrain.config
     if not config.tracking.register:
         return ""
-    published = published_pretrain_job(config, "pretrain", read_manifest(open_storage(config.data.uri)))
-    return published.publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
+    publish = publisher(config, winner.manifest)
+    return publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
 
 
 def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:
     """Return the winner's top-1 on test, by the classifiers that were measured on val; None without a test split."""
-    config = winner.pretrain.config
-    manifest = read_manifest(open_storage(config.data.uri))
+    config, manifest = winner.pretrain.config, winner.manifest
     if "test" not in manifest.splits:
         return dict.fromkeys(MEASURES)
-    jobs: dict[Measure, ClassifyJob] = {}
+    jobs: dict[Measure, tuple[ClassifyJob, IndexedDataset]] = {}
     for measure in MEASURES:
         on_val: ClassifyJob = getattr(winner, measure)
         on_test = dataclasses.replace(
             on_val.config, eval_split="test", output=checked.storage.join(f"test/{winner.key}")
         )
         jobs[measure] = classify_job(on_test, measure, winner.pretrain, manifest)
-        _copy_checkpoint(on_val, jobs[measure])
-    unread = [job for job in jobs.values() if RunFolder(job.folder).read_result() is None]
+        _copy_checkpoint(on_val, jobs[measure][0])
+    unread = [(job, dataset) for job, dataset in jobs.values() if RunFolder(job.folder).read_result() is None]
     if unread:
         log.info("evaluating the best trial on test")
         stack.enter_context(ray_session(config.compute))
         launch(unread, f"{checked.name}-test")
-    return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, job in jobs.items()}
+    return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, (job, _) in jobs.items()}
 
 
 def _copy_checkpoint(source: ClassifyJob, target: ClassifyJob) -> None:

@@ -16,7 +16,7 @@ from pipelines.drivers.classify import StartingEncoder, published_classify_job, 
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import published_pretrain_job, with_dataset
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, Job, PretrainJob
+from pipelines.runs.jobs import ClassifyJob, IndexedDataset, IndexedJob, Job, PretrainJob
 from pipelines.storage import Storage, open_storage
 from tune.space import Point, at, describe, points
 
@@ -37,6 +37,12 @@ class Trial:
     pretrain: PretrainJob
     probe: ClassifyJob
     finetune: ClassifyJob
+    datasets: dict[str, IndexedDataset]
+    """Dataset as each job reads it, by the job's name; indexed when the sweep is planned."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.datasets["pretrain"].manifest
 
     @property
     def jobs(self) -> dict[str, Job]:
@@ -96,7 +102,12 @@ def run(trials: Sequence[Trial]) -> None:
     Unfinished jobs resume from their newest checkpoint. If a group fails, each of its unfinished trials is run again
     alone, so that one trial's failure does not affect the others.
     """
-    unfinished = [job for trial in trials for job in trial.jobs.values() if RunFolder(job.folder).read_result() is None]
+    unfinished = [
+        (job, trial.datasets[name])
+        for trial in trials
+        for name, job in trial.jobs.items()
+        if RunFolder(job.folder).read_result() is None
+    ]
     error = _failure(unfinished, f"trial-{trials[0].key}") if unfinished else ""
     for trial in trials:
         if all(RunFolder(job.folder).read_result() for job in trial.jobs.values()):
@@ -107,7 +118,7 @@ def run(trials: Sequence[Trial]) -> None:
             trial.record(error)
 
 
-def _failure(jobs: list[Job], name: str) -> str:
+def _failure(jobs: list[IndexedJob], name: str) -> str:
     """Run the jobs; return their error in one line, empty if there was none."""
     try:
         launch(jobs, name)
@@ -154,20 +165,23 @@ def _trial(config: SweepConfig, point: Point, folder: Storage) -> Trial:
     identities = [identity(pretrain), *map(identity, classify.values()), manifest.digest]
     key = hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
     home = folder.join(f"trials/{key}")
-    job = published_pretrain_job(dataclasses.replace(pretrain, output=home), "pretrain", manifest).job
+    published = published_pretrain_job(dataclasses.replace(pretrain, output=home), "pretrain", manifest)
+    job, datasets = published.job, {"pretrain": published.dataset}
     assert isinstance(job, PretrainJob)
+    jobs: dict[Measure, ClassifyJob] = {}
     try:
-        jobs = {
-            measure: classify_job(dataclasses.replace(values, output=home), measure, job, manifest)
-            for measure, values in classify.items()
-        }
+        for measure in MEASURES:
+            on_val = dataclasses.replace(classify[measure], output=home)
+            jobs[measure], datasets[measure] = classify_job(on_val, measure, job, manifest)
     except ValueError as error:
         raise UserError(f"space point {describe(point)}: {error}") from None
-    return Trial(key=key, point=point, folder=home, pretrain=job, probe=jobs["probe"], finetune=jobs["finetune"])
+    return Trial(key=key, point=point, folder=home, pretrain=job, **jobs, datasets=datasets)
 
 
-def classify_job(config: ClassifyConfig, name: str, pretrained: PretrainJob, manifest: Manifest) -> ClassifyJob:
-    """Return a probe or fine-tuning job on the pretraining's export, in the folder <output>/<name>."""
+def classify_job(
+    config: ClassifyConfig, name: str, pretrained: PretrainJob, manifest: Manifest
+) -> tuple[ClassifyJob, IndexedDataset]:
+    """Return a probe or fine-tuning job on the pretraining's export, in the folder <output>/<name>, and its dataset."""
     model = pretrained.config.model
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
@@ -181,6 +195,6 @@ def classify_job(config: ClassifyConfig, name: str, pretrained: PretrainJob, man
         backbone_px=model.image_px,
         norm_eps=model.norm_eps,
     )
-    job = published_classify_job(config, name, start, manifest).job
-    assert isinstance(job, ClassifyJob)
-    return dataclasses.replace(job, backbone=f"{pretrained.folder}/export")
+    published = published_classify_job(config, name, start, manifest)
+    assert isinstance(published.job, ClassifyJob)
+    return dataclasses.replace(published.job, backbone=f"{pretrained.folder}/export"), published.dataset

@@ -29,7 +29,7 @@ from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.feed.segments import FeedSegment
 from pipelines.feed.windows import MicroBatch, window_micro_batches
-from pipelines.runs.jobs import PretrainJob, segments, train_plan
+from pipelines.runs.jobs import PretrainJob, index_dataset, segments, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.loop import TrainState
 
@@ -83,7 +83,8 @@ def pretrain_for(
 
     The learning rate follows the share of the budget that is spent, so that every run completes its schedule.
     """
-    config, plan = job.config, train_plan(job, manifest)
+    config, dataset = job.config, index_dataset(job, manifest)
+    plan = train_plan(job, dataset)
     mae = build_mae(config.model, config.seed)
     peak = peak_lr(config.optim.base_lr, config.data.batch)
     state = TrainState(
@@ -97,7 +98,7 @@ def pretrain_for(
         ),
         clip_norm=config.optim.clip_norm,
     )
-    feed, losses, in_steps_s = _steps(segments(job, 0)[0]), [], 0.0
+    feed, losses, in_steps_s = _steps(segments(job, dataset, 0)[0]), [], 0.0
     start_s = clock()
     while (begin_s := clock()) - start_s < budget_s:
         step, batches = next(feed)

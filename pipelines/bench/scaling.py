@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mae_core.config import ModelConfig, parse_arch
-from pipelines.feed.data_task import most_per_block
+from pipelines.feed.data_task import max_per_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def images_per_block(run: Run, num_gpus: int) -> int:
     height_px, width_px = run.model.image_px
     image_bytes = height_px * width_px * run.model.channels
     in_window = max(1, run.window // (num_gpus * micro_batch))
-    return micro_batch * min(in_window, most_per_block(micro_batch * image_bytes, num_gpus))
+    return micro_batch * min(in_window, max_per_block(micro_batch * image_bytes, num_gpus))
 
 
 def all_reduce_s(num_bytes: float, cluster: Cluster, num_gpus: int) -> float:

@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What commands print of the dataset with --json: found = ok + quarantined + duplicates."""
+        """Values that commands print with --json: found = ok + quarantined + duplicates."""
         return {
             "digest": self.digest,
             "num_found": self.num_found,
@@ -105,7 +105,7 @@ class Manifest:
 
 
 def is_prepared(storage: Storage) -> bool:
-    """Tell whether the storage holds a prepared dataset."""
+    """Return whether the storage holds a prepared dataset."""
     return storage.exists(MANIFEST)
 
 

@@ -1,4 +1,4 @@
-"""Read row groups of shards with one request each; a process reads the metadata of a shard once."""
+"""Read row groups of shards with one request each; the metadata of a shard is read once."""
 
 import threading
 from collections import OrderedDict

@@ -16,7 +16,7 @@ from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import Publish, PublishedJob, drive, read_export
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, train_index
+from pipelines.runs.jobs import ClassifyJob, IndexedDataset, index_dataset, train_plan
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def published_classify_job(
     """Return the run as a job to publish.
 
     Publishing a fine-tuned classifier registers it, unless the config says not to. Raises UserError if more blocks
-    are to be trained than the encoder has.
+    are to be trained than the encoder has, or if a class has fewer images than the labels to train on.
     """
     depth, train_blocks = parse_arch(start.arch).depth, config.classifier.train_blocks
     if train_blocks is not None and train_blocks > depth:
@@ -177,26 +177,26 @@ def published_classify_job(
         backbone_px=start.backbone_px,
         norm_eps=start.norm_eps,
     )
-    command = config.classifier.command
+    dataset, command = index_dataset(job, manifest), config.classifier.command
     publish = _register(config, start) if command == "finetune" and config.tracking.register else _nothing
     return PublishedJob(
         name=name,
         kind=command,
         job=job,
-        manifest=manifest,
+        dataset=dataset,
         publish=publish,
         backbone=start.ref,
         inputs=inputs,
-        tags=_label_tags(job, manifest),
+        tags=_label_tags(job, dataset),
     )
 
 
-def _label_tags(job: ClassifyJob, manifest: Manifest) -> dict[str, str]:
+def _label_tags(job: ClassifyJob, dataset: IndexedDataset) -> dict[str, str]:
     """Return how many labelled images the job trains on, as tags of its run, and log it; empty if it uses all."""
     config = job.config
     if not config.labels and config.data.labels_per_class is None:
         return {}
-    num_used, num_all = train_index(job, manifest).num_samples, manifest.split("train").num_rows
+    num_used, num_all = train_plan(job, dataset).num_samples, dataset.manifest.split("train").num_rows
     asked = config.labels or f"{config.data.labels_per_class} per class"
     log.info("labels: %s, %d of %d training images of %d classes", asked, num_used, num_all, len(job.classes))
     return {"mae.num_train": str(num_used)}

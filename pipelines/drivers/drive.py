@@ -16,7 +16,7 @@ from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower, PictureFollower
-from pipelines.runs.jobs import Job, train_plan
+from pipelines.runs.jobs import IndexedDataset, Job, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
 
@@ -36,12 +36,12 @@ Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedJob:
-    """A job with its run's name, its dataset, its input files, and the function that publishes its result."""
+    """A job with its run's name, its indexed dataset, its input files, and the function that publishes its result."""
 
     name: str
     kind: registry.Kind
     job: Job
-    manifest: Manifest
+    dataset: IndexedDataset
     publish: Publish
     inputs: dict[str, bytes] = field(default_factory=dict)
     """Files that the workers read from the run folder: content by path."""
@@ -61,16 +61,15 @@ def drive(
     the worker group fails.
     """
     registry.refuse_local_tracking(ray_address())
-    for published in jobs:  # Both calls raise UserError for wrong input.
+    for published in jobs:
         registry.check_run_name(published.name)
-        train_plan(published.job, published.manifest)
     folders = [RunFolder(published.job.folder) for published in jobs]
     died_s = last_alive_s(folders[0].storage)
     runs: dict[int, registry.Run] = {}
     for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
         if fresh:
             folder.clear()
-        key = claim(published.job, published.kind, published.manifest)
+        key = claim(published.job, published.kind, published.dataset.manifest)
         if folder.read_outcome() is None:
             runs[i] = _start(published, folder, tracking, key)
     try:
@@ -98,7 +97,7 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
             stack.enter_context(_following(jobs[i], RunFolder(jobs[i].job.folder), run, shows=len(runs) == 1))
         if unfinished:
             stack.enter_context(ray_session(jobs[0].job.config.compute))
-            launch([jobs[i].job for i in unfinished], group_name, died_s)
+            launch([(jobs[i].job, jobs[i].dataset) for i in unfinished], group_name, died_s)
 
 
 def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
@@ -111,7 +110,7 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
         published.kind,
         to_dict(published.job.config),
         tags={"mae.folder": published.job.folder, **published.tags},
-        dataset=published.manifest,
+        dataset=published.dataset.manifest,
         dataset_uri=published.job.config.data.uri,
         parent=published.parent,
         key=key,
@@ -167,7 +166,7 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
     with ExitStack() as stack:
         display = None
         if shows:
-            total = published.job.reading.epochs * train_plan(published.job, published.manifest).steps_per_epoch
+            total = published.job.reading.epochs * train_plan(published.job, published.dataset).steps_per_epoch
             display = stack.enter_context(ProgressDisplay(published.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))

@@ -15,7 +15,7 @@ from pipelines.errors import CommandFailed
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import Job, job_to_dict, remaining_segments, with_workers
+from pipelines.runs.jobs import IndexedJob, Job, remaining_segments, with_workers
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class RunFailed(CommandFailed):
     """The worker group ended with unfinished jobs; the message names the cause."""
 
 
-def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
+def launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None = None) -> None:
     """Run every job to its end in one worker group.
 
     `died_s` is when the previous driver of the run was last alive, in Unix seconds. Raises RunFailed if workers fail
@@ -33,13 +33,18 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
     Checkpoints never pass through Ray Train's report(): the run folder is the only commit record, and a restarted
     worker group reads from it what remains to be done.
     """
-    jobs, folders = list(jobs), [RunFolder(job.folder) for job in jobs]
+    import ray
+
+    jobs = [job for job, _ in indexed]
+    folders = [RunFolder(job.folder) for job in jobs]
     attempt = {"launched_s": time.time(), "died_s": died_s}
+    # One object for every group that is launched or restarted. By value, the indexes would be sent to each rank.
+    stored = ray.put(list(indexed))
     while True:
         for folder in folders:
             folder.clear_stop_reason()
             folder.clear_restart_request()
-        _fit(jobs, name, attempt)
+        _fit(jobs, stored, name, attempt)
         causes = [cause for folder in folders if (cause := folder.restart_reason())]
         if not causes:
             break
@@ -49,8 +54,11 @@ def launch(jobs: Sequence[Job], name: str, died_s: float | None = None) -> None:
             raise RunFailed(cause)
 
 
-def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
-    """Run one worker group, which Ray Train restarts after failures, until it ends or needs another feed."""
+def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> None:
+    """Run one worker group, which Ray Train restarts after failures, until it ends or needs another feed.
+
+    `stored` is the ObjectRef of the jobs with their indexed datasets.
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -62,7 +70,7 @@ def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"jobs": [job_to_dict(job) for job in jobs], "attempt": attempt, "run": run},
+            train_loop_config={"jobs": stored, "attempt": attempt, "run": run},
             torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
@@ -73,7 +81,7 @@ def _fit(jobs: list[Job], name: str, attempt: dict[str, Any]) -> None:
                 callbacks=[failure_recorder([job.folder for job in jobs], compute.max_failures)],
             ),
             datasets={dataset_name(number): _nothing for number in range(NUM_DATASETS)},
-            dataset_config=_feeds(jobs, run),
+            dataset_config=_feeds(stored, compute, run),
         )
         try:
             trainer.fit()
@@ -100,8 +108,9 @@ def _nothing() -> Any:
     return ray.data.range(1)
 
 
-def _feeds(jobs: list[Job], run: str) -> Any:
+def _feeds(stored: Any, compute: ComputeConfig, run: str) -> Any:
     """Return a DataConfig that builds a feed of the remaining phases whenever Ray Train starts a group, of any size."""
+    import ray
     from ray.train import DataConfig
 
     from pipelines.feed.driver import Feed, data_config, feed
@@ -113,9 +122,11 @@ def _feeds(jobs: list[Job], run: str) -> Any:
             self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
         ) -> Any:
             # Ray Train calls this for the second dataset later, when other steps remain: keep the feed of the first.
-            if self.feed is None and (left := remaining_segments([with_workers(job, world_size) for job in jobs])):
-                self.feed = feed(left, world_size, *data_tasks(jobs[0].config.compute, worker_node_ids))
-                self.feed.channel.publish(run)
+            if self.feed is None:
+                jobs = [(with_workers(job, world_size), dataset) for job, dataset in ray.get(stored)]
+                if left := remaining_segments(jobs):
+                    self.feed = feed(left, world_size, *data_tasks(compute, worker_node_ids))
+                    self.feed.channel.publish(run)
             if self.feed:
                 names = {dataset_name(number): dataset for number, dataset in enumerate(self.feed.datasets)}
                 datasets = {name: names[name] for name in datasets}

@@ -17,9 +17,9 @@ from mae_core.transfer import start_from
 from pipelines import registry
 from pipelines.config import PretrainConfig, from_dict, run_name, to_dict, with_overrides
 from pipelines.dataset.manifest import Manifest, read_manifest
-from pipelines.drivers.drive import PublishedJob, drive, manifest_json, newest_picture, read_export
+from pipelines.drivers.drive import Publish, PublishedJob, drive, manifest_json, newest_picture, read_export
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.jobs import PretrainJob, index_dataset
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def published_pretrain_job(
     """Return the run as a job to publish; publishing registers the model unless the config says not to.
 
     A run that continues from a version keeps its normalization, which its weights expect, unless channels differ.
+    Raises UserError if a class has fewer images than the labels to train on.
     """
     storage = open_storage(open_storage(config.output).join(name))
     pixels = pixels_of(manifest, config.model.channels)
@@ -153,6 +154,19 @@ def published_pretrain_job(
     job = PretrainJob(
         folder=storage.uri, config=config, pixels=pixels, backbone=storage.join("backbone") if start else ""
     )
+    return PublishedJob(
+        name=name,
+        kind="pretrain",
+        job=job,
+        dataset=index_dataset(job, manifest),
+        publish=publisher(config, manifest, start.ref if start else None),
+        inputs=inputs,
+        backbone=start.ref if start else None,
+    )
+
+
+def publisher(config: PretrainConfig, manifest: Manifest, parent: registry.ModelRef | None = None) -> Publish:
+    """Return the function that registers a run's model, as a child of `parent` if given, unless the config opts out."""
 
     def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
         if not config.tracking.register:
@@ -163,20 +177,12 @@ def published_pretrain_job(
             run,
             files,
             config.tracking.name or f"mae-{config.model.arch}",
-            parent=start.ref if start else None,
+            parent=parent,
             description=describe(config, manifest),
         )
         return {"model": ref.uri}
 
-    return PublishedJob(
-        name=name,
-        kind="pretrain",
-        job=job,
-        manifest=manifest,
-        publish=publish,
-        inputs=inputs,
-        backbone=start.ref if start else None,
-    )
+    return publish
 
 
 def describe(config: PretrainConfig, manifest: Manifest) -> str:

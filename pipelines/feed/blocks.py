@@ -1,6 +1,7 @@
-"""A block of the feed: several micro-batches of one rank as one row of a table, and which execution may start by then.
+"""Pack several micro-batches of one rank into a block, which is a table of one row, and unpack it.
 
-Loads torch only where a block is read, since it would cost each of Ray Data's own processes two seconds.
+A block also says which execution may start when it arrives. Torch is imported only where a block is unpacked, since it
+would cost each of Ray Data's own processes two seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 _TENSORS = ("images", "ids", "labels", "weights")
 _NUMBERS = ("step", "index")
 _NEXT = "next"
-"""The execution that may start, or 0."""
+"""Column with the execution that may start when the block arrives, or 0."""
 
 
 def to_block(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], next_execution: int) -> pa.Table:
-    """Pack micro-batches end to end into the lists of one row, with the execution that may start by then, or 0.
+    """Pack micro-batches end to end into the lists of one row.
 
     `images` is [micro-batches, crops * batch, height, width, channels], the memory that their images view.
+    `next_execution` may start when the block arrives; 0 if none may.
     """
     columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
     for name in _TENSORS[1:]:
@@ -33,12 +35,12 @@ def to_block(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], next_ex
 
 
 def next_execution(block: pa.Table) -> int:
-    """Return the execution that may start now, or 0."""
+    """Return the execution that may start when this block has arrived, or 0."""
     return block[_NEXT][0].as_py()
 
 
 def as_list(values: NDArray[Any]) -> pa.LargeListArray:
-    """Return a column of one row, the list of these values, without a copy."""
+    """Return a column whose only row is the list of these values, without a copy."""
     return pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), pa.array(values))
 
 

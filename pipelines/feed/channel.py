@@ -1,4 +1,4 @@
-"""What the processes of a feed tell each other, through Ray's internal key-value store.
+"""State that the processes of a feed share, in Ray's internal key-value store.
 
     driver                     ranks                                data tasks
       |                          |                                      |
@@ -21,9 +21,9 @@
 Two rules keep it safe.
 
 - Every rank selects an execution before it asks for the first block, and Ray Data starts the execution when all ranks
-  have asked. No rank can be an execution ahead: it would need blocks of one that the others have not asked for.
+  have asked. No rank can be an execution ahead, because it would need blocks that the others have not asked for.
 - The next execution starts only after every task of the current one has started. Before that, its tasks could take all
-  CPUs, fill the object store with blocks that nobody takes yet, and hold these CPUs for ever.
+  CPUs, fill the object store with blocks that no rank takes yet, and hold these CPUs forever.
 
 The store is a private API of Ray (`ray.experimental.internal_kv`); only `_put` and `_get` below use it.
 """
@@ -67,7 +67,7 @@ class FeedChannel:
         _put(self.key, "all started", execution)
 
     def all_started(self, execution: int) -> bool:
-        """Whether no task of the execution still waits for a CPU."""
+        """Return whether every task of the execution has started."""
         return _get(self.key, "all started", -1) >= execution
 
 

@@ -1,4 +1,4 @@
-"""A data task's part of a feed: one shuffle window becomes blocks of micro-batches."""
+"""A data task's part of a feed: turn one shuffle window into blocks of micro-batches."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from pipelines.feed.channel import FeedChannel
 from pipelines.feed.executions import Executions
 from pipelines.feed.segments import FeedSegment
 
-# A block costs the machine several milliseconds whatever its size, most of them in the driver of the feed. So a block
-# carries several micro-batches of one rank: more if many ranks share the driver, fewer if object stores are small.
+# A block costs several milliseconds of CPU whatever its size, most of them in the feed's coordinator. So it carries
+# several micro-batches of one rank: more if many ranks share the coordinator, fewer if object stores are small.
 _BLOCK_BYTES = 64 * 2**20
 _RANKS_FOR_MORE = 8
 _BLOCKS_IN_STORE = 32
@@ -26,7 +26,7 @@ _SEGMENTS: dict[str, list[FeedSegment]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class FeedWork:
-    """What every data task of a feed must know."""
+    """What all data tasks of a feed share."""
 
     channel: FeedChannel
     executions: Executions
@@ -47,17 +47,17 @@ def blocks_of(work: FeedWork, task: int) -> Iterator[pa.Table]:
     if work.executions.is_last(task):
         work.channel.report_all_started(work.executions.of_task(task))
     if work.channel.key not in _SEGMENTS:
-        # A task gets copies of the segments, which have neither looked up row groups nor shuffled the epoch yet.
+        # Each task unpickles its own segments. Those of the first are kept, with metadata and plans that they cache.
         _SEGMENTS.clear()
         _SEGMENTS[work.channel.key] = work.segments
-    place = bisect_right(work.stops, task)
-    segment = _SEGMENTS[work.channel.key][place]
-    number = segment.first_window + task - (work.stops[place] - segment.num_windows)
+    index = bisect_right(work.stops, task)
+    segment = _SEGMENTS[work.channel.key][index]
+    number = segment.first_window + task - (work.stops[index] - segment.num_windows)
     next_execution = work.executions.next_after(task)
 
     window, num_workers = Window(segment, number), segment.plan.num_workers
-    most = most_per_block(segment.micro_batch_bytes, num_workers, work.store_bytes)
-    first, per_block = 0, 1 if number == segment.first_window else most
+    limit = max_per_block(segment.micro_batch_bytes, num_workers, work.store_bytes)
+    first, per_block = 0, 1 if number == segment.first_window else limit
     while first < len(window):
         stop = min(first + per_block * num_workers, len(window))
         for rank in range(num_workers):
@@ -66,10 +66,10 @@ def blocks_of(work: FeedWork, task: int) -> Iterator[pa.Table]:
             images = _BUFFERS.take((len(numbers), *window.images_shape))
             batches = [window.micro_batch(number, memory) for number, memory in zip(numbers, images)]
             yield to_block(batches, images, next_execution)
-        first, per_block = stop, min(2 * per_block, most)
+        first, per_block = stop, min(2 * per_block, limit)
 
 
-def most_per_block(micro_batch_bytes: int, num_workers: int, store_bytes: float = inf) -> int:
-    """Return how many micro-batches of one rank a block carries at most."""
+def max_per_block(micro_batch_bytes: int, num_workers: int, store_bytes: float = inf) -> int:
+    """Return the largest number of micro-batches of one rank that a block carries."""
     block_bytes = min(_BLOCK_BYTES * max(1, num_workers // _RANKS_FOR_MORE), store_bytes // _BLOCKS_IN_STORE)
     return max(1, min(int(block_bytes // micro_batch_bytes), _MAX_PER_BLOCK))

@@ -1,4 +1,4 @@
-"""The driver's part of a feed: the datasets that Ray Train splits among the ranks."""
+"""The driver's part of a feed: build the datasets that Ray Train splits among the ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Feed:
     datasets: tuple[Any, ...]
 
     def micro_batches(self) -> Iterator["MicroBatch"]:
-        """Yield all micro-batches where this process is the only rank."""
+        """Yield all micro-batches to this process, the only rank."""
         return micro_batches(lambda dataset: self.datasets[dataset].iterator(), self.channel)
 
 
@@ -37,8 +37,8 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
 
     At most `max_tasks` tasks run at a time; without a value, as many as find their `num_cpus` free. Split among
     `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets block j where j % num_workers == r,
-    which holds micro-batches of rank r. Raises UserError if a plan is for another number of workers, or if nothing is
-    left to feed.
+    which holds micro-batches of rank r. Raises UserError if a plan is for another number of workers, or if no segment
+    has a step.
     """
     import ray
     import ray.data
@@ -49,7 +49,9 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
     segments = list(segments)
     for segment in segments:
         if segment.plan.num_workers != num_workers:
-            raise UserError(f"a plan for {segment.plan.num_workers} workers cannot feed {num_workers}; make it anew")
+            raise UserError(
+                f"a plan for {segment.plan.num_workers} workers cannot feed {num_workers}; make one for {num_workers}"
+            )
     stops = list(accumulate(segment.num_windows for segment in segments))
     if not stops or not stops[-1]:
         raise UserError("nothing to feed: no segment has a step; give at least one")

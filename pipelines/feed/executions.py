@@ -2,8 +2,8 @@
 
 Ray Data creates all tasks of an execution before the first one runs (1.5 ms each), and keeps 3 kB for every block that
 it has handed out until the execution ends: in one execution, 800 epochs of ImageNet would start after three minutes and
-need 9 GB in the end. So a feed runs as many executions, and two datasets alternate: tasks of the next execution start
-while the last windows of this one are still on their way. `channel` says how the processes agree on the moment.
+need 9 GB in the end. So a feed runs in many executions, and two datasets alternate: tasks of the next execution start
+while the last windows of this one are still on their way. `channel` says how the processes agree on when.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _MIN_TASKS, _MIN_ROUNDS = 128, 8
 
 @dataclass(frozen=True)
 class Executions:
-    """Tasks 0 to num_tasks - 1, a task a shuffle window, in executions of `size` tasks."""
+    """Tasks 0 to num_tasks - 1, one per shuffle window, in executions of `size` tasks."""
 
     num_tasks: int
     size: int
@@ -25,7 +25,7 @@ class Executions:
 
     @classmethod
     def of(cls, num_tasks: int, max_running: int) -> "Executions":
-        """Make executions many times as long as the number of tasks that run at a time."""
+        """Make executions of eight times as many tasks as run at a time, and at least 128."""
         return cls(num_tasks, max(_MIN_TASKS, _MIN_ROUNDS * max_running), max_running)
 
     def tasks(self, execution: int) -> range:
@@ -41,7 +41,7 @@ class Executions:
         return task // self.size + 1 if stop - self.max_running <= task and stop < self.num_tasks else 0
 
     def is_last(self, task: int) -> bool:
-        """Whether the task is the last one of a full execution."""
+        """Return whether the task is the last one of a full execution."""
         return (task + 1) % self.size == 0
 
     def of_task(self, task: int) -> int:
@@ -50,5 +50,5 @@ class Executions:
 
 
 def dataset_name(dataset: int) -> str:
-    """Name under which Ray Train knows a dataset of the feed."""
+    """Return the name under which Ray Train knows a dataset of the feed."""
     return f"feed-{dataset}"

@@ -1,4 +1,4 @@
-"""A rank's part of a feed: blocks become micro-batches, and the next execution starts in time."""
+"""A rank's part of a feed: turn blocks into micro-batches, and start the next execution in time."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
-"""What data tasks must do, as it travels to them: steps of an epoch plan, and how every sample is transformed.
+"""Segments of a feed, as they are sent to data tasks: steps of an epoch plan, and the transform of every sample.
 
-Does not import torch, which Ray's own processes would load with it.
+Must not import torch, since Ray's own processes import this module.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A shuffle window of the epoch plan becomes micro-batches: rows are read once, decoded and cropped. No Ray here."""
+"""Turn a shuffle window into micro-batches: read its samples once, decode and crop them. Imports no Ray."""
 
 import logging
 from collections.abc import Iterator
@@ -100,8 +100,8 @@ class Window:
         """Decode a micro-batch, into `memory` of shape `images_shape` if given."""
         step, index, slots = self._slots[number]
         images = np.empty(self.images_shape, np.uint8) if memory is None else memory
-        places = range(slots.start - self._first_slot, slots.stop - self._first_slot)
-        ids, labels, weights = self._views.fill(images, places, self._size)
+        positions = range(slots.start - self._first_slot, slots.stop - self._first_slot)
+        ids, labels, weights = self._views.fill(images, positions, self._size)
         return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
 
 
@@ -163,8 +163,8 @@ def _values(chunk: pa.BinaryArray) -> Iterator[memoryview]:
     _, offsets, content = chunk.buffers()
     if len(chunk):
         values = memoryview(b"" if content is None else content)
-        places: list[int] = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset).tolist()
-        yield from (values[start:stop] for start, stop in pairwise(places))
+        bounds: list[int] = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset).tolist()
+        yield from (values[start:stop] for start, stop in pairwise(bounds))
 
 
 class _Views:
@@ -186,53 +186,53 @@ class _Views:
                 sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
-    def fill(self, images: ImageArray, places: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fill(self, images: ImageArray, positions: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write the views of these samples into `images`; return ids, labels and weights of `size` samples.
 
         A sample that cannot be decoded and a placeholder are black, with weight 0.
         """
         samples, weights = self._samples, np.zeros(size, np.float32)
         ids, labels = np.full(size, PLACEHOLDER, np.int64), np.full(size, -1, np.int64)
-        ids[: len(places)] = samples.ids[places.start : places.stop]
-        labels[: len(places)] = samples.labels[places.start : places.stop]
+        ids[: len(positions)] = samples.ids[positions.start : positions.stop]
+        labels[: len(positions)] = samples.labels[positions.start : positions.stop]
         by_view = images.reshape(-1, size, *images.shape[1:])
-        by_view[:, len(places) :] = 0
-        for row, place in enumerate(places):
+        by_view[:, len(positions) :] = 0
+        for row, position in enumerate(positions):
             try:
-                self._decode(place, by_view[:, row])
+                self._decode(position, by_view[:, row])
                 weights[row] = 1
             except ValueError as error:
                 by_view[:, row] = 0
-                log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[place], error)
+                log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[position], error)
         return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
-    def _decode(self, place: int, images: ImageArray) -> None:
+    def _decode(self, position: int, images: ImageArray) -> None:
         """Decode a sample once, and write its training views, or its evaluation view, into `images`."""
         transform, samples = self._transform, self._samples
         if self._crops:
-            self._crop(place, images)
+            self._crop(position, images)
         else:
-            content = bytes(samples.images[place])
-            pixels = decode(content, transform.channels, samples.orientations[place], self._scratch)
+            content = bytes(samples.images[position])
+            pixels = decode(content, transform.channels, samples.orientations[position], self._scratch)
             pixels = evaluation_view(pixels, transform.image_px)
-            images[0] = pixels[:, ::-1] if transform.train and self._flips[0][place] else pixels
+            images[0] = pixels[:, ::-1] if transform.train and self._flips[0][position] else pixels
         if transform.train and transform.augment.rand_augment:
             for view, pixels in enumerate(images):
-                key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[place]), view)
+                key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[position]), view)
                 images[view] = _rand_augment(pixels, transform.augment.rand_augment, key)
 
-    def _crop(self, place: int, images: ImageArray) -> None:
+    def _crop(self, position: int, images: ImageArray) -> None:
         """Write a keyed crop of the sample into each of `images`."""
         samples = self._samples
-        if min(samples.heights_px[place], samples.widths_px[place]) < 1:
-            raise UserError(f"its row says {samples.heights_px[place]} x {samples.widths_px[place]} px")
-        boxes = [tuple(boxes[place]) for boxes in self._boxes]
+        if min(samples.heights_px[position], samples.widths_px[position]) < 1:
+            raise UserError(f"its row says {samples.heights_px[position]} x {samples.widths_px[position]} px")
+        boxes = [tuple(boxes[position]) for boxes in self._boxes]
         # With several crops, parts of the image would be decoded more than once.
-        offsets = samples.segment_offsets[place][: None if len(boxes) == 1 else 0]
-        image = samples.images[place], self._transform.channels, samples.orientations[place], offsets
+        offsets = samples.segment_offsets[position][: None if len(boxes) == 1 else 0]
+        image = samples.images[position], self._transform.channels, samples.orientations[position], offsets
         pixels, boxes[0] = decode_crop(*image, boxes[0], self._scratch)
         for out, box, mirrored in zip(images, boxes, self._flips):
-            crop_into(out, pixels, box, mirrored[place], self._scratch)
+            crop_into(out, pixels, box, mirrored[position], self._scratch)
 
 
 def _rand_augment(pixels: ImageArray, recipe: str, seed_key: int) -> ImageArray:

@@ -18,7 +18,7 @@ from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.state import unpack
 from pipelines import registry
 from pipelines.config import ReconstructConfig, from_dict
-from pipelines.dataset.manifest import is_prepared, read_manifest
+from pipelines.dataset.manifest import Split, is_prepared, read_manifest
 from pipelines.images.decode import SUFFIXES, decode, evaluation_view
 from pipelines.pictures.figures import Block, reconstruction_rows
 from pipelines.storage import Storage, open_storage, storage_of
@@ -63,7 +63,23 @@ def sample_images(uri: str, split: str, count: int, image_px: Size, channels: in
     Raises UserError if there is no such split or no image, or if an image cannot be decoded.
     """
     storage = open_storage(uri)
-    encoded = _from_dataset(storage, split, count) if is_prepared(storage) else _from_folder(storage, count)
+    if not is_prepared(storage):
+        return _decoded(uri, _from_folder(storage, count), image_px, channels)
+    splits = read_manifest(storage).splits
+    if split not in splits:
+        raise UserError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(splits)}")
+    return split_images(uri, splits[split], count, image_px, channels)
+
+
+def split_images(uri: str, split: Split, count: int, image_px: Size, channels: int) -> NDArray[np.uint8]:
+    """Load images [n h w c] like `sample_images` from a split whose manifest has been read."""
+    return _decoded(uri, _from_split(uri, split, count), image_px, channels)
+
+
+def _decoded(
+    uri: str, encoded: list[tuple[str, bytes, int | None]], image_px: Size, channels: int
+) -> NDArray[np.uint8]:
+    """Decode the images. Raises UserError that names one that cannot be decoded."""
     views = []
     for path, content, orientation in encoded:
         try:
@@ -105,20 +121,17 @@ def run(config: ReconstructConfig) -> str:
     return output.join(name)
 
 
-def _from_dataset(storage: Storage, split: str, count: int) -> list[tuple[str, bytes, int | None]]:
+def _from_split(uri: str, split: Split, count: int) -> list[tuple[str, bytes, int | None]]:
     """Return source, encoded image and EXIF orientation of rows evenly spaced over the split."""
     import pyarrow as pa
 
     from pipelines.dataset.row_groups import RowGroups
 
-    manifest, row_groups = read_manifest(storage), RowGroups(storage.uri)
-    if split not in manifest.splits:
-        raise UserError(f"dataset {storage.uri} has no split {split!r}; try one of {', '.join(manifest.splits)}")
-    rows = manifest.splits[split].num_rows
+    row_groups, rows = RowGroups(uri), split.num_rows
     wanted = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(np.int64))
     images: list[tuple[str, bytes, int | None]] = []
     start = 0
-    for shard in manifest.splits[split].shards:
+    for shard in split.shards:
         inside = wanted[(wanted >= start) & (wanted < start + shard.num_rows)] - start
         start += shard.num_rows
         for group in np.unique(inside // shard.rows_per_group):

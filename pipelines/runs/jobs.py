@@ -1,13 +1,18 @@
-"""A job: one training run as a worker group executes it, with its epoch plans and its phases."""
+"""A job: one training run as a worker group executes it, with its epoch plans and its phases.
+
+The driver indexes the dataset of a job once (`index_dataset`) and passes the result to Ray Train's controller and to
+the ranks, which make their plans of it. No other process reads the manifest or the label column, and a group that is
+restarted, with whatever number of workers, sees the same samples.
+"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from mae_core.config import ADDED, LAYER_NORM_EPS, Normalization, Size
-from pipelines.config import ClassifyConfig, PretrainConfig, from_dict, to_dict
-from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.config import ClassifyConfig, PretrainConfig
+from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.runs.folder import RunFolder
@@ -81,21 +86,11 @@ class ClassifyJob:
 Job = PretrainJob | ClassifyJob
 
 
-def job_to_dict(job: Job) -> dict[str, Any]:
-    """Convert a job to plain values, such that job_from_dict(job_to_dict(job)) == job."""
-    return to_dict(job)
-
-
 def with_workers(job: Job, num_workers: int) -> Job:
     """Return a copy of the job for a group of `num_workers` workers."""
     config = job.config
     compute = dataclasses.replace(config.compute, num_workers=num_workers)
     return dataclasses.replace(job, config=dataclasses.replace(config, compute=compute))
-
-
-def job_from_dict(values: dict[str, Any]) -> Job:
-    """Build a job from the plain values of `job_to_dict`."""
-    return from_dict(PretrainJob if values["kind"] == "pretrain" else ClassifyJob, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +103,30 @@ class Phase:
     last_step: int
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IndexedDataset:
+    """A prepared dataset as one job reads it: its manifest, and the index of every split that the job reads."""
+
+    manifest: Manifest
+    indexes: Mapping[str, Index]
+
+
+IndexedJob: TypeAlias = tuple[Job, IndexedDataset]
+
+
+def index_dataset(job: Job, manifest: Manifest) -> IndexedDataset:
+    """Index the splits that the job reads.
+
+    Reads the label column if the job trains on some samples of each class. Raises UserError if a class has fewer, or
+    if a split is absent or empty.
+    """
+    only_train = IndexedDataset(manifest=manifest, indexes={"train": train_index(job, manifest)})
+    steps_per_epoch = train_plan(job, only_train).steps_per_epoch
+    splits = {phase.split for phase in phases(job, steps_per_epoch, 0, frozenset(manifest.splits))} - {"train"}
+    others = {split: Index.from_manifest(manifest, split) for split in sorted(splits)}
+    return IndexedDataset(manifest=manifest, indexes={**only_train.indexes, **others})
+
+
 def train_index(job: Job, manifest: Manifest) -> Index:
     """Return the samples that the job trains on: the training split, or the labelled subset of a classifier."""
     index = Index.from_manifest(manifest, "train")
@@ -118,11 +137,11 @@ def train_index(job: Job, manifest: Manifest) -> Index:
     return index if share is None else index.take_share(open_storage(data.uri), share, seed=seed)
 
 
-def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
+def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
     """Return the shuffled epoch plan of the job's training samples."""
     data = job.reading.data
     return EpochPlan(
-        index=train_index(job, manifest),
+        index=dataset.indexes["train"],
         seed=job.config.seed,
         batch=data.batch,
         micro_batch=data.micro_batch,
@@ -132,11 +151,11 @@ def train_plan(job: Job, manifest: Manifest) -> EpochPlan:
     )
 
 
-def read_plan(job: Job, manifest: Manifest, split: str) -> EpochPlan:
+def read_plan(job: Job, dataset: IndexedDataset, split: str) -> EpochPlan:
     """Return the plan of one pass over a split in storage order, padded to a multiple of the number of workers."""
     compute, data = job.config.compute, job.reading.data
     return EpochPlan(
-        index=train_index(job, manifest) if split == "train" else Index.from_manifest(manifest, split),
+        index=dataset.indexes[split],
         seed=job.config.seed,
         batch=data.micro_batch * compute.num_workers,
         micro_batch=data.micro_batch,
@@ -167,10 +186,9 @@ def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[st
     return [*found, final]
 
 
-def segments(job: Job, first_step: int) -> list[FeedSegment]:
+def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSegment]:
     """Return the job's phases that remain after `first_step` steps, as segments of a feed."""
-    manifest = read_manifest(open_storage(job.config.data.uri))
-    plan = train_plan(job, manifest)
+    plan, read_plans = train_plan(job, dataset), {split: read_plan(job, dataset, split) for split in dataset.indexes}
     image_px, channels = job.input
     transform = Transform(
         train=True,
@@ -182,28 +200,28 @@ def segments(job: Job, first_step: int) -> list[FeedSegment]:
     )
     still = dataclasses.replace(transform, train=False, crops=1)
     found = []
-    for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(manifest.splits)):
+    for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(dataset.manifest.splits)):
         train = phase.kind == "train"
         found.append(
             FeedSegment(
                 dataset_uri=job.config.data.uri,
-                plan=plan if train else read_plan(job, manifest, phase.split),
+                plan=plan if train else read_plans[phase.split],
                 transform=transform if train else still,
                 first_step=phase.first_step if train else 0,
-                last_step=phase.last_step if train else read_plan(job, manifest, phase.split).steps_per_epoch,
+                last_step=phase.last_step if train else read_plans[phase.split].steps_per_epoch,
             )
         )
     return found
 
 
-def remaining_segments(jobs: list[Job]) -> list[FeedSegment]:
+def remaining_segments(jobs: Sequence[IndexedJob]) -> list[FeedSegment]:
     """Return the segments that remain of all jobs, from the results and checkpoints in their folders."""
-    return [segment for job in jobs for segment in _remaining(job)]
+    return [segment for job, dataset in jobs for segment in _remaining(job, dataset)]
 
 
-def _remaining(job: Job) -> list[FeedSegment]:
+def _remaining(job: Job, dataset: IndexedDataset) -> list[FeedSegment]:
     folder = RunFolder(job.folder)
-    return [] if folder.read_result() else segments(job, folder.checkpoints.latest_step())
+    return [] if folder.read_result() else segments(job, dataset, folder.checkpoints.latest_step())
 
 
 def _evaluation_steps(config: ClassifyConfig, steps_per_epoch: int, total: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ from pipelines.feed.channel import FeedChannel
 from pipelines.feed.executions import dataset_name
 from pipelines.feed.rank import micro_batches
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import Job, PretrainJob, job_from_dict, with_workers
+from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, PretrainJob, with_workers
 from pipelines.worker import finetuning, neighbours, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 def work(config: dict[str, Any]) -> None:
     """Every unfinished job of the group is finished; called by Ray Train on each rank."""
+    import ray
     import ray.train
 
     log_to_driver()
     # A patch projection of one channel has a dimension of size 1, whose stride DDP compares though it means nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    jobs = [job_from_dict(values) for values in config["jobs"]]
-    rank = join_group(jobs[0].config.compute)
+    jobs: list[IndexedJob] = ray.get(config["jobs"])
+    rank = join_group(jobs[0][0].config.compute)
 
     def iterator_of(dataset: int) -> Any:
         return ray.train.get_dataset_shard(dataset_name(dataset))
@@ -38,15 +39,16 @@ def work(config: dict[str, Any]) -> None:
     iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
     feed = Feed(micro_batches(iterator_of, FeedChannel.of_run(config["run"])))
     attempt = Attempt(**config["attempt"])
-    for job in rank.agree([job for job in jobs if RunFolder(job.folder).read_result() is None]):
+    for i in rank.agree([i for i, (job, _) in enumerate(jobs) if RunFolder(job.folder).read_result() is None]):
+        job, dataset = jobs[i]
         try:
-            run_job(with_workers(job, rank.world), rank, feed, attempt)
+            run_job(with_workers(job, rank.world), dataset, rank, feed, attempt)
         except (Stopped, RestartRequested):
             return  # The driver reads the reason in the job's folder; an error would make Ray Train start again.
         attempt = Attempt(launched_s=time.time())
 
 
-def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
+def run_job(job: Job, dataset: IndexedDataset, rank: Rank, feed: Feed, attempt: Attempt) -> None:
     """Run the job from its newest checkpoint to its end and write its result into its folder.
 
     Raises Stopped if it cannot continue, and RestartRequested if its newest checkpoint is damaged.
@@ -59,13 +61,13 @@ def run_job(job: Job, rank: Rank, feed: Feed, attempt: Attempt) -> None:
         rank.log(log, "resuming %s at step %d with %d workers", job.folder, checkpoint.step, rank.world)
     torch.manual_seed(job.config.seed)
     if isinstance(job, PretrainJob):
-        found = pretraining.run(job, rank, feed, folder, checkpoint)
+        found = pretraining.run(job, dataset, rank, feed, folder, checkpoint)
     elif job.config.classifier.method == "finetune":
-        found = finetuning.run(job, rank, feed, folder, checkpoint)
+        found = finetuning.run(job, dataset, rank, feed, folder, checkpoint)
     elif job.config.classifier.method == "knn":
-        found = neighbours.run(job, rank, feed, folder)
+        found = neighbours.run(job, dataset, rank, feed, folder)
     else:
-        found = probing.run(job, rank, feed, folder, checkpoint)
+        found = probing.run(job, dataset, rank, feed, folder, checkpoint)
     if rank.is_main:
         shares = {kind: round(share, 4) for kind, share in feed.clock.shares().items()}
         folder.mark_trained(

@@ -11,11 +11,10 @@ from mae_core.config import parse_arch
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import model_tensors, unpack
 from mae_core.step import classify_loss
-from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
+from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.export import classifier_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
@@ -23,11 +22,17 @@ from pipelines.worker.rank import Feed, Rank, bare
 from pipelines.worker.recorder import Recorder
 
 
-def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def run(
+    job: ClassifyJob,
+    dataset: IndexedDataset,
+    rank: Rank,
+    feed: Feed,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
     """The classifier is trained, evaluated and exported; returns what the run found."""
     config = job.config
-    manifest = read_manifest(open_storage(config.data.uri))
-    plan = train_plan(job, manifest)
+    plan = train_plan(job, dataset)
     state = _start(job, rank, plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     warm_up(state, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
@@ -35,11 +40,11 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     if checkpoint:
         recorder.resume(checkpoint)
     accuracy = {}
-    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
+    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
         if phase.kind == "train":
             train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
         else:
-            accuracy = evaluate(job, rank, feed, manifest, phase, state.ema or bare(state.model))
+            accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or bare(state.model))
             recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     if rank.is_main:
@@ -78,10 +83,10 @@ def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
 
 @torch.inference_mode()
 def evaluate(
-    job: ClassifyJob, rank: Rank, feed: Feed, manifest: Manifest, phase: Phase, model: nn.Module
+    job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, phase: Phase, model: nn.Module
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent over the phase's whole split, whatever the number of ranks."""
-    plan = read_plan(job, manifest, phase.split)
+    plan = read_plan(job, dataset, phase.split)
     counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
     training = model.training
     model.eval()

@@ -15,13 +15,12 @@ from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import pretrain_loss
 from mae_core.transfer import start_from
 from pipelines.config import from_dict
-from pipelines.dataset.manifest import read_manifest
 from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
-from pipelines.pictures.reconstruct import Backbone, picture_block, sample_images
+from pipelines.pictures.reconstruct import Backbone, picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, train_plan
+from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.export import backbone_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
@@ -31,10 +30,17 @@ from pipelines.worker.recorder import Recorder
 _NUM_PICTURED = 8
 
 
-def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def run(
+    job: PretrainJob,
+    dataset: IndexedDataset,
+    rank: Rank,
+    feed: Feed,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
     """The model is pretrained and exported; returns what the run found."""
     config, reading = job.config, job.reading
-    plan = train_plan(job, read_manifest(open_storage(config.data.uri)))
+    plan = train_plan(job, dataset)
     mae = build_mae(config.model, config.seed)
     if job.backbone:
         _start_from_backbone(mae, job.backbone)
@@ -43,9 +49,11 @@ def run(job: PretrainJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image)
     warm_up(state, blank.to(rank.device), loss_of)
-    recorder = Recorder.of(
-        reading, state, rank, plan, folder, feed.clock, picture=lambda step: _save_picture(job, mae, folder, step)
-    )
+
+    def save_picture(step: int) -> None:
+        _save_picture(job, dataset, mae, folder, step)
+
+    recorder = Recorder.of(reading, state, rank, plan, folder, feed.clock, picture=save_picture)
     if checkpoint:
         recorder.resume(checkpoint)
     train(state, rank, plan, feed, total, loss_of, recorder.after_step)
@@ -82,11 +90,12 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     return loss_of
 
 
-def _save_picture(job: PretrainJob, mae: MaskedAutoencoder, folder: RunFolder, step: int) -> None:
+def _save_picture(
+    job: PretrainJob, dataset: IndexedDataset, mae: MaskedAutoencoder, folder: RunFolder, step: int
+) -> None:
     """Reconstructions of the same few held-out images, as the model is after `step` steps."""
-    manifest = read_manifest(open_storage(job.config.data.uri))
-    split = "val" if "val" in manifest.splits else "train"
-    images = sample_images(job.config.data.uri, split, _NUM_PICTURED, *job.input)
+    splits = dataset.manifest.splits
+    images = split_images(job.config.data.uri, splits.get("val", splits["train"]), _NUM_PICTURED, *job.input)
     mae.eval()
     backbone = Backbone(mae=mae, config=job.config.model, pixels=job.pixels)
     block = picture_block(backbone, images, job.config.model.mask.ratio, job.config.seed)

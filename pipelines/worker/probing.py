@@ -16,12 +16,11 @@ from mae_core.encoder import build_encoder, encode
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import unpack
 from mae_core.step import classify_loss
-from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, Phase, phases, read_plan, train_plan
+from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.finetuning import accuracy_of, hits, result_of
 from pipelines.worker.loop import TrainState
@@ -42,11 +41,17 @@ class Examples:
 ExamplesOf = Callable[[int], Examples]
 
 
-def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def run(
+    job: ClassifyJob,
+    dataset: IndexedDataset,
+    rank: Rank,
+    feed: Feed,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
     """The head is trained and evaluated; returns what the run found."""
     config = job.config
-    manifest = read_manifest(open_storage(config.data.uri))
-    plan = train_plan(job, manifest)
+    plan = train_plan(job, dataset)
     encode = frozen_encoder(job, rank)
     torch.manual_seed(seed_of(config.seed, Purpose.INIT, 1))
     head = _head(job).to(rank.device)
@@ -57,16 +62,16 @@ def run(job: ClassifyJob, rank: Rank, feed: Feed, folder: RunFolder, checkpoint:
         recorder.resume(checkpoint)
     total = config.epochs * plan.steps_per_epoch
     accuracy: dict[str, float] = {}
-    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(manifest.splits)):
+    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
         if phase.split == "train" and phase.kind == "read":
-            table = read_table(job, rank, feed, manifest, encode)
+            table = read_table(job, dataset, rank, feed, encode)
             with feed.clock.spent("steps"):
                 _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
         elif phase.kind == "train":
             with feed.clock.spent("steps"):
                 _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
         else:
-            accuracy = _evaluate(job, rank, feed, manifest, phase, encode, head)
+            accuracy = _evaluate(job, dataset, rank, feed, phase, encode, head)
             recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     return result_of(job, accuracy, state.step, plan.num_samples)
@@ -159,10 +164,10 @@ class FeatureTable:
 
 
 def read_table(
-    job: ClassifyJob, rank: Rank, feed: Feed, manifest: Manifest, encode: Callable[[MicroBatch], Tensor]
+    job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, encode: Callable[[MicroBatch], Tensor]
 ) -> FeatureTable:
     """Every rank holds the features of the whole training split."""
-    plan = read_plan(job, manifest, "train")
+    plan = read_plan(job, dataset, "train")
     ids, found, labels = [], [], []
     for batch in read_split(rank, plan, feed):
         ids.append(torch.where(batch.weights > 0, batch.ids, -1))
@@ -186,16 +191,16 @@ def read_split(rank: Rank, plan: EpochPlan, feed: Feed) -> Iterator[MicroBatch]:
 @torch.inference_mode()
 def _evaluate(
     job: ClassifyJob,
+    dataset: IndexedDataset,
     rank: Rank,
     feed: Feed,
-    manifest: Manifest,
     phase: Phase,
     encode: Callable[[MicroBatch], Tensor],
     head: nn.Module,
 ) -> dict[str, float]:
     counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
     head.eval()
-    for batch in read_split(rank, read_plan(job, manifest, phase.split), feed):
+    for batch in read_split(rank, read_plan(job, dataset, phase.split), feed):
         counts += hits(head(encode(batch), batch.weights, None), batch.labels, batch.weights)
     head.train()
     return accuracy_of(rank, counts, phase.split)

@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.config import PretrainConfig, from_dict
+from pipelines.config import PretrainConfig, from_dict, to_dict
 from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.pretrain import pixels_of
-from pipelines.runs.jobs import PretrainJob, job_to_dict
+from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
 from pipelines.worker.recorder import WARNING_EVERY_STEPS
 from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, runs, started, wait_for_step
@@ -33,11 +33,15 @@ pytestmark = [
 DRIVER = """
 import json, sys
 from pipelines.cluster import ray_session
-from pipelines.runs.jobs import job_from_dict
+from pipelines.config import from_dict
+from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.launch import launch
-job = job_from_dict(json.loads(sys.argv[1]))
+from pipelines.runs.jobs import PretrainJob, index_dataset
+from pipelines.storage import open_storage
+job = from_dict(PretrainJob, json.loads(sys.argv[1]))
+dataset = index_dataset(job, read_manifest(open_storage(job.config.data.uri)))
 with ray_session(job.config.compute):
-    launch([job], "nodes")
+    launch([(job, dataset)], "nodes")
 """
 GRACE_S = 6.0
 ELASTIC = {"compute": {"num_workers": 2, "min_workers": 1, "spread": True}, "checkpoint": {"every_epochs": 1}}
@@ -71,7 +75,7 @@ def driving(place: Place, name: str, cluster: Any, **changes: Any) -> contextlib
     pixels = pixels_of(read_manifest(open_storage(str(place.dataset))), 1)
     job = PretrainJob(folder=str(place.folder / "runs" / name), config=config, pixels=pixels)
     there = Place.of(place.folder, place.dataset, RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled")
-    return started([sys.executable, "-c", DRIVER, json.dumps(job_to_dict(job))], there)
+    return started([sys.executable, "-c", DRIVER, json.dumps(to_dict(job))], there)
 
 
 def node_of_a_rank(cluster: Any) -> Any:

@@ -8,9 +8,10 @@ import pytest
 
 from mae_core.config import ModelConfig, Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
+from pipelines.dataset.manifest import Manifest, Split
 from pipelines.drivers.launch import RunFailed, launch
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.jobs import IndexedDataset, IndexedJob, PretrainJob
 
 
 class Trainer:
@@ -20,12 +21,15 @@ class Trainer:
     error: Exception | None = None
     runs: list[str]
     """Run ids of all that were made."""
+    jobs: list[list[IndexedJob]]
+    """Jobs that each was made with."""
     to_restart: RunFolder | None = None
     """The folder in which the next group requests a restart."""
 
     def __init__(self, work: Any, **made: Any) -> None:
         Trainer.made = made
         Trainer.runs.append(made["train_loop_config"]["run"])
+        Trainer.jobs.append(made["train_loop_config"]["jobs"])
 
     def fit(self) -> None:
         if Trainer.to_restart is not None:
@@ -40,11 +44,13 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     monkeypatch.setattr(Trainer, "error", None)
     monkeypatch.setattr(Trainer, "runs", [], raising=False)
+    monkeypatch.setattr(Trainer, "jobs", [], raising=False)
+    monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "")
     return Trainer
 
 
-def job_in(folder: Path) -> PretrainJob:
+def job_in(folder: Path) -> IndexedJob:
     model = ModelConfig(
         arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
     )
@@ -54,7 +60,13 @@ def job_in(folder: Path) -> PretrainJob:
         compute=ComputeConfig(stall_s=30, max_failures=2),
         checkpoint=CheckpointConfig(patience_s=100),
     )
-    return PretrainJob(folder=str(folder), config=config, pixels=Normalization(mean=(0.5,), std=(0.5,)))
+    manifest = Manifest(
+        channels=1, image_px=(28, 28), classes=[], splits={"train": Split(num_rows=0, num_bytes=0, shards=[])},
+        num_found=0, num_ok=0, num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.5], std=[0.5],
+        config={}, source_digest="",
+    )  # fmt: skip
+    job = PretrainJob(folder=str(folder), config=config, pixels=Normalization(mean=(0.5,), std=(0.5,)))
+    return job, IndexedDataset(manifest=manifest, indexes={})
 
 
 def test_ranks_wait_in_a_collective_for_one_that_waits_for_its_checkpoint(
@@ -77,14 +89,15 @@ def test_a_group_that_gives_up_says_why_and_how_to_go_on(tmp_path: Path, trainer
 def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run_id(
     tmp_path: Path, trainer: type[Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = job_in(tmp_path)
+    job, dataset = job_in(tmp_path)
     # Left by a driver that was killed: it must not cause another launch.
     RunFolder(job.folder).request_restart("of an earlier driver")
-    launch([job], "undamaged")
+    launch([(job, dataset)], "undamaged")
     assert len(trainer.runs) == 1
     trainer.to_restart = RunFolder(job.folder)
     with caplog.at_level(logging.WARNING):
-        launch([job], "damaged")
+        launch([(job, dataset)], "damaged")
     assert len(set(trainer.runs)) == 3
+    assert all(given[0][1] is dataset for given in trainer.jobs), "a group that is launched again reads nothing again"
     assert "step 7 is damaged; restarting the workers from the newest intact checkpoint" in caplog.text
     assert not RunFolder(job.folder).restart_reason()

@@ -143,7 +143,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_two_workers_its_steps_and_
     run.storage.write(path, content[:-1] + bytes([content[-1] ^ 1]))
     with caplog.at_level(logging.INFO):
         again = pretrain(config, "flipped")
-    assert f"step {newest} in {run.storage.uri} is damaged; the workers start again" in caplog.text
+    assert f"step {newest} in {run.storage.uri} is damaged; restarting the workers" in caplog.text
     assert place.weights("flipped") == before
     assert run.checkpoints.steps() == [first, newest]
     run.checkpoints.verify(newest)

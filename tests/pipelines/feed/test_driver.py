@@ -13,7 +13,7 @@ import torch
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest
-from pipelines.feed.data_task import most_per_block
+from pipelines.feed.data_task import max_per_block
 from pipelines.feed.driver import data_config, feed
 from pipelines.feed.executions import Executions, dataset_name
 from pipelines.feed.plan import EpochPlan, Index
@@ -162,7 +162,7 @@ def test_large_micro_batches_come_one_a_block(dataset: tuple[str, Manifest]) -> 
 def test_blocks_are_larger_for_many_ranks_and_smaller_for_small_stores(
     num_workers: int, store_bytes: int, most: int
 ) -> None:
-    assert most_per_block(64 * 224 * 224 * 3, num_workers, store_bytes) == most
+    assert max_per_block(64 * 224 * 224 * 3, num_workers, store_bytes) == most
 
 
 def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:

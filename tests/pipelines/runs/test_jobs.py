@@ -1,6 +1,7 @@
 """What a job reads in which order, and the folder that remembers it."""
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +10,16 @@ from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, Normal
 from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split
-from pipelines.runs.jobs import ClassifyJob, PretrainJob, job_from_dict, job_to_dict, phases, read_plan, train_plan
+from pipelines.runs.jobs import (
+    ClassifyJob,
+    PretrainJob,
+    index_dataset,
+    phases,
+    read_plan,
+    segments,
+    train_plan,
+    with_workers,
+)
 from pipelines.worker.loop import schedule
 
 PIXELS = Normalization(mean=(0.3,), std=(0.4,))
@@ -45,11 +55,6 @@ def classify_job(method: Any = "finetune", **changes: Any) -> ClassifyJob:
 
 def spans(job: Any, first_step: int, splits: frozenset[str] = BOTH) -> list[tuple[str, str, int, int]]:
     return [(p.kind, p.split, p.first_step, p.last_step) for p in phases(job, 10, first_step, splits)]
-
-
-@pytest.mark.parametrize("job", [pretrain_job(), classify_job(), classify_job("probe")])
-def test_a_job_survives_the_way_to_its_workers(job: Any) -> None:
-    assert job_from_dict(job_to_dict(job)) == job
 
 
 @pytest.mark.parametrize(("method", "random"), [("probe", False), ("knn", False), ("knn", True)])
@@ -128,11 +133,35 @@ def test_plans_are_made_of_the_config_alone() -> None:
     job = pretrain_job(
         data=DataConfig(batch=16, micro_batch=4, window=32), compute=ComputeConfig(num_workers=3), seed=5
     )
-    plan = train_plan(job, manifest())
+    dataset = index_dataset(job, manifest())
+    plan = train_plan(job, dataset)
     assert (plan.steps_per_epoch, plan.micro_batches_per_step, plan.seed, plan.shuffle) == (4, 6, 5, True)
-    reading = read_plan(job, manifest(), "val")
+    assert set(dataset.indexes) == {"train"}, "pretraining reads no other split"
+
+
+def test_a_split_is_read_in_storage_order_padded_to_the_number_of_workers() -> None:
+    job = classify_job(data=DataConfig(batch=16, micro_batch=4, window=32), compute=ComputeConfig(num_workers=3))
+    reading = read_plan(job, index_dataset(job, manifest()), "val")
     assert (reading.num_samples, reading.shuffle, reading.batch) == (7, False, 12)
     assert reading.step_ids(0).tolist() == [*range(50, 57), *[-1] * 5]
+
+
+@pytest.mark.parametrize("job", [pretrain_job(), classify_job(), classify_job("probe")])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_ranks_and_controller_make_the_plans_that_the_driver_made_for_any_number_of_workers(
+    job: Any, num_workers: int
+) -> None:
+    data = DataConfig(batch=16, micro_batch=4, window=32)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, data=data))
+    dataset = index_dataset(job, manifest())
+    same, there = pickle.loads(pickle.dumps((job, dataset)))  # noqa: S301 -- as Ray sends it
+    assert same == job
+    ours, theirs = (segments(with_workers(job, num_workers), found, 1) for found in (dataset, there))
+    assert [segment.transform for segment in ours] == [segment.transform for segment in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.first_step, mine.last_step) == (other.first_step, other.last_step)
+        for step in range(mine.first_step, mine.last_step):
+            assert mine.plan.step_ids(step).tolist() == other.plan.step_ids(step).tolist()
 
 
 @pytest.mark.parametrize("name", ["masks_per_image", "crops_per_image"])
@@ -140,7 +169,7 @@ def test_several_views_an_image_leave_steps_and_learning_rates_and_read_fewer_im
     data = DataConfig(batch=20, micro_batch=10, window=40)
     one = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0))
     two = pretrain_job(data=data, epochs=6, optim=OptimConfig(warmup_epochs=2.0), **{name: 2})
-    plans = [train_plan(job, manifest()) for job in (one, two)]
+    plans = [train_plan(job, index_dataset(job, manifest())) for job in (one, two)]
     assert [plan.batch for plan in plans] == [20, 10]
     assert [plan.micro_batches_per_step for plan in plans] == [2, 2]
     spans = [phases(job, plan.steps_per_epoch, 0, BOTH)[0].last_step for job, plan in zip((one, two), plans)]

@@ -11,7 +11,7 @@ from pipelines.drivers.pretrain import pixels_of
 from pipelines.feed.windows import window_micro_batches
 from pipelines.pictures.reconstruct import load_backbone
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, segments
+from pipelines.runs.jobs import PretrainJob, index_dataset, segments
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
 
@@ -35,13 +35,14 @@ def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str
         optim=OptimConfig(base_lr=1e-2, warmup_epochs=1.0),
     )
     job = PretrainJob(folder=str(tmp_path / "run"), config=config, pixels=pixels_of(manifest, 3))
-    (segment,) = segments(job, 0)
+    dataset = index_dataset(job, manifest)
+    (segment,) = segments(job, dataset, 0)
     batches = [batch for window in range(segment.num_windows) for batch in window_micro_batches(segment, window)]
     # Eight epochs are two passes over 40 images, in steps of 4 images, two crops and two masks: 16 masked images.
     assert sum(int(batch.weights.sum()) for batch in batches) == 2 * 40
     folder = RunFolder(job.folder)
     rank = Rank(index=0, world=1, device=torch.device("cpu"), compute=ComputeConfig())
-    found = pretraining.run(job, rank, Feed(iter(batches)), folder, None)
+    found = pretraining.run(job, dataset, rank, Feed(iter(batches)), folder, None)
     assert found["steps"] == 2 * 10
     assert 0 < found["loss"] < 2
     export = {name: folder.storage.read(f"export/{name}") for name in ("config.json", "mae.safetensors")}
