@@ -68,6 +68,23 @@ def encode(
     With a mask token, one per hidden patch follows the visible patches (Table 1c). Tokens are normalized by the ViT's
     last norm. `images` are normalized pixels (`pixels_to_input`).
     """
+    return vit.norm(vit.blocks(_embedded(vit, images, mask, mask_token)))
+
+
+def encode_layers(
+    vit: VisionTransformer, images: Float[Tensor, "batch channels height width"], num_layers: int
+) -> list[Float[Tensor, "batch tokens features"]]:
+    """Encode all patches; return the tokens after each of the last `num_layers` blocks, normalized by the last norm."""
+    tokens, found = _embedded(vit, images, None, None), []
+    for number, block in enumerate(vit.blocks):
+        tokens = block(tokens)
+        if number >= len(vit.blocks) - num_layers:
+            found.append(vit.norm(tokens))
+    return found
+
+
+def _embedded(vit: VisionTransformer, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
+    """Return what the first block reads: patches with their positions, after the class token."""
     assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
     projection = vit.patch_embed.proj
     patch_px = projection.kernel_size[0]
@@ -84,7 +101,7 @@ def encode(
         tokens.append(embedded + F.embedding(mask.visible_ids + 1, positions))
         if mask_token is not None:
             tokens.append(mask_token + F.embedding(mask.hidden_ids + 1, positions))
-    return vit.norm(vit.blocks(torch.cat(tokens, dim=1)))
+    return torch.cat(tokens, dim=1)
 
 
 def export_tensors(vit: VisionTransformer) -> dict[str, Tensor]:

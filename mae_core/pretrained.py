@@ -26,7 +26,7 @@ from mae_core.config import (
     Size,
     parse_arch,
 )
-from mae_core.encoder import build_encoder, encode
+from mae_core.encoder import build_encoder, encode, encode_layers
 from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder, build_mae
 
@@ -63,6 +63,15 @@ class Encoder(nn.Module):
         Raises UserError if the images do not have the model's size and channels.
         """
         return encode(self.vit, _inputs(self, images), None)
+
+    def layers(
+        self, images: UInt8[Tensor, "batch height width channels"], num_layers: int
+    ) -> list[Float[Tensor, "batch tokens features"]]:
+        """Return what `tokens` returns, for each of the last `num_layers` blocks, the last block last.
+
+        Raises UserError if the images do not have the model's size and channels.
+        """
+        return encode_layers(self.vit, _inputs(self, images), num_layers)
 
 
 class Classifier(nn.Module):

@@ -10,12 +10,15 @@ from pipelines.config import (
     KINDS,
     PROBE,
     ClassifyConfig,
+    CurateConfig,
     DemoConfig,
+    EmbedConfig,
     EvaluateConfig,
     ExportConfig,
     ImportConfig,
     InspectConfig,
     LookConfig,
+    NeighboursConfig,
     PrepareConfig,
     PretrainConfig,
     ReconstructConfig,
@@ -101,6 +104,24 @@ def _segment(call: Invocation) -> dict[str, Any]:
     from pipelines.evaluation.segment import segment
 
     return segment(call.arguments[0], call.arguments[1], call.config)
+
+
+def _embed(call: Invocation) -> dict[str, Any]:
+    from pipelines.embedding.embed import embed
+
+    return embed(call.arguments[0], call.arguments[1], call.config)
+
+
+def _neighbours(call: Invocation) -> dict[str, Any]:
+    from pipelines.embedding.neighbours import neighbours
+
+    return neighbours(call.arguments[0], call.config)
+
+
+def _curate(call: Invocation) -> dict[str, Any]:
+    from pipelines.embedding.curate import curate
+
+    return curate(call.arguments[0], call.arguments[1], call.config)
 
 
 def _sweep(call: Invocation) -> dict[str, Any]:
@@ -214,6 +235,30 @@ COMMANDS: dict[str, Command] = {
         config=EvaluateConfig,
         run=_evaluate,
         positional=(("OUT", "folder or s3:// prefix of predictions, pictures and report"),),
+    ),
+    "embed": Command(
+        help="Embed every image of a dataset with a backbone, into Parquet.",
+        config=EmbedConfig,
+        run=_embed,
+        positional=(
+            ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
+            ("OUT", "folder or s3:// prefix of the embeddings"),
+        ),
+    ),
+    "neighbours": Command(
+        help="Find nearest neighbours of embeddings, kNN accuracy and near-duplicates.",
+        config=NeighboursConfig,
+        run=_neighbours,
+        positional=(("EMBEDDINGS", "folder or s3:// prefix that `mae embed` wrote"),),
+    ),
+    "curate": Command(
+        help="Rank images by reconstruction loss, and list both ends to be left out.",
+        config=CurateConfig,
+        run=_curate,
+        positional=(
+            ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
+            ("OUT", "folder or s3:// prefix of losses, ranking, lists and pictures"),
+        ),
     ),
     "sweep": Command(help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep),
     "reconstruct": Command(

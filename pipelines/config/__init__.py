@@ -1,6 +1,7 @@
 """Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
+from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, SegmentConfig
 from pipelines.config.reading import (
     KINDS,
@@ -35,14 +36,17 @@ __all__ = [
     "CheckpointConfig",
     "ClassifyConfig",
     "ComputeConfig",
+    "CurateConfig",
     "DataConfig",
     "DemoConfig",
+    "EmbedConfig",
     "EncodeConfig",
     "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
     "InspectConfig",
     "LookConfig",
+    "NeighboursConfig",
     "PrepareConfig",
     "PretrainConfig",
     "ReconstructConfig",

@@ -48,6 +48,9 @@ class PrepareConfig:
     """Share of images that may be quarantined; with more the job fails."""
     seed: int = 0
     """Seed of the hash that chooses `val`."""
+    exclude: tuple[str, ...] = ()
+    """Files with names of images to leave out, one a line, as `mae neighbours` and `mae curate` write them; a name
+    is the path below SOURCE, as in column `source`."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     """How an image is stored."""
 

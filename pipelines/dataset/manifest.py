@@ -79,6 +79,7 @@ class Manifest:
             "num_ok": self.num_ok,
             "num_quarantined": self.num_quarantined,
             "num_duplicates": self.num_duplicates,
+            "num_excluded": self.config.get("exclude", {}).get("num_excluded", 0),
             "reasons": dict(self.quarantine_reasons),
             "splits": {name: split.num_rows for name, split in self.splits.items()},
             "channels": self.channels,

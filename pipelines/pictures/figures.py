@@ -38,7 +38,7 @@ def reconstruction_rows(blocks: Sequence[Block], path: Path) -> None:
     """
     if not blocks or any(not block.rows for block in blocks):
         raise UserError("no image to show; try at least one image and one mask ratio")
-    height_px, width_px = _shown_size(blocks[0].rows[0][2])
+    height_px, width_px = shown_size(blocks[0].rows[0][2])
     triple_px = 3 * width_px + 2 * _GAP_PX
     most = max(len(block.rows) for block in blocks)
     across = _triples_across(most, triple_px)
@@ -56,7 +56,7 @@ def _draw_block(page: Image.Image, block: Block, top: int, across: int, size_px:
     height_px, width_px = size_px
     draw = ImageDraw.Draw(page)
     draw.text(
-        (_MARGIN_PX, top), block.title, fill=_INK, font=_font(_TITLE_PX, page.width - 2 * _MARGIN_PX, block.title)
+        (_MARGIN_PX, top), block.title, fill=_INK, font=font_of(_TITLE_PX, page.width - 2 * _MARGIN_PX, block.title)
     )
     top += _header_px()
     for i, triple in enumerate(block.rows):
@@ -64,9 +64,9 @@ def _draw_block(page: Image.Image, block: Block, top: int, across: int, size_px:
         y = top + row * (height_px + _GAP_PX)
         for j, (pixels, name) in enumerate(zip(triple, COLUMNS, strict=True)):
             x = _MARGIN_PX + column * (3 * width_px + 2 * _GAP_PX + _TRIPLE_GAP_PX) + j * (width_px + _GAP_PX)
-            page.paste(_enlarged(pixels, size_px), (x, y))
+            page.paste(enlarged(pixels, size_px), (x, y))
             if row == 0:
-                font = _font(_COLUMN_PX, width_px, "reconstruction")
+                font = font_of(_COLUMN_PX, width_px, "reconstruction")
                 draw.text((x + width_px / 2, top - 6), name, fill=_GRAY, font=font, anchor="ms")
 
 
@@ -86,7 +86,7 @@ def _triples_across(count: int, triple_px: int) -> int:
     return math.ceil(count / math.ceil(count / fitting))
 
 
-def _shown_size(pixels: ImageArray) -> tuple[int, int]:
+def shown_size(pixels: ImageArray) -> tuple[int, int]:
     """Return height and width on the page: small images are enlarged by an integer factor, large ones are reduced."""
     height_px, width_px = pixels.shape[:2]
     longest = max(height_px, width_px)
@@ -96,7 +96,8 @@ def _shown_size(pixels: ImageArray) -> tuple[int, int]:
     return round(height_px * factor), round(width_px * factor)
 
 
-def _enlarged(pixels: ImageArray, size_px: tuple[int, int]) -> Image.Image:
+def enlarged(pixels: ImageArray, size_px: tuple[int, int]) -> Image.Image:
+    """Return the image at a size on the page, in colour: enlarged without interpolation, or reduced with it."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
@@ -106,7 +107,7 @@ def _enlarged(pixels: ImageArray, size_px: tuple[int, int]) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _font(size_px: int, width_px: int, text: str) -> ImageFont.FreeTypeFont:
+def font_of(size_px: int, width_px: int, text: str) -> ImageFont.FreeTypeFont:
     """Return matplotlib's bundled font, at most `size_px` high and small enough for the text to fit."""
     import matplotlib
 
@@ -116,3 +117,14 @@ def _font(size_px: int, width_px: int, text: str) -> ImageFont.FreeTypeFont:
         if font.getlength(text) <= width_px:
             return font
     return ImageFont.truetype(str(path), 8)
+
+
+def fitting_end(text: str, width_px: float, size_px: int) -> str:
+    """Return the end of a text that fits, which tells names apart; control characters become question marks."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
+    font = font_of(size_px, _WIDTH_PX, "0")
+    if font.getlength(plain) <= width_px:
+        return plain
+    while plain and font.getlength(f"...{plain}") > width_px:
+        plain = plain[1:]
+    return f"...{plain}"

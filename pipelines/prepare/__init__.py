@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from itertools import islice
 from typing import Any
 
 from mae_core.errors import UserError
@@ -15,7 +14,8 @@ from pipelines.config import ComputeConfig, PrepareConfig, to_dict
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.prepare.assembly import assemble
 from pipelines.prepare.duplicates import duplicates
-from pipelines.prepare.quarantine import quarantined
+from pipelines.prepare.exclusions import Exclusions
+from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.shards import write_slice
 from pipelines.prepare.slices import Tally, check_splits, class_names, cut, listing_digest
 from pipelines.prepare.workfolder import WorkFolder
@@ -26,27 +26,26 @@ from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
-# With fewer bad images than this, the first pass completes before max_bad is checked.
-_MIN_BAD_TO_STOP = 100
-_NUM_SHOWN = 20
-
 
 def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     """Write the prepared dataset of `source` to `out`; return an existing one of the same source and config.
 
     An unreadable image is quarantined with its reason, and of equal images one is kept: found = ok + quarantined +
-    duplicates. The result depends on the listing, the bytes and the config, not on parallelism or earlier attempts.
+    duplicates. Images that `config.exclude` names do not count as found. The result depends on the listing, the bytes
+    and the config, not on parallelism or earlier attempts.
+
     Raises UserError if the source has no readable image, too many bad ones, or images both inside and outside split
     folders, or if `out` holds something else.
     """
     target = open_storage(out)
-    _refuse_within(target, open_storage(source))
+    refuse_within(target, open_storage(source))
     origin = open_source(source)
-    tally = Tally()
-    with closing(SortedEntries(tally.counting(origin.entries()))) as entries:
+    tally, exclusions = Tally(), Exclusions.read(config.exclude)
+    with closing(SortedEntries(tally.counting(exclusions.applied(origin.entries())))) as entries:
+        exclusions.check(tally.num_entries, source)
         check_splits(tally, source)
         classes = class_names(tally, origin, config)
-        identity = {"source_digest": listing_digest(entries), "config": _identity(config)}
+        identity = {"source_digest": listing_digest(entries), "config": _identity(config, exclusions)}
         work = WorkFolder(target)
         if is_prepared(target):
             return _existing(target, identity, work)
@@ -71,16 +70,17 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     return written
 
 
-def _refuse_within(target: Storage, source: Storage) -> None:
+def refuse_within(target: Storage, source: Storage) -> None:
     """Raise UserError if `target` is inside `source`, where the next run would read it as part of the source."""
     inner, outer = (os.path.realpath(s.uri) if s.is_local else s.uri for s in (target, source))
     if target.is_local == source.is_local and inner.startswith(f"{outer.rstrip('/')}/"):
         raise UserError(f"{target.uri} is inside the source {source.uri}; choose a folder outside it")
 
 
-def _identity(config: PrepareConfig) -> dict[str, Any]:
+def _identity(config: PrepareConfig, exclusions: Exclusions) -> dict[str, Any]:
     """Return the part of the config that determines the output bytes."""
-    return {key: value for key, value in to_dict(config).items() if key != "max_bad"}
+    values = {key: value for key, value in to_dict(config).items() if key not in ("max_bad", "exclude")}
+    return values | exclusions.identity
 
 
 def _existing(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Manifest:
@@ -111,8 +111,8 @@ class _Job:
         num_bad = 0
         for counts in _run_tasks(todo, self._work, self._target, self._place, self._config):
             num_bad += counts["num_bad"]
-            if num_bad > max(_MIN_BAD_TO_STOP, self._config.max_bad * self._num_found):
-                self._refuse(num_bad)
+            if num_bad > MIN_BAD_TO_STOP:
+                refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
 
     def refuse_bad(self) -> None:
         """Raise UserError if no image is readable, or if more are bad than `max_bad` allows."""
@@ -128,17 +128,7 @@ class _Job:
             raise UserError(
                 f"no readable image among the {num_bad} files of {self._place.storage.uri} ({counts}); check the files"
             )
-        if num_bad > self._config.max_bad * self._num_found:
-            self._refuse(num_bad)
-
-    def _refuse(self, num_bad: int) -> None:
-        rows = islice(quarantined(self._target), _NUM_SHOWN)
-        shown = [f"{row['source']} ({row['reason']})" for row in rows]
-        more = f", and {num_bad - len(shown)} more in {self._target.join('quarantine')}" if num_bad > _NUM_SHOWN else ""
-        raise UserError(
-            f"{num_bad} of {self._num_found} images are bad, more than max_bad {self._config.max_bad:g} allows: "
-            f"{', '.join(shown)}{more}; fix or remove them, or rerun with a higher --max-bad"
-        )
+        refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
 
     def second_pass(self, skip: dict[int, frozenset[int]]) -> None:
         """Rewrite every slice that holds duplicates, omitting those at positions `skip`."""
@@ -167,7 +157,7 @@ def _run_tasks(
     try:
         yield from dataset.iter_rows()
     except RayError as error:
-        raise _user_error(error) from error
+        raise unwrapped(error) from error
 
 
 def prepare_slice(
@@ -184,7 +174,7 @@ def prepare_slice(
     return {"number": number, "num_bad": summary.num_bad}
 
 
-def _user_error(error: BaseException) -> BaseException:
+def unwrapped(error: BaseException) -> BaseException:
     """Unwrap Ray's error to the storage's own error, if there is one."""
     inner: BaseException | None = error
     while inner is not None:

@@ -1,7 +1,6 @@
 """Write one slice of a sorted listing to shards: the stored images, with the metadata that training needs."""
 
 import hashlib
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
@@ -15,6 +14,7 @@ from mae_core.randomness import Purpose, uniform_numpy
 from pipelines.config import PrepareConfig
 from pipelines.images.decode import decode, inspect
 from pipelines.images.encode import encode
+from pipelines.prepare.quarantine import Quarantine
 from pipelines.prepare.slices import Slice
 from pipelines.prepare.summaries import DIGEST_BYTES, SliceSummary, WrittenShard
 from pipelines.sources import Place
@@ -32,18 +32,6 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("source", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("num_bytes", pa.int64()),
-        pa.field("head", pa.binary()),
-    ]
-)
-"""`head` holds the file's first bytes, for diagnosis."""
-_HEAD_BYTES = 2**16
-# Limit on the total size of all heads in a quarantine file.
-_HEADS_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,8 +48,7 @@ def write_slice(
 ) -> SliceSummary:
     """Write the slice's shards and quarantine file, omitting images at positions `skip`. Deterministic to the byte."""
     summary = SliceSummary(number=part.number, num_entries=len(part.entries))
-    quarantine: list[tuple[str, str, int, bytes]] = []
-    heads_bytes = _HEADS_BYTES
+    quarantine = Quarantine()
     with ExitStack() as stack:
         writers: dict[str, _ShardWriter] = {}
         for position, content in enumerate(place.contents(part.entries)):
@@ -69,9 +56,7 @@ def write_slice(
                 row = _examine(part, position, content, config)
             except ValueError as error:
                 known = content if isinstance(content, bytes) else b""
-                head = known[: min(_HEAD_BYTES, heads_bytes)]
-                heads_bytes -= len(head)
-                quarantine.append((_text(part.entries[position].name), str(error), len(known), head))
+                quarantine.add(text_of(part.entries[position].name), str(error), known)
                 summary.note(None)
                 continue
             summary.note(row.split, row.digest)
@@ -84,16 +69,9 @@ def write_slice(
             writers[row.split].add(row.values)
             summary.count(row.split, row.pixels)
         summary.shards = [writer.close() for _, writer in sorted(writers.items())]
-    _write_quarantine(quarantine, part.quarantine, out)
-    summary.reasons = dict(sorted(Counter(reason.split(":")[0] for _, reason, *_ in quarantine).items()))
+    quarantine.write(out, part.quarantine)
+    summary.reasons = quarantine.reasons
     return summary
-
-
-def _write_quarantine(rows: list[tuple[str, str, int, bytes]], path: str, out: Storage) -> None:
-    if rows:
-        columns = [pa.array(column, kind) for column, kind in zip(zip(*rows), QUARANTINE_SCHEMA.types)]
-        with out.create(path) as file:
-            pq.write_table(pa.Table.from_arrays(columns, schema=QUARANTINE_SCHEMA), file)
 
 
 def _examine(part: Slice, position: int, content: Content, config: PrepareConfig) -> _Row:
@@ -116,13 +94,13 @@ def _examine(part: Slice, position: int, content: Content, config: PrepareConfig
         stored.width_px,
         stored.orientation,
         stored.segment_offsets,
-        _text(part.entries[position].name),
+        text_of(part.entries[position].name),
     )
     return _Row(split, sha256[:DIGEST_BYTES], values, pixels)
 
 
-def _text(path: str) -> str:
-    """Convert a path to valid UTF-8, with replacement characters for undecodable bytes."""
+def text_of(path: str) -> str:
+    """Return an entry's name as column `source` holds it: in valid UTF-8, with replacement characters."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

@@ -60,7 +60,9 @@ def leaves(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from leaves(field.type, f"{prefix}{field.name}.")
         else:
             flag = f"--{prefix}{field.name}".replace("_", "-")
-            yield flag, DOCSTRINGS[config.__name__][field.name]
+            # A field may be inherited.
+            owners = (DOCSTRINGS.get(cls.__name__, {}) for cls in config.__mro__)
+            yield flag, next(fields[field.name] for fields in owners if field.name in fields)
 
 
 def squeezed(text: str) -> str:

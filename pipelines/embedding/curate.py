@@ -1,0 +1,179 @@
+"""`mae curate`: rank images by how well a model reconstructs them, and list both ends to be left out.
+
+After Pixio (Yang et al. 2025): images with the lowest loss are blank or trivial, and those with the highest noise.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mae_core.augment import input_to_pixels, pixels_to_input
+from mae_core.config import Size
+from mae_core.masking import sample_masks
+from pipelines.config import CurateConfig
+from pipelines.embedding.embed import automatic_batch
+from pipelines.embedding.inputs import Record, records_of
+from pipelines.embedding.lists import write_list
+from pipelines.embedding.models import ModelFiles, model_files
+from pipelines.embedding.parts import Forward
+from pipelines.embedding.run import Job, Results, compute
+from pipelines.images.decode import ImageArray, decode, evaluation_view
+from pipelines.pictures.loss_figures import Reconstructed, loss_figure
+from pipelines.pictures.reconstruct import Backbone, load_backbone
+from pipelines.prepare.workfolder import Purpose
+from pipelines.storage import Storage, open_storage
+
+PURPOSE = Purpose(".curate", "losses", "curation")
+MANIFEST = "losses.json"
+RANKED = "ranked.parquet"
+_WEIGHTS = "mae.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Reconstruction loss of each image, the mean over several masks."""
+
+    config_json: str
+    image_px: Size
+    channels: int
+    masks: int
+    seed: int
+
+    def load(self, weights: bytes, device: torch.device) -> Forward:
+        backbone = load_backbone(self.config_json.encode(), weights)
+        backbone.mae.to(device)
+        return partial(self._values, backbone)
+
+    def column(self, name: str, values: NDArray[Any]) -> pa.Array:
+        return pa.array(values, pa.float32())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"masks": str(self.masks), "seed": str(self.seed)}
+
+    def _values(self, backbone: Backbone, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        inputs, config = pixels_to_input(images, backbone.pixels), backbone.config
+        total = torch.zeros(len(images), device=images.device)
+        for number in range(self.masks):
+            mask = sample_masks(config.mask, config.grid, seed=self.seed, epoch=0, sample_ids=ids, view=number)
+            total += backbone.mae(inputs, mask)
+        return {"loss": total / self.masks}
+
+
+def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
+    """Rank every image of a prepared dataset or source by its loss; write the ranking, two lists and two pictures.
+
+    The same command resumes after a kill. Lists hold training images only: what a model is measured on stays as it is.
+    Raises UserError, before anything is written, if the model or the source is none.
+    """
+    model = model_files(config.model, _WEIGHTS)
+    backbone = load_backbone(model.files["config.json"], model.files[_WEIGHTS])
+    options = {"masks": config.masks, "seed": config.seed, "gpu": config.gpu}
+    job = Job(
+        purpose=PURPOSE,
+        kind="curate",
+        manifest=MANIFEST,
+        measure=_measure(model, backbone, config),
+        model=model,
+        weights=_WEIGHTS,
+        options=options | {"rows_per_part": config.rows_per_part, "max_pixels": config.max_pixels},
+        batch=config.batch or _automatic_batch(backbone, gpu=config.gpu),
+    )
+    results = compute(job, source, out, config)
+    # Computed from the losses each time, so that other shares need no new losses.
+    target = open_storage(out)
+    table = _ranked(target, results)
+    lowest, highest = _ends(table, config)
+    lists = {"lowest.txt": lowest, "highest.txt": highest}
+    counts = {name: write_list(target, name, names) for name, names in lists.items()}
+    for end, rows in (("lowest", table.slice(0, config.num_images)), ("highest", _last(table, config.num_images))):
+        target.write(f"{end}.png", _picture(end, backbone, source, results, rows, config))
+    losses = table["loss"].to_numpy()
+    return {
+        "uri": out,
+        **results.summary,
+        "mean_loss": float(losses.mean()),
+        "lowest": {"file": target.join("lowest.txt"), "num_images": counts["lowest.txt"]},
+        "highest": {"file": target.join("highest.txt"), "num_images": counts["highest.txt"]},
+        "ranked": target.join(RANKED),
+        "pictures": [target.join("lowest.png"), target.join("highest.png")],
+    }
+
+
+def _measure(model: ModelFiles, backbone: Backbone, config: CurateConfig) -> Loss:
+    return Loss(
+        config_json=model.files["config.json"].decode(),
+        image_px=backbone.config.image_px,
+        channels=backbone.config.channels,
+        masks=config.masks,
+        seed=config.seed,
+    )
+
+
+def _automatic_batch(backbone: Backbone, *, gpu: bool) -> int:
+    """Return the batch for the encoder on visible patches or the decoder on all, whichever is larger."""
+    config, width = backbone.config, backbone.mae.encoder.embed_dim
+    share = config.num_visible * width / (config.num_patches * config.decoder_width)
+    return automatic_batch(config.num_patches + 1, max(1, round(config.decoder_width * max(1.0, share))), gpu=gpu)
+
+
+def _ranked(target: Storage, results: Results) -> pa.Table:
+    """Write and return id, source, split, label and loss of every image, the lowest loss first."""
+    parts = [pq.read_table(pa.BufferReader(target.read(found.path))) for found in results.tables]
+    table = pa.concat_tables(parts)
+    table = table.sort_by([("loss", "ascending"), ("id", "ascending")])
+    file = pa.BufferOutputStream()
+    pq.write_table(table, file, compression="ZSTD")
+    target.write(RANKED, file.getvalue().to_pybytes())
+    return table
+
+
+def _ends(table: pa.Table, config: CurateConfig) -> tuple[list[str], list[str]]:
+    """Return the names of the training images with the lowest and the highest losses."""
+    names = table.filter(pc.field("split") == "train")["source"].to_pylist()
+    low, high = (int(share * len(names)) for share in (config.drop_lowest, config.drop_highest))
+    return names[:low], names[len(names) - high :]
+
+
+def _last(table: pa.Table, count: int) -> pa.Table:
+    """Return the last rows, the last one first."""
+    rows = np.arange(len(table))[::-1][:count]
+    return table.take(pa.array(rows))
+
+
+def _picture(
+    end: str, backbone: Backbone, source: str, results: Results, rows: pa.Table, config: CurateConfig
+) -> bytes:
+    """Draw these images, each masked and reconstructed with the first of its masks."""
+    records = {record.id: record for record in records_of(source, rows["id"].to_pylist(), results.identity["input"])}
+    shown = []
+    for row in rows.to_pylist():
+        pixels = _pixels(records[row["id"]], backbone)
+        triple = pixels, *_reconstructed(backbone, pixels, row["id"], config.seed)
+        shown.append(Reconstructed(row["source"], row["label"], row["loss"], triple))
+    return loss_figure(f"{end.capitalize()} reconstruction loss among {results.num_rows:,} images", shown)
+
+
+@torch.inference_mode()
+def _reconstructed(backbone: Backbone, pixels: ImageArray, number: int, seed: int) -> tuple[ImageArray, ImageArray]:
+    """Return the image masked and reconstructed."""
+    config = backbone.config
+    mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=torch.tensor([number]))
+    pair = backbone.mae.reconstruct(pixels_to_input(torch.from_numpy(pixels[None]), backbone.pixels), mask)
+    masked, restored = (input_to_pixels(inputs, backbone.pixels)[0].numpy() for inputs in pair)
+    return masked, restored
+
+
+def _pixels(record: Record, backbone: Backbone) -> ImageArray:
+    assert isinstance(record.content, bytes), "an image that was read before"
+    config = backbone.config
+    # A copy, since Pillow's arrays are read-only and torch refuses them.
+    return np.array(evaluation_view(decode(record.content, config.channels, record.orientation), config.image_px))
