@@ -93,13 +93,11 @@ def _mae(folder: Path, name: str, naming: str) -> Exportable:
 
 
 def _refuse_other_decoders(model: ModelConfig, naming: str) -> None:
-    """Raise UserError if the decoder computes, or is trained by, something that the format has no names for."""
+    """Raise UserError if the decoder computes something that the format has no names for."""
     project = "transformers' ViTMAE" if naming == "transformers" else "the reference"
     for value, limit in (
         (model.decoder_attention == "cross" and "decoder_attention cross", "whose decoders have self-attention"),
         (model.mask_token_in == "encoder" and "mask_token_in encoder", "whose mask tokens enter the decoder"),
-        (model.predicted_share < 1 and f"predicted_share {model.predicted_share:g}", "which predicts every hidden one"),
-        (model.mask.kind != "random" and f"mask.kind {model.mask.kind}", "which masks at random only"),
     ):
         if value:
             raise UserError(f"the model has {value}, but {project} is a model {limit}; export --part encoder")

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import build_classifier
-from mae_core.config import ClassifierConfig, MaskConfig, ModelConfig, Normalization, parse_arch
+from mae_core.config import ClassifierConfig, ModelConfig, Normalization, parse_arch
 from mae_core.errors import UserError
 from mae_core.formats import fair, transformers
 from mae_core.formats.configs import timm_arguments, timm_name
@@ -252,8 +252,6 @@ def test_class_names_travel(place: Path) -> None:
     [
         ({"decoder_attention": "cross"}, "transformers", r"decoder_attention cross.*self-attention; export --part"),
         ({"mask_token_in": "encoder"}, "fair", r"mask_token_in encoder, but the reference.*export --part encoder"),
-        ({"predicted_share": 0.5}, "transformers", r"predicted_share 0\.5.*export --part encoder"),
-        ({"mask": MaskConfig(kind="grid")}, "fair", r"mask\.kind grid.*at random only; export --part encoder"),
         ({"image_px": (28, 42)}, "transformers", r"square images, but this model 28 x 42 px; export its encoder"),
     ],
 )
