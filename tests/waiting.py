@@ -19,7 +19,7 @@ EVENT_DEADLINE_S = 60.0
 COMMAND_DEADLINE_S = 120.0
 """A command without Ray has ended; a server has sent its first response."""
 JOB_DEADLINE_S = 300.0
-"""A training process without Ray has ended; a job of Ray has ended that only reads; a hung worker was noticed."""
+"""A training process without Ray or a short job of Ray has ended; a hung worker was noticed."""
 RUN_DEADLINE_S = 900.0
 """A run has reached a step or its end, with the start of Ray and of its workers."""
 PIPELINE_DEADLINE_S = 1500.0

@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
-import pytest
-
 from pipelines.bench.object_store import Ports, server_command
+from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
 
@@ -32,7 +30,7 @@ class S3Server:
         """SIGKILL."""
         assert self._process is not None
         self._process.kill()
-        self._process.wait()
+        self._process.wait(KILLED_DEADLINE_S)
 
     def stop(self) -> None:
         """Stop the server and wait until it has ended."""
@@ -40,26 +38,26 @@ class S3Server:
             return
         self._process.terminate()
         try:
-            self._process.wait(10)
+            self._process.wait(KILLED_DEADLINE_S)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def _wait_for_bucket(self) -> None:
         import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
 
         credentials = {
             "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
             "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
         }
         client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **credentials)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                client.head_bucket(Bucket="mae-test")
-                return
-            except Exception as error:
-                assert self._process is not None
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    log = (self._folder / "log").read_text()[-2000:]
-                    pytest.fail(f"the S3 server did not start ({error}): {log}")
-                time.sleep(0.2)
+        process = self._process
+        assert process is not None
+        wait_until(
+            lambda: client.head_bucket(Bucket="mae-test"),
+            lambda: f"the bucket of the S3 server: {(self._folder / 'log').read_text()[-2000:]}",
+            COMMAND_DEADLINE_S,
+            alive=lambda: process.poll() is None,
+            errors=(BotoCoreError, ClientError),
+            poll_every_s=0.2,
+        )

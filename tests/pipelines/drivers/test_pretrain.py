@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
 from pipelines.runs.folder import RunFolder
 from tests.digest import tensors_digest
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MAE = str(Path(sys.executable).with_name("mae"))
 MODEL = "mae-vit_pico_patch7"
@@ -116,7 +116,7 @@ def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(
     kill_once_trained(command, place)
     assert place.run("killed").read_outcome() is None, "the kill came too late to mean anything"
 
-    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place.folder, capture_output=True, text=True, timeout=JOB_DEADLINE_S)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert place.weights("killed") == place.weights("calm")
@@ -168,9 +168,12 @@ def kill_once_trained(command: list[str], place: Place) -> None:
     driver = psutil.Process(process.pid)
     family = [driver]
     try:
-        while not result.exists():
-            assert process.poll() is None, (place.folder / "killed.log").read_text()
-            time.sleep(0.01)
+        wait_until(
+            result.exists,
+            lambda: f"the workers' result: {(place.folder / 'killed.log').read_text()}",
+            JOB_DEADLINE_S,
+            alive=lambda: process.poll() is None,
+        )
         family += driver.children(recursive=True)
     finally:
         for member in (*driver.children(recursive=True), *family):
@@ -178,8 +181,8 @@ def kill_once_trained(command: list[str], place: Place) -> None:
                 os.kill(member.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        process.wait()
-    psutil.wait_procs(family, timeout=20)
+        process.wait(KILLED_DEADLINE_S)
+    psutil.wait_procs(family, timeout=KILLED_DEADLINE_S)
 
 
 def all_runs(place: Place) -> list[Any]:

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.waiting import EVENT_DEADLINE_S, let_pass
+
 _SLOW_DOWN = b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>'
 
 
@@ -49,11 +51,13 @@ class Proxy:
             spoiled &= (kind == "503" or method == "GET") and time.monotonic() < self.until_s
             self.num_spoiled += spoiled
         self.before_request(number)
-        time.sleep(self.delay_s)
+        let_pass(self.delay_s)
         return kind if spoiled else ""
 
     def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, list, bytes]:
-        connection = http.client.HTTPConnection(self._upstream.hostname or "", self._upstream.port, timeout=60)
+        connection = http.client.HTTPConnection(
+            self._upstream.hostname or "", self._upstream.port, timeout=EVENT_DEADLINE_S
+        )
         headers = {name: value for name, value in headers.items() if name.lower() not in ("expect", "content-length")}
         try:
             connection.request(method, path, body, headers)

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import random
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import is_prepared, read_manifest
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
 OPTIONS: dict[str, Any] = {"rows_per_shard": 12, "rows_per_group": 5}
 FLAGS = ["--rows-per-shard", "12", "--rows-per-group", "5"]
@@ -91,6 +93,15 @@ def num_files(out: Path) -> int:
     return sum(len(folders) + len(names) for _, folders, names in os.walk(out))
 
 
+def has_files(out: Path, wanted: int) -> bool:
+    return num_files(out) >= wanted
+
+
+def wait_for_end_or(is_due: Callable[[], bool], job: Any) -> None:
+    """Wait until the job has ended or the condition is met."""
+    wait_until(lambda: job.poll() is not None or is_due(), "a moment to kill", JOB_DEADLINE_S, poll_every_s=0.002)
+
+
 def check_readers(out: Path) -> bool:
     """Whether there is a dataset; if so, it is whole."""
     if not is_prepared(open_storage(out)):
@@ -110,10 +121,9 @@ def killed_until_done(with_ray: bool, source: Path, out: Path, chance: random.Ra
     num_kills = 0
     while True:
         wanted = num_files(out) + chance.randint(1, 40)
-        at_commit = chance.random() < 0.2
+        is_due = (out / "manifest.json").exists if chance.random() < 0.2 else partial(has_files, out, wanted)
         job: Any = started(with_ray, source, out)
-        while job.poll() is None and not ((out / "manifest.json").exists() if at_commit else num_files(out) >= wanted):
-            time.sleep(0.002)
+        wait_for_end_or(is_due, job)
         with contextlib.suppress(psutil.TimeoutExpired):
             job.wait(chance.uniform(0.001, 0.02))
         if job.poll() is not None:
@@ -126,7 +136,7 @@ def killed_until_done(with_ray: bool, source: Path, out: Path, chance: random.Ra
                     child.kill()
         with contextlib.suppress(psutil.NoSuchProcess):
             job.kill()
-        job.wait()
+        job.wait(KILLED_DEADLINE_S)
         num_kills += 1
         check_readers(out)
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pipelines.dataset.manifest import Manifest
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 from pipelines.storage.retries import retry_limit
+from tests.waiting import COMMAND_DEADLINE_S, EVENT_DEADLINE_S, join, let_pass
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 CONFIG = PrepareConfig(rows_per_shard=50, rows_per_group=16)
@@ -107,7 +107,7 @@ def test_a_server_that_is_killed_and_started_again_changes_no_byte(
 
     def restart() -> None:
         own_s3.kill()
-        time.sleep(3)
+        let_pass(3)
         own_s3.start()
 
     restarts: list[threading.Thread] = []
@@ -119,7 +119,7 @@ def test_a_server_that_is_killed_and_started_again_changes_no_byte(
 
     proxy.before_request = at
     assert prepare(source, f"{root}/out", CONFIG) == local[0]
-    restarts[0].join()
+    join(restarts[0], COMMAND_DEADLINE_S)
     assert files_of(f"{root}/out") == local[1]
 
 
@@ -149,7 +149,7 @@ def test_only_one_of_two_preparations_of_different_things_gets_a_place(
     barrier = threading.Barrier(2)
 
     def attempt(seed: int) -> None:
-        barrier.wait()
+        barrier.wait(EVENT_DEADLINE_S)
         with contextlib.suppress(ValueError):
             outcomes.append(prepare(str(few), out, PrepareConfig(rows_per_shard=50, rows_per_group=16, seed=seed)))
 
@@ -157,6 +157,6 @@ def test_only_one_of_two_preparations_of_different_things_gets_a_place(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        join(thread)
     (winner,) = outcomes
     assert num_rows_read(out, winner) == 300

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from pipelines.storage import open_storage
+from tests.waiting import COMMAND_DEADLINE_S, RUN_DEADLINE_S, join, let_pass
 
 pytestmark = [pytest.mark.long, pytest.mark.s3, pytest.mark.ray, pytest.mark.timeout(1500)]
 COMMAND = [sys.executable, "-c", "import sys; from pipelines import cli; cli.main(sys.argv[1:])", "prepare"]
@@ -63,7 +64,7 @@ def prepared(source: str, proxy: Any) -> Job:
     words = [*COMMAND, source, out, "--rows-per-shard", "50", "--rows-per-group", "16", "--json"]
     started_s, proxy.delay_s = time.monotonic(), DELAY_S
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        words, capture_output=True, text=True, timeout=RUN_DEADLINE_S, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     job = Job(json.loads(done.stdout), time.monotonic() - started_s, proxy.num_requests, proxy.num_spoiled, {})
@@ -115,7 +116,7 @@ def in_a_storm(source: str, proxy: Any, *kinds: str) -> Job:
 def with_server_away(source: str, proxy: Any, own_s3: Any, at_request: int) -> Job:
     def restart() -> None:
         own_s3.kill()
-        time.sleep(30)
+        let_pass(30)
         own_s3.start()
 
     restarting = threading.Thread(target=restart)
@@ -130,4 +131,4 @@ def with_server_away(source: str, proxy: Any, own_s3: Any, at_request: int) -> J
         return prepared(source, proxy)
     finally:
         with contextlib.suppress(RuntimeError):  # of a job that ended before
-            restarting.join()
+            join(restarting, COMMAND_DEADLINE_S)

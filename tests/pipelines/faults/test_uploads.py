@@ -5,7 +5,6 @@ A training process of its own, a real S3 server, and a proxy before it that answ
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pipelines.worker.meter import Due
 from pipelines.worker.rank import Feed
 from pipelines.worker.recorder import Recorder
 from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, join, let_pass, wait_until
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 _SERVER: Any = multiprocessing.get_context("forkserver")
@@ -47,8 +47,7 @@ def work(uri: str, here: str, environment: dict[str, str], patience_s: float) ->
 
     def batches() -> Iterator[MicroBatch]:
         while True:
-            while int((folder / "go").read_text() or 0) <= state.step:
-                time.sleep(0.005)
+            wait_until(lambda: int((folder / "go").read_text() or 0) > state.step, "a further step", JOB_DEADLINE_S)
             yield from batches_of(plan, state.step, rank)
             (folder / "done").write_text(str(state.step + 1))
 
@@ -73,19 +72,13 @@ class Training:
     def go(self, step: int) -> None:
         """Wait until the process has taken that many steps."""
         (self._here / "go").write_text(str(step))
-        deadline_s = time.monotonic() + 60
-        while int((self._here / "done").read_text() or 0) < step:
-            assert self.process.is_alive()
-            assert time.monotonic() < deadline_s, f"step {step} was not reached"
-            time.sleep(0.01)
+        done = self._here / "done"
+        wait_until(lambda: int(done.read_text() or 0) >= step, f"step {step}", alive=self.process.is_alive)
 
     def saved(self, step: int) -> None:
         """Wait until an intact checkpoint of the step is committed."""
-        deadline_s = time.monotonic() + 60
-        while step not in self.run.checkpoints.steps():
-            assert self.process.is_alive()
-            assert time.monotonic() < deadline_s, f"no checkpoint of step {step}"
-            time.sleep(0.1)
+        steps, what = self.run.checkpoints.steps, f"the checkpoint of step {step}"
+        wait_until(lambda: step in steps(), what, alive=self.process.is_alive, poll_every_s=0.1)
         self.run.checkpoints.verify(step)
 
 
@@ -102,7 +95,7 @@ def training(tmp_path: Path, own_s3: Any, proxy: Any) -> Iterator[Any]:
     yield start
     for one in started:
         one.process.kill()
-        one.process.join()
+        join(one.process, KILLED_DEADLINE_S)
 
 
 @pytest.fixture
@@ -113,11 +106,14 @@ def refused(training: Any, proxy: Any) -> Any:
         run = training(patience_s)
         run.go(SAVE_EVERY)
         run.saved(SAVE_EVERY)
-        # What comes after the commit, the removal of older ones, is over, too.
-        before = -1
-        while before != proxy.num_requests:
+
+        def is_quiet() -> bool:
             before = proxy.num_requests
-            time.sleep(1)
+            let_pass(1)
+            return before == proxy.num_requests
+
+        # The removal of older checkpoints, which follows the commit, must be over too.
+        wait_until(is_quiet, "a second without requests")
         proxy.reset(1.0, "503")
         return run
 
@@ -130,9 +126,9 @@ def test_training_goes_on_while_uploads_are_refused_and_the_snapshot_lands_after
 ) -> None:
     run = refused(patience_s=300.0)
     run.go(2 * SAVE_EVERY - 1)
-    time.sleep(outage_s / 2)
+    let_pass(outage_s / 2)
     run.go(3 * SAVE_EVERY - 1)
-    time.sleep(outage_s / 2)
+    let_pass(outage_s / 2)
     assert proxy.num_spoiled == proxy.num_requests > 0
     # Two threads ask, each of them three times before a pause of 5 s at most.
     assert proxy.num_requests < 60 + 2 * outage_s
@@ -148,7 +144,7 @@ def test_uploads_that_stay_refused_end_the_run_with_the_reason_and_the_checkpoin
     run = refused(patience_s=2.0)
     run.go(2 * SAVE_EVERY)
     (tmp_path / "go").write_text("1000")
-    run.process.join(60)
+    join(run.process)
     assert run.process.exitcode == 1
     proxy.reset(0.0, "503")
     said = (tmp_path / "error").read_text()

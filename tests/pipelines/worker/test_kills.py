@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pipelines.worker.rank import Feed
 from pipelines.worker.recorder import Recorder
 from tests.digest import tensors_digest
 from tests.pipelines.worker.test_loop import batches_of, loss_of, plan_of, rank_of, state_of
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, join, let_pass, wait_until
 
 STEPS = 60
 _SERVER: Any = multiprocessing.get_context("forkserver")
@@ -79,6 +79,12 @@ def newest_step(folder: Path) -> int:
     return max(RunFolder(str(folder)).checkpoints.steps(), default=0)
 
 
+def wait_for_step(step: int, folder: Path, process: Any) -> None:
+    """Wait until a checkpoint of that step or a later one is committed."""
+    reached = f"step {step}"
+    wait_until(lambda: newest_step(folder) >= step, reached, alive=process.is_alive, poll_every_s=0.002)
+
+
 def digests(folder: Path) -> dict[str, str]:
     checkpoint = RunFolder(str(folder)).checkpoints.latest()
     assert checkpoint is not None
@@ -90,7 +96,7 @@ def digests(folder: Path) -> dict[str, str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     process = started(str(folder))
-    process.join(240)
+    join(process, JOB_DEADLINE_S)
     assert process.exitcode == 0
     return folder
 
@@ -105,16 +111,14 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, undi
         # where the machine is so slow to tell that the run came to its last step meanwhile, it waits there.
         before = newest_step(tmp_path)
         wanted = before + (kill + 1) * (STEPS - 5) // num_kills - kill * (STEPS - 5) // num_kills
-        while newest_step(tmp_path) < min(wanted, STEPS - 5):
-            assert process.is_alive()
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.05))
+        wait_for_step(min(wanted, STEPS - 5), tmp_path, process)
+        let_pass(chance.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        join(process, KILLED_DEADLINE_S)
         assert process.exitcode == -signal.SIGKILL
         moments.append(newest_step(tmp_path))
     process = started(str(tmp_path))
-    process.join(240)
+    join(process, JOB_DEADLINE_S)
     assert process.exitcode == 0
     assert digests(tmp_path) == digests(undisturbed), f"killed after {moments}"
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -126,16 +130,15 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path: Path, undi
 def test_a_full_disk_ends_the_run_with_the_reason_and_costs_no_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
     """RLIMIT_FSIZE refuses what is larger, as a full disk would."""
     process = started(str(tmp_path), None, False)
-    while newest_step(tmp_path) < 5:
-        time.sleep(0.002)
+    wait_for_step(5, tmp_path, process)
     process.kill()
-    process.join()
+    join(process, KILLED_DEADLINE_S)
     before = newest_step(tmp_path)
     process = started(str(tmp_path), 20_000)
-    process.join(240)
+    join(process, JOB_DEADLINE_S)
     assert process.exitcode == 1
     assert "could not be written within 0 s" in (tmp_path / "error.txt").read_text()
     assert RunFolder(str(tmp_path)).checkpoints.latest_step() == before
     process = started(str(tmp_path))
-    process.join(240)
+    join(process, JOB_DEADLINE_S)
     assert digests(tmp_path) == digests(undisturbed)
