@@ -29,6 +29,7 @@ from pipelines.registry import (
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.runs import commit_tags, flatten
 from pipelines.registry.versions import check_location
+from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, join, let_pass, wait_until
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -38,6 +39,7 @@ MANIFEST = Manifest(
     num_found=10, num_ok=10, num_quarantined=0, num_duplicates=0, quarantine_reasons={}, mean=[0.3], std=[0.35],
     config={}, source_digest="", digest="d" * 64,
 )  # fmt: skip
+SAMPLED = "system/cpu_utilization_percentage"
 MODEL = {"arch": "vit_pico_patch4", "image_px": [28, 28], "channels": 1}
 PIXELS = {"mean": [0.3], "std": [0.35]}
 
@@ -97,6 +99,12 @@ def points(first: int, last: int, key: str = "loss") -> list[Point]:
 
 def history(tracking: Tracking, run_id: str, key: str = "loss") -> list[int]:
     return [metric.step for metric in tracking.client.get_metric_history(run_id, key)]
+
+
+def wait_for_samples(tracking: Tracking, run_id: str, count: int) -> None:
+    """Wait until so many further samples of this machine are stored."""
+    before = len(history(tracking, run_id, SAMPLED))
+    wait_until(lambda: len(history(tracking, run_id, SAMPLED)) >= before + count, f"{count} samples of this machine")
 
 
 class TestWhichMlflow:
@@ -233,10 +241,10 @@ class TestRuns:
         for _ in range(2):
             run = tracking.run("a", "pretrain", {})
             ids.append(run.id)
-            time.sleep(0.3)
+            wait_for_samples(tracking, run.id, 2)
             run.finish()
         assert ids[0] == ids[1]
-        steps = history(tracking, ids[0], "system/cpu_utilization_percentage")
+        steps = history(tracking, ids[0], SAMPLED)
         assert len(steps) >= 4
         assert steps == list(range(len(steps)))
 
@@ -522,21 +530,25 @@ class Server:
         environment.pop("MLFLOW_TRACKING_URI", None)
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        deadline_s = time.monotonic() + 120
-        while time.monotonic() < deadline_s:
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "log").read_text())
+        process = self.process
+        wait_until(
+            self.is_healthy,
+            lambda: f"a response of MLflow: {(self.folder / 'log').read_text()}",
+            COMMAND_DEADLINE_S,
+            alive=lambda: process.poll() is None,
+            errors=(OSError,),
+            poll_every_s=0.2,
+        )
+
+    def is_healthy(self) -> bool:
+        with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as response:
+            return response.status == 200
 
     def kill(self) -> None:
         """Kill the server and its workers."""
         if self.process is not None:
             os.killpg(self.process.pid, 9)
-            self.process.wait()
+            self.process.wait(KILLED_DEADLINE_S)
             self.process = None
 
 
@@ -565,9 +577,9 @@ def test_on_a_server_that_dies_and_comes_back_every_point_is_there_once(server, 
             run.log_points(points(step + 1, step + 50))
             longest_s = max(longest_s, time.monotonic() - began_s)
             step += 50
-            time.sleep(0.05)
+            let_pass(0.05)
     assert longest_s < 5, "logging waited for the server"
-    restart.join()
+    join(restart, COMMAND_DEADLINE_S)
     ref = register_backbone(run, backbone_files, "mae-s")
     run.finish()
     assert history(tracking, run.id) == list(range(1, step + 1))
@@ -595,7 +607,7 @@ class fake_server:
     def __exit__(self, *_: object) -> None:
         self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        self.thread.join()
+        join(self.thread)
 
     def _answer(self) -> None:
         while True:
