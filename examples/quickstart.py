@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Needs the library alone (`pip install .`), no data and no GPU; takes seconds. The images are made up: each has one
+Needs the library alone (`pip install .`), no data and no GPU; takes seconds. The images are synthetic: each has one
 bright spot.
 """
 
