@@ -111,9 +111,7 @@ def load_mae(folder: str | Path) -> tuple[MaskedAutoencoder, Normalization]:
     The folder holds `config.json` and `mae.safetensors`. Raises UserError if it holds something else.
     """
     config = _config(folder, "backbone")
-    mae = build_mae(_model_config(config["model"]), seed=0)
-    mae.load_state_dict(_tensors(folder, "mae.safetensors"))
-    return mae.eval(), _normalization(config)
+    return mae_of(config, _tensors(folder, "mae.safetensors"))
 
 
 def load_classifier(folder: str | Path) -> Classifier:
@@ -131,6 +129,13 @@ def encoder_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Enco
     vit = build_encoder(parse_arch(model.arch), model.image_px, model.channels, norm_eps=model.norm_eps)
     vit.load_state_dict(dict(tensors))
     return Encoder(vit, model, _normalization(config)).eval()
+
+
+def mae_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[MaskedAutoencoder, Normalization]:
+    """Build an encoder with its decoder from the values of its config.json and its weights."""
+    mae = build_mae(_model_config(config["model"]), seed=0)
+    mae.load_state_dict(dict(tensors))
+    return mae.eval(), _normalization(config)
 
 
 def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
@@ -189,8 +194,13 @@ def _tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
 
 
 def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    mask = MaskConfig(**values.get("mask", {}))
-    return ModelConfig(**{**values, "image_px": _size(values["image_px"]), "mask": mask})
+    try:
+        mask = MaskConfig(**values.get("mask", {}))
+        return ModelConfig(**{**values, "image_px": _size(values["image_px"]), "mask": mask})
+    except TypeError as error:
+        raise UserError(
+            f"config.json has a model option that this mae_core does not know ({error}); use the version that wrote it"
+        ) from error
 
 
 def _normalization(config: Mapping[str, Any]) -> Normalization:

@@ -3,6 +3,7 @@
 After Pixio (Yang et al. 2025): images with the lowest loss are blank or trivial, and those with the highest noise.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_core.augment import input_to_pixels, pixels_to_input
-from mae_core.config import Size
+from mae_core.config import ModelConfig, Normalization, Size
 from mae_core.masking import sample_masks
+from mae_core.model import MaskedAutoencoder
+from mae_core.pretrained import mae_of
+from mae_core.state import unpack
 from pipelines.config import CurateConfig
 from pipelines.embedding.embed import automatic_batch
 from pipelines.embedding.inputs import Record, records_of
@@ -27,7 +31,6 @@ from pipelines.embedding.parts import Forward
 from pipelines.embedding.run import Job, Results, compute
 from pipelines.images.decode import ImageArray, decode, evaluation_view
 from pipelines.pictures.loss_figures import Reconstructed, loss_figure
-from pipelines.pictures.reconstruct import Backbone, load_backbone
 from pipelines.prepare.workfolder import Purpose
 from pipelines.storage import Storage, open_storage
 
@@ -48,9 +51,8 @@ class Loss:
     seed: int
 
     def load(self, weights: bytes, device: torch.device) -> Forward:
-        backbone = load_backbone(self.config_json.encode(), weights)
-        backbone.mae.to(device)
-        return partial(self._values, backbone)
+        mae, normalization = mae_of(json.loads(self.config_json), unpack(weights))
+        return partial(self._values, mae.to(device), normalization)
 
     def column(self, name: str, values: NDArray[Any]) -> pa.Array:
         return pa.array(values, pa.float32())
@@ -59,12 +61,14 @@ class Loss:
     def metadata(self) -> dict[str, str]:
         return {"masks": str(self.masks), "seed": str(self.seed)}
 
-    def _values(self, backbone: Backbone, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        inputs, config = pixels_to_input(images, backbone.pixels), backbone.config
+    def _values(
+        self, mae: MaskedAutoencoder, normalization: Normalization, images: Tensor, ids: Tensor
+    ) -> dict[str, Tensor]:
+        inputs, config = pixels_to_input(images, normalization), mae.config
         total = torch.zeros(len(images), device=images.device)
         for number in range(self.masks):
             mask = sample_masks(config.mask, config.grid, seed=self.seed, epoch=0, sample_ids=ids, view=number)
-            total += backbone.mae(inputs, mask)
+            total += mae(inputs, mask)
         return {"loss": total / self.masks}
 
 
@@ -75,17 +79,17 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
     Raises UserError, before anything is written, if the model or the source is none.
     """
     model = model_files(config.model, _WEIGHTS)
-    backbone = load_backbone(model.files["config.json"], model.files[_WEIGHTS])
+    mae, normalization = mae_of(json.loads(model.files["config.json"]), unpack(model.files[_WEIGHTS]))
     options = {"masks": config.masks, "seed": config.seed, "gpu": config.gpu}
     job = Job(
         purpose=PURPOSE,
         kind="curate",
         manifest=MANIFEST,
-        measure=_measure(model, backbone, config),
+        measure=_measure(model, mae.config, config),
         model=model,
         weights=_WEIGHTS,
         options=options | {"rows_per_part": config.rows_per_part, "max_pixels": config.max_pixels},
-        batch=config.batch or _automatic_batch(backbone, gpu=config.gpu),
+        batch=config.batch or _automatic_batch(mae, gpu=config.gpu),
     )
     results = compute(job, source, out, config)
     # Computed from the losses each time, so that other shares need no new losses.
@@ -95,7 +99,7 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
     lists = {"lowest.txt": lowest, "highest.txt": highest}
     counts = {name: write_list(target, name, names) for name, names in lists.items()}
     for end, rows in (("lowest", table.slice(0, config.num_images)), ("highest", _last(table, config.num_images))):
-        target.write(f"{end}.png", _picture(end, backbone, source, results, rows, config))
+        target.write(f"{end}.png", _picture(end, mae, normalization, source, results, rows, config))
     losses = table["loss"].to_numpy()
     return {
         "uri": out,
@@ -108,19 +112,19 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
     }
 
 
-def _measure(model: ModelFiles, backbone: Backbone, config: CurateConfig) -> Loss:
+def _measure(model: ModelFiles, model_config: ModelConfig, config: CurateConfig) -> Loss:
     return Loss(
         config_json=model.files["config.json"].decode(),
-        image_px=backbone.config.image_px,
-        channels=backbone.config.channels,
+        image_px=model_config.image_px,
+        channels=model_config.channels,
         masks=config.masks,
         seed=config.seed,
     )
 
 
-def _automatic_batch(backbone: Backbone, *, gpu: bool) -> int:
+def _automatic_batch(mae: MaskedAutoencoder, *, gpu: bool) -> int:
     """Return the batch for the encoder on visible patches or the decoder on all, whichever is larger."""
-    config, width = backbone.config, backbone.mae.encoder.embed_dim
+    config, width = mae.config, mae.encoder.embed_dim
     share = config.num_visible * width / (config.num_patches * config.decoder_width)
     return automatic_batch(config.num_patches + 1, max(1, round(config.decoder_width * max(1.0, share))), gpu=gpu)
 
@@ -150,30 +154,37 @@ def _last(table: pa.Table, count: int) -> pa.Table:
 
 
 def _picture(
-    end: str, backbone: Backbone, source: str, results: Results, rows: pa.Table, config: CurateConfig
+    end: str,
+    mae: MaskedAutoencoder,
+    normalization: Normalization,
+    source: str,
+    results: Results,
+    rows: pa.Table,
+    config: CurateConfig,
 ) -> bytes:
     """Draw these images, each masked and reconstructed with the first of its masks."""
     records = {record.id: record for record in records_of(source, rows["id"].to_pylist(), results.identity["input"])}
     shown = []
     for row in rows.to_pylist():
-        pixels = _pixels(records[row["id"]], backbone)
-        triple = pixels, *_reconstructed(backbone, pixels, row["id"], config.seed)
+        pixels = _pixels(records[row["id"]], mae.config)
+        triple = pixels, *_reconstructed(mae, normalization, pixels, row["id"], config.seed)
         shown.append(Reconstructed(row["source"], row["label"], row["loss"], triple))
     return loss_figure(f"{end.capitalize()} reconstruction loss among {results.num_rows:,} images", shown)
 
 
 @torch.inference_mode()
-def _reconstructed(backbone: Backbone, pixels: ImageArray, number: int, seed: int) -> tuple[ImageArray, ImageArray]:
+def _reconstructed(
+    mae: MaskedAutoencoder, normalization: Normalization, pixels: ImageArray, number: int, seed: int
+) -> tuple[ImageArray, ImageArray]:
     """Return the image masked and reconstructed."""
-    config = backbone.config
+    config = mae.config
     mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=torch.tensor([number]))
-    pair = backbone.mae.reconstruct(pixels_to_input(torch.from_numpy(pixels[None]), backbone.pixels), mask)
-    masked, restored = (input_to_pixels(inputs, backbone.pixels)[0].numpy() for inputs in pair)
+    pair = mae.reconstruct(pixels_to_input(torch.from_numpy(pixels[None]), normalization), mask)
+    masked, restored = (input_to_pixels(inputs, normalization)[0].numpy() for inputs in pair)
     return masked, restored
 
 
-def _pixels(record: Record, backbone: Backbone) -> ImageArray:
+def _pixels(record: Record, config: ModelConfig) -> ImageArray:
     assert isinstance(record.content, bytes), "an image that was read before"
-    config = backbone.config
     # A copy, since Pillow's arrays are read-only and torch refuses them.
     return np.array(evaluation_view(decode(record.content, config.channels, record.orientation), config.image_px))

@@ -1,8 +1,6 @@
 """Reconstruct hidden patches with a pretrained model, for figures in the style of the paper's Figures 2 and 3."""
 
 import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,49 +9,30 @@ import torch
 from numpy.typing import NDArray
 
 from mae_core.augment import input_to_pixels, pixels_to_input
-from mae_core.config import MaskConfig, ModelConfig, Normalization, Size
+from mae_core.config import MaskConfig, Normalization, Size
 from mae_core.errors import UserError
 from mae_core.masking import sample_masks
-from mae_core.model import MaskedAutoencoder, build_mae
-from mae_core.state import unpack
+from mae_core.model import MaskedAutoencoder
+from mae_core.pretrained import load_mae
 from pipelines import registry
-from pipelines.config import ReconstructConfig, from_dict
+from pipelines.config import ReconstructConfig
 from pipelines.dataset.manifest import Split, is_prepared, read_manifest
 from pipelines.images.decode import SUFFIXES, decode, evaluation_view
 from pipelines.pictures.figures import Block, reconstruction_rows
 from pipelines.storage import Storage, open_storage, storage_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """A complete pretrained model, encoder and decoder, with the normalization of its inputs."""
-
-    mae: MaskedAutoencoder
-    config: ModelConfig
-    pixels: Normalization
-
-
-def load_backbone(config_json: bytes, tensors: bytes) -> Backbone:
-    """Build the model that config.json describes and load mae.safetensors."""
-    values = json.loads(config_json)
-    config = from_dict(ModelConfig, values["model"])
-    mae = build_mae(config, seed=0)
-    mae.load_state_dict(unpack(tensors))
-    return Backbone(mae=mae.eval(), config=config, pixels=from_dict(Normalization, values["pixels"]))
-
-
 @torch.inference_mode()
 def reconstruct(
-    backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int
+    mae: MaskedAutoencoder, normalization: Normalization, images: NDArray[np.uint8], mask: MaskConfig, seed: int
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Return (masked, reconstruction, original) of each image [n h w c], uint8, with `ratio` of the patches hidden."""
-    config = dataclasses.replace(backbone.config, mask=MaskConfig(kind=backbone.config.mask.kind, ratio=ratio))
-    device = next(backbone.mae.parameters()).device
+    """Return (masked, reconstruction, original) of each image [n h w c], uint8."""
+    device = next(mae.parameters()).device
     ids = torch.arange(len(images), device=device)
-    mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=ids)
-    inputs = pixels_to_input(torch.from_numpy(images).to(device), backbone.pixels)
-    masked, restored = backbone.mae.reconstruct(inputs, mask)
-    pictures = (input_to_pixels(x, backbone.pixels).cpu().numpy() for x in (masked, restored))
+    masks = sample_masks(mask, mae.config.grid, seed=seed, epoch=0, sample_ids=ids)
+    inputs = pixels_to_input(torch.from_numpy(images).to(device), normalization)
+    masked, restored = mae.reconstruct(inputs, masks)
+    pictures = (input_to_pixels(x, normalization).cpu().numpy() for x in (masked, restored))
     return list(zip(*pictures, images, strict=True))
 
 
@@ -89,13 +68,13 @@ def _decoded(
     return np.stack(views)
 
 
-def picture_block(backbone: Backbone, images: NDArray[np.uint8], ratio: float, seed: int) -> Block:
+def picture_block(
+    mae: MaskedAutoencoder, normalization: Normalization, images: NDArray[np.uint8], ratio: float, seed: int
+) -> Block:
     """Return one block of a figure: reconstructions at one mask ratio, titled with the numbers of patches."""
-    total = backbone.config.num_patches
-    rows = reconstruct(backbone, images, ratio, seed)
-    visible = dataclasses.replace(
-        backbone.config, mask=MaskConfig(kind=backbone.config.mask.kind, ratio=ratio)
-    ).num_visible
+    mask = MaskConfig(kind=mae.config.mask.kind, ratio=ratio)
+    rows = reconstruct(mae, normalization, images, mask, seed)
+    visible, total = dataclasses.replace(mae.config, mask=mask).num_visible, mae.config.num_patches
     return Block(title=f"{ratio:.0%} masked: {visible} of {total} patches visible", rows=rows)
 
 
@@ -109,11 +88,9 @@ def run(config: ReconstructConfig) -> str:
         files = tracking.fetch(tracking.resolve(config.model), Path(folder))
         if "mae.safetensors" not in files:
             raise UserError(f"{config.model} has no decoder (no mae.safetensors); try a backbone such as mae-<arch>")
-        backbone = load_backbone(files["config.json"].read_bytes(), files["mae.safetensors"].read_bytes())
-    images = sample_images(
-        config.uri, config.split, config.num_images, backbone.config.image_px, backbone.config.channels
-    )
-    blocks = [picture_block(backbone, images, ratio, config.seed) for ratio in config.ratios]
+        mae, normalization = load_mae(folder)
+    images = sample_images(config.uri, config.split, config.num_images, mae.config.image_px, mae.config.channels)
+    blocks = [picture_block(mae, normalization, images, ratio, config.seed) for ratio in config.ratios]
     with TemporaryDirectory() as folder:
         picture = Path(folder) / name
         reconstruction_rows(blocks, picture)

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def work(config: dict[str, Any]) -> None:
-    """Every unfinished job of the group is finished; called by Ray Train on each rank."""
+    """Run every unfinished job of the group to its end. Ray Train calls it on each rank."""
     import ray
     import ray.train
 
     log_to_driver()
-    # A patch projection of one channel has a dimension of size 1, whose stride DDP compares though it means nothing.
+    # Harmless: DDP compares the stride of a dimension of size 1, which the patch projection has for one channel.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs: list[IndexedJob] = ray.get(config["jobs"])
     rank = join_group(jobs[0][0].config.compute)
@@ -44,7 +44,7 @@ def work(config: dict[str, Any]) -> None:
         try:
             run_job(with_workers(job, rank.world), dataset, rank, feed, attempt)
         except (Stopped, RestartRequested):
-            return  # The driver reads the reason in the job's folder; an error would make Ray Train start again.
+            return  # The driver reads the reason from the run folder; an error would make Ray Train restart the group.
         attempt = Attempt(launched_s=time.time())
 
 

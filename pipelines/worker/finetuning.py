@@ -18,7 +18,7 @@ from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read
 from pipelines.storage import open_storage
 from pipelines.worker.export import classifier_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
-from pipelines.worker.rank import Feed, Rank, bare
+from pipelines.worker.rank import Feed, Rank, unwrapped
 from pipelines.worker.recorder import Recorder
 
 
@@ -30,7 +30,7 @@ def run(
     folder: RunFolder,
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """The classifier is trained, evaluated and exported; returns what the run found."""
+    """Train, evaluate and export the classifier; return the run's result."""
     config = job.config
     plan = train_plan(job, dataset)
     state = _start(job, rank, plan.steps_per_epoch)
@@ -44,11 +44,11 @@ def run(
         if phase.kind == "train":
             train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
         else:
-            accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or bare(state.model))
+            accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or unwrapped(state.model))
             recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     if rank.is_main:
-        export(job, state.ema or bare(state.model), folder)
+        export(job, state.ema or unwrapped(state.model), folder)
     return result_of(job, accuracy, state.step, plan.num_samples)
 
 
@@ -85,7 +85,10 @@ def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
 def evaluate(
     job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, phase: Phase, model: nn.Module
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent over the phase's whole split, whatever the number of ranks."""
+    """Return top-1 and top-5 in percent over the phase's split, independent of the number of ranks.
+
+    The keys are SPLIT/top1 and SPLIT/top5. Every rank must call it.
+    """
     plan = read_plan(job, dataset, phase.split)
     counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
     training = model.training
@@ -98,26 +101,26 @@ def evaluate(
 
 
 def count_hits(rank: Rank, model: nn.Module, batch: MicroBatch, job: ClassifyJob) -> Tensor:
-    """(top-1 hits, top-5 hits, samples) of a micro-batch, placeholders not counted."""
+    """Classify a micro-batch; return (top-1 hits, top-5 hits, samples) without placeholders, as `hits` does."""
     with rank.autocast():
         logits = model(pixels_to_input(batch.images, job.pixels))
     return hits(logits, batch.labels, batch.weights)
 
 
 def hits(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """(top-1 hits, top-5 hits, samples), each weighted."""
+    """Return the weighted sums [top-1 hits, top-5 hits, samples] of logits [n classes], labels [n] and weights [n]."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([(best[:, 0] * weights).sum(), (best.any(1) * weights).sum(), weights.sum()]).double()
 
 
 def accuracy_of(rank: Rank, counts: Tensor, split: str) -> dict[str, float]:
-    """Percentages from hits summed over ranks."""
+    """Sum the counts of `hits` over ranks; return top-1 and top-5 in percent. Every rank must call it."""
     top1, top5, total = rank.sum(counts).tolist()
     return {f"{split}/top1": 100 * top1 / max(1, total), f"{split}/top5": 100 * top5 / max(1, total)}
 
 
 def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
-    """export/ holds what the registry takes: weights, classes and preprocessing."""
+    """Write to export/ what the registry takes: weights, classes and preprocessing."""
     files = classifier_files(
         model_tensors(model),
         job.config.classifier,
@@ -133,7 +136,7 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
 
 
 def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int, num_train: int) -> dict[str, Any]:
-    """What the run found, in percent."""
+    """Return the result of the run, with accuracies in percent."""
     split = job.config.eval_split
     return {
         "kind": job.config.classifier.method,

@@ -18,7 +18,7 @@ from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
-from pipelines.worker.rank import Feed, Rank, bare, no_sync
+from pipelines.worker.rank import Feed, Rank, no_sync, unwrapped
 from pipelines.worker.saving import Tensors
 
 # (model, micro-batch, step, index of the micro-batch within the global batch) -> sum of the weighted losses of samples
@@ -82,22 +82,22 @@ class TrainState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            ema_update(self.ema, bare(self.model), self.ema_decay)
+            ema_update(self.ema, unwrapped(self.model), self.ema_decay)
         self.step += 1
         return bad
 
     def snapshot(self) -> Tensors:
         """Copy everything that a checkpoint saves to CPU memory."""
         found = {
-            "model": _copied(model_tensors(bare(self.model))),
-            "optimizer": _copied(optimizer_tensors(self.optimizer, bare(self.model))),
+            "model": _copied(model_tensors(unwrapped(self.model))),
+            "optimizer": _copied(optimizer_tensors(self.optimizer, unwrapped(self.model))),
         }
         return found if self.ema is None else found | {"ema": _copied(model_tensors(self.ema))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore the state of the checkpoint, bit for bit. Raises UserError if it is a checkpoint of another model."""
-        _load(bare(self.model), checkpoint, "model.safetensors")
-        load_optimizer_tensors(self.optimizer, bare(self.model), unpack(checkpoint.files["optimizer.safetensors"]))
+        _load(unwrapped(self.model), checkpoint, "model.safetensors")
+        load_optimizer_tensors(self.optimizer, unwrapped(self.model), unpack(checkpoint.files["optimizer.safetensors"]))
         if self.ema is not None:
             _load(self.ema, checkpoint, "ema.safetensors")
         self.step = checkpoint.step

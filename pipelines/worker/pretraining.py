@@ -17,7 +17,7 @@ from mae_core.transfer import start_from
 from pipelines.config import from_dict
 from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
-from pipelines.pictures.reconstruct import Backbone, picture_block, split_images
+from pipelines.pictures.reconstruct import picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
@@ -27,7 +27,7 @@ from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder
 
-_NUM_PICTURED = 8
+_NUM_IMAGES_DRAWN = 8
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     folder: RunFolder,
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """The model is pretrained and exported; returns what the run found."""
+    """Pretrain and export the model; return the run's result."""
     config, reading = job.config, job.reading
     plan = train_plan(job, dataset)
     mae = build_mae(config.model, config.seed)
@@ -93,12 +93,11 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
 def _save_picture(
     job: PretrainJob, dataset: IndexedDataset, mae: MaskedAutoencoder, folder: RunFolder, step: int
 ) -> None:
-    """Reconstructions of the same few held-out images, as the model is after `step` steps."""
+    """Draw reconstructions of a few held-out images, the same at every step, to pictures/ of the run folder."""
     splits = dataset.manifest.splits
-    images = split_images(job.config.data.uri, splits.get("val", splits["train"]), _NUM_PICTURED, *job.input)
+    images = split_images(job.config.data.uri, splits.get("val", splits["train"]), _NUM_IMAGES_DRAWN, *job.input)
     mae.eval()
-    backbone = Backbone(mae=mae, config=job.config.model, pixels=job.pixels)
-    block = picture_block(backbone, images, job.config.model.mask.ratio, job.config.seed)
+    block = picture_block(mae, job.pixels, images, job.config.model.mask.ratio, job.config.seed)
     mae.train()
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "picture.png"

@@ -49,7 +49,7 @@ def run(
     folder: RunFolder,
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """The head is trained and evaluated; returns what the run found."""
+    """Train and evaluate the head; return the run's result."""
     config = job.config
     plan = train_plan(job, dataset)
     encode = frozen_encoder(job, rank)
@@ -114,7 +114,7 @@ def _fit(
     last_step: int,
     examples_of: ExamplesOf,
 ) -> None:
-    """Steps up to `last_step` are done. BatchNorm sees the whole global batch, however it is dealt to ranks."""
+    """Train up to `last_step`. BatchNorm's statistics are those of the global batch, for any number of ranks."""
     smoothing, num_classes = job.config.augment.label_smoothing, len(job.classes)
     while state.step < last_step:
         examples = examples_of(state.step)
@@ -148,17 +148,17 @@ def _live_examples(rank: Rank, plan: EpochPlan, feed: Feed, encode: Callable[[Mi
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of a whole split on every rank, by ascending sample id; what the plan then draws batches from."""
+    """Features of a complete split, by ascending sample id, from which each rank draws its batches."""
 
     ids: Tensor
     features: Tensor
     labels: Tensor
 
     def take(self, plan: EpochPlan, rank: Rank, step: int) -> Examples:
-        """This rank's examples of a step, as if they had come through the feed."""
+        """Return this rank's examples of a step, the same that the feed would have sent."""
         ids = torch.from_numpy(plan.step_ids(step, rank.index)).to(self.ids.device)
         rows = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
-        # A placeholder has id -1; a sample that did not decode has no row either, and counts as little.
+        # Placeholders (id -1) and samples that could not be decoded have no row and get weight 0.
         real = self.ids[rows] == ids
         return Examples(self.features[rows], self.labels[rows], real.float())
 
@@ -166,7 +166,7 @@ class FeatureTable:
 def read_table(
     job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, encode: Callable[[MicroBatch], Tensor]
 ) -> FeatureTable:
-    """Every rank holds the features of the whole training split."""
+    """Compute the features of the training split and gather them on every rank."""
     plan = read_plan(job, dataset, "train")
     ids, found, labels = [], [], []
     for batch in read_split(rank, plan, feed):

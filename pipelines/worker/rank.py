@@ -30,7 +30,7 @@ class Rank:
     world: int
     device: torch.device
     compute: ComputeConfig
-    watches: bool = False
+    sees_preemptions: bool = False
     """Whether Ray Train announces the preemption of a node."""
 
     @property
@@ -64,12 +64,12 @@ class Rank:
         if self.world > 1:
             dist.barrier()
 
-    def is_warned(self) -> bool:
+    def is_preemption_announced(self) -> bool:
         """Return whether the preemption of one of the group's nodes is announced.
 
         Every rank must call it. It takes milliseconds.
         """
-        if not self.watches:
+        if not self.sees_preemptions:
             return False
         import ray.train
 
@@ -86,7 +86,7 @@ class Rank:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """Move the model to this rank's device, compile it if configured, and wrap it in DDP if ranks are many."""
+        """Move the model to this rank's device, compile it if configured, and wrap it in DDP unless world is 1."""
         model = model.to(self.device)
         if self.compute.compile:
             model.compile(dynamic=False)
@@ -132,7 +132,7 @@ def join_group(compute: ComputeConfig) -> Rank:
         world=context.get_world_size(),
         device=device,
         compute=compute,
-        watches=os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
+        sees_preemptions=os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
     )
 
 
@@ -143,6 +143,6 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model without DDP's wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -21,7 +21,7 @@ from pipelines.worker.saving import CheckpointWriter
 
 log = logging.getLogger(__name__)
 
-WARNING_EVERY_STEPS = 10
+PREEMPTION_CHECK_STEPS = 10
 """Steps between two checks for an announced preemption. After the announcement, each check saves a checkpoint, so a run
 loses no more steps than this."""
 
@@ -113,8 +113,8 @@ class Recorder:
         """
         if loss is not None and bad is not None:
             self._meter.add(step, loss, bad, self._plan.planned((step - 1) % self._plan.steps_per_epoch))
-        warned = step % WARNING_EVERY_STEPS == 0 and self._rank.is_warned()
-        save = warned or self._due.save(step)
+        preempted = step % PREEMPTION_CHECK_STEPS == 0 and self._rank.is_preemption_announced()
+        save = preempted or self._due.save(step)
         if save or self._due.log(step):
             for bad_step in self._meter.bad_steps():
                 self._apply_nan_policy(bad_step)
@@ -123,7 +123,7 @@ class Recorder:
         if save and self._rank.is_main:
             with self._clock.spent("checkpoint"):
                 self.writer.save(step, self._state.snapshot, self._meta())
-                if warned:
+                if preempted:
                     log.info("a node will be preempted: saving step %d", step)
                     self.writer.wait()
         if self._picture and self._due.picture(step) and self._rank.is_main:

@@ -19,7 +19,7 @@ from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.pretrain import pixels_of
 from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
-from pipelines.worker.recorder import WARNING_EVERY_STEPS
+from pipelines.worker.recorder import PREEMPTION_CHECK_STEPS
 from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, runs, started, wait_for_step
 
 pytestmark = [
@@ -124,8 +124,8 @@ def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes
     ((step, workers),) = resumed(place, "drained")
     assert workers == 1
     assert 0 < step < 80 * STEPS_PER_EPOCH
-    assert step % WARNING_EVERY_STEPS == 0
-    assert reached - step <= WARNING_EVERY_STEPS
+    assert step % PREEMPTION_CHECK_STEPS == 0
+    assert reached - step <= PREEMPTION_CHECK_STEPS
     assert place.run_folder("drained").read_failures() == [], "an announced end is no failure"
     assert place.losses("drained") == place.losses("calm")
     assert place.weights("drained") == place.weights("calm")

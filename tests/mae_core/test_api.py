@@ -124,6 +124,14 @@ def test_options_that_a_config_lacks_have_their_defaults(backbone: Path) -> None
     assert mae_core.load_encoder(backbone).config == CONFIG
 
 
+def test_an_option_of_a_newer_version_is_refused_by_its_name(backbone: Path) -> None:
+    values = json.loads((backbone / "config.json").read_text())
+    values["model"]["newer"] = 1
+    (backbone / "config.json").write_text(json.dumps(values))
+    with pytest.raises(mae_core.UserError, match=r"does not know .*'newer'.*; use the version that wrote it"):
+        mae_core.load_mae(backbone)
+
+
 @pytest.mark.parametrize("name", ["config.json", "encoder.safetensors"])
 def test_a_truncated_file_is_refused_by_its_name(backbone: Path, name: str) -> None:
     (backbone / name).write_bytes((backbone / name).read_bytes()[:-1])

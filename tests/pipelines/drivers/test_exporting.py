@@ -125,7 +125,7 @@ def session_run(session: Any) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def check_encoder(folder: Path, naming: str, out: str = "out") -> None:
-    """The encoder that the printed line loads computes the tokens that ours does."""
+    """Check that the encoder loaded by the printed line computes the same tokens as ours."""
     outcome = exported(folder, naming, "encoder", out)
     names, ours = run_line(outcome["load"]), load_encoder(folder)
     run: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
@@ -140,7 +140,7 @@ def check_encoder(folder: Path, naming: str, out: str = "out") -> None:
 
 @torch.inference_mode()
 def check_classifier(folder: Path, naming: str) -> None:
-    """The classifier that the printed line loads computes the logits that ours does."""
+    """Check that the classifier loaded by the printed line computes the same logits as ours."""
     names, ours = run_line(exported(folder, naming, "classifier")["load"]), load_classifier(folder)
     run: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
         "timm": lambda: names["model"],

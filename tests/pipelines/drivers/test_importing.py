@@ -69,7 +69,7 @@ def fetched(uri: str, folder: Path) -> Path:
 
 
 def reference_file(path: Path, *, seed: int = 0, decoder: bool = True) -> dict[str, torch.Tensor]:
-    """A checkpoint as the reference's script saves it, with random weights."""
+    """Write a checkpoint as the reference's script saves it, with random weights."""
     tensors = fair.from_ours(model_tensors(build_mae(CONFIG, seed=seed)))
     if not decoder:
         tensors = {name: t for name, t in tensors.items() if not name.startswith(("decoder_", "mask_token"))}

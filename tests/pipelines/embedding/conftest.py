@@ -17,7 +17,7 @@ from mae_core.model import build_mae
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a backbone that takes 8 x 8 px in colour. Read only."""
+    """Export a backbone that takes 8 x 8 px in colour. Tests must not write to the folder."""
     folder = tmp_path_factory.mktemp("backbone")
     config = ModelConfig(
         arch="vit_pico_patch4", image_px=(8, 8), mask=MaskConfig(ratio=0.5), decoder_depth=1, decoder_width=16,

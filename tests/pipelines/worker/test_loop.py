@@ -30,7 +30,7 @@ from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.worker import probing
 from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
-from pipelines.worker.rank import Feed, Rank, bare
+from pipelines.worker.rank import Feed, Rank, unwrapped
 from pipelines.worker.saving import CheckpointWriter
 from tests.digest import tensors_digest
 
@@ -110,7 +110,7 @@ def pretrained(rank: Rank, micro_batch: int = 4) -> tuple[dict[str, Tensor], lis
         batches = batches_of(plan, state.step, rank)
         loss, _ = train_step(state, rank, plan, batches, loss_of)
         losses.append(rank.sum(loss.double()).item())
-    return model_tensors(bare(state.model)), losses
+    return model_tensors(unwrapped(state.model)), losses
 
 
 def probed(rank: Rank) -> tuple[dict[str, Tensor], list[float]]:

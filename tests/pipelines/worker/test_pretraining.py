@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
+from mae_core import load_mae
 from mae_core.config import ModelConfig, OptimConfig
 from pipelines.config import ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.pretrain import pixels_of
 from pipelines.feed.windows import window_micro_batches
-from pipelines.pictures.reconstruct import load_backbone
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob, index_dataset, segments
 from pipelines.worker import pretraining
@@ -45,6 +45,6 @@ def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str
     found = pretraining.run(job, dataset, rank, Feed(iter(batches)), folder, None)
     assert found["steps"] == 2 * 10
     assert 0 < found["loss"] < 2
-    export = {name: folder.storage.read(f"export/{name}") for name in ("config.json", "mae.safetensors")}
-    assert load_backbone(export["config.json"], export["mae.safetensors"]).config == config.model
+    mae, normalization = load_mae(tmp_path / "run" / "export")
+    assert (mae.config, normalization) == (config.model, job.pixels)
     assert any(path.startswith("pictures/") for path, _ in folder.storage.list())
