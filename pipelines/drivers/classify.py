@@ -178,7 +178,7 @@ def published_classify_job(
         norm_eps=start.norm_eps,
     )
     dataset, command = index_dataset(job, manifest), config.classifier.command
-    publish = _register(config, start) if command == "finetune" and config.tracking.register else _nothing
+    publish = _register(config, start) if command == "finetune" and config.tracking.register else _publish_nothing
     return PublishedJob(
         name=name,
         kind=command,
@@ -218,5 +218,5 @@ def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:
     return publish
 
 
-def _nothing(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
+def _publish_nothing(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
     return {}

@@ -22,7 +22,7 @@ from pipelines.runs.progress import ProgressDisplay
 
 log = logging.getLogger(__name__)
 
-_SPENT = {
+_GOODPUT_WORDS = {
     "steps": "in steps",
     "data": "waiting for data",
     "checkpoint": "waiting for checkpoints",
@@ -102,7 +102,7 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
 
 def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
     """Write the job's input files into its folder, and create its MLflow run or reopen the one with that key."""
-    _refuse_foreign(folder, key)
+    _check_checkpoint_owner(folder, key)
     for path, content in published.inputs.items():
         folder.storage.write(path, content)
     run = tracking.run(
@@ -120,7 +120,7 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
     return run
 
 
-def _refuse_foreign(folder: RunFolder, key: str) -> None:
+def _check_checkpoint_owner(folder: RunFolder, key: str) -> None:
     """Raise UserError if the newest checkpoint was written by another run than the one that claimed the folder."""
     for step in folder.checkpoints.steps()[-1:]:
         try:
@@ -178,7 +178,7 @@ def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> No
     added, result = published.publish(run, folder), folder.read_result() or {}
     run.finish("FINISHED")
     if shares := result.get("goodput"):
-        parts = ", ".join(f"{share:.1%} {_SPENT[kind]}" for kind, share in shares.items())
+        parts = ", ".join(f"{share:.1%} {_GOODPUT_WORDS[kind]}" for kind, share in shares.items())
         log.info("%s: share of wall-clock time: %s", published.name, parts)
     folder.mark_published({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
 

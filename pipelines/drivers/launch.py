@@ -80,7 +80,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> No
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[failure_recorder([job.folder for job in jobs], compute.max_failures)],
             ),
-            datasets={dataset_name(number): _nothing for number in range(NUM_DATASETS)},
+            datasets={dataset_name(number): _placeholder for number in range(NUM_DATASETS)},
             dataset_config=_feeds(stored, compute, run),
         )
         try:
@@ -101,7 +101,7 @@ def _work(config: dict[str, Any]) -> None:
     work(config)
 
 
-def _nothing() -> Any:
+def _placeholder() -> Any:
     """Return a placeholder for a dataset of the feed, replaced in `configure` once the number of workers is known."""
     import ray.data
 

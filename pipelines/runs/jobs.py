@@ -6,7 +6,7 @@ restarted, with whatever number of workers, sees the same samples.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -177,7 +177,8 @@ def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[st
         return [Phase(kind="read", split="train", first_step=0, last_step=0), final]
     found: list[Phase] = []
     start = first_step
-    for stop in _evaluation_steps(job.config, steps_per_epoch, total):
+    every = job.config.eval_every_epochs * steps_per_epoch
+    for stop in (*range(every, total, every), total):
         if stop > first_step:
             found.append(Phase(kind="train", split="train", first_step=start, last_step=stop))
             start = stop
@@ -198,7 +199,7 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
         seed=job.config.seed,
         crops=job.config.crops_per_image if isinstance(job, PretrainJob) else 1,
     )
-    still = dataclasses.replace(transform, train=False, crops=1)
+    read_transform = dataclasses.replace(transform, train=False, crops=1)
     found = []
     for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(dataset.manifest.splits)):
         train = phase.kind == "train"
@@ -206,7 +207,7 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
             FeedSegment(
                 dataset_uri=job.config.data.uri,
                 plan=plan if train else read_plans[phase.split],
-                transform=transform if train else still,
+                transform=transform if train else read_transform,
                 first_step=phase.first_step if train else 0,
                 last_step=phase.last_step if train else read_plans[phase.split].steps_per_epoch,
             )
@@ -216,15 +217,9 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
 
 def remaining_segments(jobs: Sequence[IndexedJob]) -> list[FeedSegment]:
     """Return the segments that remain of all jobs, from the results and checkpoints in their folders."""
-    return [segment for job, dataset in jobs for segment in _remaining(job, dataset)]
-
-
-def _remaining(job: Job, dataset: IndexedDataset) -> list[FeedSegment]:
-    folder = RunFolder(job.folder)
-    return [] if folder.read_result() else segments(job, dataset, folder.checkpoints.latest_step())
-
-
-def _evaluation_steps(config: ClassifyConfig, steps_per_epoch: int, total: int) -> Iterator[int]:
-    every = config.eval_every_epochs * steps_per_epoch
-    yield from range(every, total, every)
-    yield total
+    found: list[FeedSegment] = []
+    for job, dataset in jobs:
+        folder = RunFolder(job.folder)
+        if folder.read_result() is None:
+            found += segments(job, dataset, folder.checkpoints.latest_step())
+    return found
