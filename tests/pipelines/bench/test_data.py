@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_figures_on_a_folder(folder: Path) -> None:
     found = run(DataBenchConfig(source=folder, rounds=2, whole_path=False))
     assert found["num_images"] == 6

@@ -154,12 +154,14 @@ def check_classifier(folder: Path, naming: str) -> None:
     assert_equal_to_rounding(run[naming]()(images), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PICO, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("naming", ["timm", "transformers", "onnx", "torch"])
 def test_an_encoder_computes_the_same_elsewhere(place: Path, naming: str, config: ModelConfig) -> None:
     check_encoder(backbone(place / "backbone", config), naming)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("naming", ["timm", "transformers", "onnx", "torch"])
 def test_a_classifier_computes_the_same_elsewhere(place: Path, naming: str, pool: str) -> None:
@@ -289,6 +291,7 @@ def test_a_folder_that_is_not_empty_is_refused(place: Path) -> None:
         exported(folder, "timm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["onnx", "torch"])
 @torch.inference_mode()
 def test_a_program_of_dynamic_size_interpolates_positions_as_timm_does(place: Path, naming: str) -> None:
