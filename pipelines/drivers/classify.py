@@ -1,11 +1,8 @@
 """`mae finetune` and `mae probe`: train and evaluate a classifier on a registered backbone or a random encoder."""
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization, Size, parse_arch, patch_grid
@@ -125,13 +122,9 @@ def starting_encoder(
             encoder=b"",
             backbone_px=image_px,
         )
-    with TemporaryDirectory(prefix="mae-backbone-") as scratch:
-        files = tracking.fetch(ref, Path(scratch))
-        if "encoder.safetensors" not in files:
-            raise UserError(f"{ref.uri} has no encoder; try a backbone such as models:/mae-vit_base_patch16")
-        values = json.loads(files["config.json"].read_bytes())
-        encoder = files["encoder.safetensors"].read_bytes()
-    model = from_dict(ModelConfig, values["model"])
+    remedy = "try a backbone such as models:/mae-vit_base_patch16"
+    files = registry.read_model(ref.uri, "encoder.safetensors", remedy=remedy, tracking=tracking)
+    model = from_dict(ModelConfig, files.values["model"])
     image_px = config.image_px or model.image_px
     patch_grid(image_px, model.patch_px)
     if manifest.channels not in (1, model.channels):
@@ -143,9 +136,9 @@ def starting_encoder(
         arch=model.arch,
         image_px=image_px,
         channels=model.channels,
-        pixels=from_dict(Normalization, values["pixels"]),
+        pixels=from_dict(Normalization, files.values["pixels"]),
         ref=ref,
-        encoder=encoder,
+        encoder=files.weights,
         backbone_px=model.image_px,
         norm_eps=model.norm_eps,
     )

@@ -55,7 +55,7 @@ def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
 
 def _fetch(source: str, folder: Path) -> Origin:
     """Copy the files of a version or an export to `folder`; return where they come from."""
-    if source.startswith("models:/"):
+    if registry.is_registered(source):
         tracking = registry.open_tracking("mae")
         ref = tracking.resolve(source)
         tracking.fetch(ref, folder)

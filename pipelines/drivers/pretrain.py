@@ -1,18 +1,14 @@
 """`mae pretrain`: pretrain an MAE on a prepared dataset and register it."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mae_core.config import ModelConfig, Normalization
 from mae_core.errors import UserError
 from mae_core.model import build_mae
-from mae_core.state import unpack
 from mae_core.transfer import start_from
 from pipelines import registry
 from pipelines.config import PretrainConfig, from_dict, run_name, to_dict, with_overrides
@@ -30,8 +26,8 @@ class StartingWeights:
     """The model version that pretraining continues from, and its files."""
 
     ref: registry.ModelRef
-    files: dict[str, bytes]
-    """config.json, and mae.safetensors or, for a version without a decoder, encoder.safetensors."""
+    files: registry.ModelFiles
+    """With mae.safetensors or, for a version without a decoder, encoder.safetensors."""
     model: ModelConfig
     pixels: Normalization
 
@@ -65,27 +61,24 @@ def with_starting_weights(
     """
     if not config.backbone:
         return config, None
-    ref = tracking.resolve(config.backbone)
-    with TemporaryDirectory(prefix="mae-backbone-") as scratch:
-        fetched = tracking.fetch(ref, Path(scratch))
-        weights = next((name for name in ("mae.safetensors", "encoder.safetensors") if name in fetched), "")
-        if not weights:
-            raise UserError(f"{ref.uri} has no encoder; try a backbone such as models:/mae-vit_base_patch16")
-        files = {name: fetched[name].read_bytes() for name in ("config.json", weights)}
-    values = json.loads(files["config.json"])
-    given = from_dict(ModelConfig, values["model"])
+    remedy = "try a backbone such as models:/mae-vit_base_patch16"
+    names = ("mae.safetensors", "encoder.safetensors")
+    files = registry.read_model(config.backbone, *names, remedy=remedy, tracking=tracking)
+    assert files.ref is not None, "the config refuses folders"
+    given = from_dict(ModelConfig, files.values["model"])
     model = config.model
     if stated is not None:
         mine = to_dict(config.model)
         model = with_overrides(given, {dotted: _nested(mine, dotted) for dotted in stated})
-    transfer = start_from(build_mae(model, seed=0), unpack(files[weights]), given)
+    transfer = start_from(build_mae(model, seed=0), files.tensors, given)
     log.info(
         "continuing from %s: %d tensors taken, %d adapted%s, %d initialized%s",
-        ref.uri, len(transfer.taken), len(transfer.adapted), _listed(transfer.adapted), len(transfer.initial),
+        files.shown, len(transfer.taken), len(transfer.adapted), _listed(transfer.adapted), len(transfer.initial),
         _listed(transfer.initial),
     )  # fmt: skip
-    start = StartingWeights(ref=ref, files=files, model=given, pixels=from_dict(Normalization, values["pixels"]))
-    return dataclasses.replace(config, backbone=ref.uri, model=model), start
+    pixels = from_dict(Normalization, files.values["pixels"])
+    start = StartingWeights(ref=files.ref, files=files, model=given, pixels=pixels)
+    return dataclasses.replace(config, backbone=files.shown, model=model), start
 
 
 def _nested(values: dict[str, Any], dotted: str) -> Any:
@@ -150,7 +143,7 @@ def published_pretrain_job(
     if start is not None and start.model.channels == config.model.channels:
         pixels = start.pixels
     # Workers read the weights from the run folder, so that only the driver talks to MLflow.
-    inputs = {f"backbone/{file}": content for file, content in start.files.items()} if start else {}
+    inputs = {f"backbone/{name}": content for name, content in start.files.contents.items()} if start else {}
     job = PretrainJob(
         folder=storage.uri, config=config, pixels=pixels, backbone=storage.join("backbone") if start else ""
     )

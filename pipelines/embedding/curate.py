@@ -26,18 +26,19 @@ from pipelines.config import CurateConfig
 from pipelines.embedding.embed import automatic_batch
 from pipelines.embedding.inputs import Record, records_of
 from pipelines.embedding.lists import write_list
-from pipelines.embedding.models import ModelFiles, model_files
 from pipelines.embedding.parts import Forward
 from pipelines.embedding.run import Job, Results, compute
 from pipelines.images.decode import ImageArray, decode, evaluation_view
 from pipelines.pictures.loss_figures import Reconstructed, loss_figure
 from pipelines.prepare.workfolder import Purpose
+from pipelines.registry import ModelFiles, read_model
 from pipelines.storage import Storage, open_storage
 
 PURPOSE = Purpose(".curate", "losses", "curation")
 MANIFEST = "losses.json"
 RANKED = "ranked.parquet"
 _WEIGHTS = "mae.safetensors"
+_REMEDY = "give a backbone with its decoder, such as models:/mae-<arch>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
     The same command resumes after a kill. Lists hold training images only: what a model is measured on stays as it is.
     Raises UserError, before anything is written, if the model or the source is none.
     """
-    model = model_files(config.model, _WEIGHTS)
-    mae, normalization = mae_of(json.loads(model.files["config.json"]), unpack(model.files[_WEIGHTS]))
+    model = read_model(config.model, _WEIGHTS, remedy=_REMEDY)
+    mae, normalization = mae_of(model.values, model.tensors)
     options = {"masks": config.masks, "seed": config.seed, "gpu": config.gpu}
     job = Job(
         purpose=PURPOSE,
@@ -87,7 +88,6 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
         manifest=MANIFEST,
         measure=_measure(model, mae.config, config),
         model=model,
-        weights=_WEIGHTS,
         options=options | {"rows_per_part": config.rows_per_part, "max_pixels": config.max_pixels},
         batch=config.batch or _automatic_batch(mae, gpu=config.gpu),
     )
@@ -114,7 +114,7 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
 
 def _measure(model: ModelFiles, model_config: ModelConfig, config: CurateConfig) -> Loss:
     return Loss(
-        config_json=model.files["config.json"].decode(),
+        config_json=model.config.decode(),
         image_px=model_config.image_px,
         channels=model_config.channels,
         masks=config.masks,

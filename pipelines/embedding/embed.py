@@ -2,9 +2,7 @@
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,17 @@ from torch import Tensor
 
 from mae_core.config import Size
 from mae_core.errors import UserError
-from mae_core.pretrained import Encoder, encoder_of, load_encoder
+from mae_core.pretrained import Encoder, encoder_of
 from pipelines.config import EmbedConfig
-from pipelines.embedding.models import model_files
 from pipelines.embedding.parts import Forward
 from pipelines.embedding.run import Job, compute
 from pipelines.prepare.workfolder import Purpose
+from pipelines.registry import read_model
 
 PURPOSE = Purpose(".embed", "embeddings", "embedding")
 MANIFEST = "embeddings.json"
 _WEIGHTS = "encoder.safetensors"
+_REMEDY = "give a backbone such as models:/mae-<arch>"
 # Activations of a block per token and feature that are alive at once, in float32: residual, queries, keys, values, MLP.
 _FLOATS_PER_VALUE = 10
 _BUDGET_BYTES = {"cpu": 64 * 2**20, "gpu": 8 * 2**30}
@@ -69,16 +68,13 @@ def embed(source: str, out: str, config: EmbedConfig) -> dict[str, Any]:
     The same command resumes after a kill, and returns existing embeddings of the same images, model and options. Raises
     UserError, before anything is written, if the model or the source is none.
     """
-    model = model_files(config.model, _WEIGHTS)
-    with tempfile.TemporaryDirectory(prefix="mae-embed-") as folder:
-        for name, content in model.files.items():
-            (Path(folder) / name).write_bytes(content)
-        encoder = load_encoder(folder)
+    model = read_model(config.model, _WEIGHTS, remedy=_REMEDY)
+    encoder = encoder_of(model.values, model.tensors)
     depth = len(encoder.vit.blocks)
     if config.last_layers > depth:
         raise UserError(f"last_layers {config.last_layers} is above the encoder's {depth} blocks; try {min(4, depth)}")
     measure = Embedding(
-        config_json=model.files["config.json"].decode(),
+        config_json=model.config.decode(),
         image_px=encoder.image_px,
         channels=encoder.channels,
         pool=config.pool,
@@ -93,7 +89,6 @@ def embed(source: str, out: str, config: EmbedConfig) -> dict[str, Any]:
         manifest=MANIFEST,
         measure=measure,
         model=model,
-        weights=_WEIGHTS,
         options=options | {"rows_per_part": config.rows_per_part, "max_pixels": config.max_pixels},
         batch=config.batch or automatic_batch(encoder.config.num_patches + 1, encoder.vit.embed_dim, gpu=config.gpu),
     )

@@ -18,11 +18,11 @@ from pipelines import cluster
 from pipelines.config import ComputeConfig
 from pipelines.config.embedding import ActorConfig
 from pipelines.embedding.inputs import Input, Part, open_input
-from pipelines.embedding.models import ModelFiles
 from pipelines.embedding.parts import Measure, PartSummary, PartWorker, Plan
 from pipelines.prepare import refuse_within, unwrapped
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.workfolder import Purpose, WorkFolder
+from pipelines.registry import ModelFiles
 from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,6 @@ class Job:
     manifest: str
     measure: Measure
     model: ModelFiles
-    weights: str
     options: dict[str, Any]
     """Options that decide the values."""
     batch: int
@@ -110,7 +109,7 @@ def compute(job: Job, source: str, out: str, actors: ActorConfig) -> Results:
     refuse_within(target, origin)
     with ExitStack() as stack:
         found = open_input(source, stack)
-        identity = {"input": found.identity, "model": job.model.identity, "options": job.options | {"batch": job.batch}}
+        identity = {"input": found.identity, "model": job.model.sha256, "options": job.options | {"batch": job.batch}}
         work = WorkFolder(target, job.purpose)
         if target.exists(job.manifest):
             return _existing(target, job, identity, work)
@@ -175,7 +174,7 @@ def _run(job: Job, found: Input, work: WorkFolder, target: Storage, num_parts: i
         gpu=actors.gpu,
     )
     num_bad, num_read, said_s, fits = 0, 0, time.monotonic(), job.batch
-    for counts in run_parts(todo, plan, job.model.files[job.weights], actors):
+    for counts in run_parts(todo, plan, job.model.weights, actors):
         num_bad, num_read = num_bad + counts["num_bad"], num_read + counts["num_found"]
         if counts["batch"] < fits:
             fits = counts["batch"]

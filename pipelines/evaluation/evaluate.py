@@ -1,22 +1,20 @@
 """`mae evaluate`: a classifier on one split of a prepared dataset, from predictions to metrics, pictures and report."""
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mae_core.errors import UserError
-from mae_core.pretrained import Classifier, load_classifier
+from mae_core.pretrained import Classifier, classifier_of
 from pipelines import registry
 from pipelines.config import EvaluateConfig, to_dict
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.evaluation.metrics import Metrics, measure
-from pipelines.evaluation.models import device_of, digest_of, model_files, needed_tracking
+from pipelines.evaluation.models import device_of, digest_of, needed_tracking
+from pipelines.evaluation.outputs import claim, log_run, write_files
 from pipelines.evaluation.predictions import predict, read_predictions
 from pipelines.evaluation.report import html_report
 from pipelines.pictures.classifier_figures import confusion_figure, reliability_figure
@@ -62,7 +60,7 @@ def evaluate(config: EvaluateConfig, out: str) -> dict[str, Any]:
         )
     storage = open_storage(out)
     identity = {"model": model.digest, "dataset": manifest.digest, "split": config.split}
-    _claim(storage, identity)
+    claim(storage, _IDENTITY, identity, "evaluation")
     _predict(model.classifier, uri, manifest, config, storage)
     predictions, failed = read_predictions(storage, model.classifier.classes)
     if not len(predictions.ids):
@@ -73,10 +71,13 @@ def evaluate(config: EvaluateConfig, out: str) -> dict[str, Any]:
     result = _result(config, model, manifest, metrics, failed)
     files = _files(result, metrics, model.classifier.classes)
     if tracking is not None and config.log:
-        result["run_id"] = _log(tracking, config, model, manifest, uri, result, files, identity)
+        made_by, points = [identity, to_dict(config)], _points(result, config.split)
+        dataset = {"dataset": manifest, "dataset_uri": uri, "context": "evaluation"}
+        result["run_id"] = log_run(
+            tracking, "evaluate", to_dict(config), made_by, model, files, result, metrics=points, **dataset
+        )
     result["out"] = storage.uri
-    for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
-        storage.write(name, content)
+    write_files(storage, files, result)
     return result | {"text": _text(result)}
 
 
@@ -108,19 +109,9 @@ def _labelled(config: EvaluateConfig) -> tuple[str, Manifest]:
 
 def _load(model: str, tracking: registry.Tracking | None) -> _Model:
     remedy = "train a classifier from it with `mae finetune --model {model}`"
-    with model_files(model, tracking, "classifier.safetensors", remedy) as files:
-        return _Model(load_classifier(files.folder), files.ref, files.digest, files.shown)
-
-
-def _claim(storage: Storage, identity: dict[str, str]) -> None:
-    """Reserve the folder for this evaluation. Raises UserError if it holds another, or something else."""
-    content = json.dumps(identity, indent=1).encode()
-    if not storage.exists(_IDENTITY) and not storage.is_empty():
-        raise UserError(f"{storage.uri} is not empty and holds no evaluation; choose a new or empty folder")
-    if not storage.write_new(_IDENTITY, content):
-        found = json.loads(storage.read(_IDENTITY))
-        differing = ", ".join(key for key in identity if found.get(key) != identity[key])
-        raise UserError(f"{storage.uri} holds an evaluation of another {differing}; choose another folder or remove it")
+    files = registry.read_model(model, "classifier.safetensors", remedy=remedy, tracking=tracking)
+    digest = digest_of(files.sha256.values())
+    return _Model(classifier_of(files.values, files.tensors), files.ref, digest, files.shown)
 
 
 def _predict(classifier: Classifier, uri: str, manifest: Manifest, config: EvaluateConfig, storage: Storage) -> None:
@@ -206,38 +197,14 @@ def _files(result: dict[str, Any], metrics: Metrics, classes: Sequence[str]) -> 
     return pictures | {"report.html": report}
 
 
-def _log(
-    tracking: registry.Tracking,
-    config: EvaluateConfig,
-    model: _Model,
-    manifest: Manifest,
-    uri: str,
-    result: dict[str, Any],
-    files: dict[str, bytes],
-    identity: dict[str, str],
-) -> str:
-    """Log the evaluation as a run with lineage to the model's version; the same evaluation is the same run."""
-    key = "evaluate-" + digest_of([*identity.values(), json.dumps(to_dict(config), sort_keys=True)])[:12]
-    tags = {"mae.model": model.shown, "mae.model_digest": model.digest}
-    run = tracking.run(
-        key, "evaluate", to_dict(config), tags=tags, dataset=manifest, dataset_uri=uri, context="evaluation"
-    )
-    if model.ref is not None:
-        run.log_model_input(model.ref, tag="mae.model")
-    known, now_ms = run.last_steps(), int(time.time() * 1000)
-    points = []
-    for name, interval in result["metrics"].items():
-        for suffix, value in (("", interval["value"]), ("_low", interval["low"]), ("_high", interval["high"])):
-            if value is not None and f"{config.split}/{name}{suffix}" not in known:
-                points.append((f"{config.split}/{name}{suffix}", value, 0, now_ms))
-    run.log_points(points)
-    with TemporaryDirectory(prefix="mae-evaluate-") as folder:
-        for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
-            path = Path(folder) / name
-            path.write_bytes(content)
-            run.log_file(path)
-    run.finish()
-    return run.id
+def _points(result: dict[str, Any], split: str) -> dict[str, float]:
+    """Return each metric and the ends of its interval, where they are defined, by their names in MLflow."""
+    return {
+        f"{split}/{name}{suffix}": interval[key]
+        for name, interval in result["metrics"].items()
+        for suffix, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        if interval[key] is not None
+    }
 
 
 def _text(result: dict[str, Any]) -> str:

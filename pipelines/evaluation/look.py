@@ -4,11 +4,9 @@ Colours are the first three principal components of all patch tokens of all imag
 tokens across images. Attention is that of the class token in the last block.
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,9 @@ from mae_core.attention import encode_with_attention
 from mae_core.augment import pixels_to_input
 from mae_core.errors import UserError
 from mae_core.pretrained import Encoder
-from pipelines import registry
 from pipelines.config import LookConfig, to_dict
-from pipelines.evaluation.models import OpenedEncoder, device_of, digest_of, needed_tracking, open_encoder
+from pipelines.evaluation.models import device_of, needed_tracking, open_encoder
+from pipelines.evaluation.outputs import log_run
 from pipelines.images.decode import SUFFIXES, ImageArray, decode, evaluation_view
 from pipelines.pictures.token_figures import Panel, as_color, heat, panel_sheet
 from pipelines.storage import Storage, open_storage
@@ -62,7 +60,8 @@ def look(folder: str, out: str, config: LookConfig) -> dict[str, Any]:
         "pictures": sorted(files),
     }
     if config.log and tracking is not None:
-        result["run_id"] = _log(tracking, config, opened, folder, files, result)
+        params = to_dict(config) | {"folder": folder}
+        result["run_id"] = log_run(tracking, "look", params, [opened.digest, params], opened, files, result)
     return result
 
 
@@ -143,25 +142,3 @@ def _pictures(seen: list[_Seen], title: str) -> dict[str, bytes]:
 def _across(num_panels: int) -> int:
     """Return how many panels stand beside each other, so that rows differ little in length."""
     return math.ceil(num_panels / math.ceil(num_panels / _MOST_ACROSS))
-
-
-def _log(
-    tracking: registry.Tracking,
-    config: LookConfig,
-    opened: OpenedEncoder,
-    folder: str,
-    files: dict[str, bytes],
-    result: dict[str, Any],
-) -> str:
-    key = "look-" + digest_of([opened.digest, folder, json.dumps(to_dict(config), sort_keys=True)])[:12]
-    tags = {"mae.model": opened.shown, "mae.model_digest": opened.digest}
-    run = tracking.run(key, "look", {**to_dict(config), "folder": folder}, tags=tags)
-    if opened.ref is not None:
-        run.log_model_input(opened.ref, tag="mae.model")
-    with TemporaryDirectory(prefix="mae-look-") as scratch:
-        for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
-            path = Path(scratch) / name
-            path.write_bytes(content)
-            run.log_file(path)
-    run.finish()
-    return run.id

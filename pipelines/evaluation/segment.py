@@ -7,13 +7,10 @@
 The price: tokens of all images are held in memory as float16, 0.3 MB per image for a ViT-B at 224 px.
 """
 
-import json
 import logging
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,9 +32,9 @@ from mae_core.segmentation import (
     upsample,
 )
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
-from pipelines import registry
 from pipelines.config import SegmentConfig, to_dict
-from pipelines.evaluation.models import OpenedEncoder, device_of, digest_of, needed_tracking, open_encoder
+from pipelines.evaluation.models import OpenedEncoder, device_of, needed_tracking, open_encoder
+from pipelines.evaluation.outputs import claim, log_run, write_files
 from pipelines.evaluation.pairs import Pair, Pairs, batches, read_mask, read_pairs
 from pipelines.images.decode import ImageArray, decode
 from pipelines.pictures.token_figures import Panel, as_color, panel_sheet, segment_colors, segments
@@ -68,7 +65,7 @@ def segment(data: str, out: str, config: SegmentConfig) -> dict[str, Any]:
         if key not in ("model", "gpu", "log", "experiment", "num_pictures")
     }
     identity = {"model": opened.digest, "data": pairs.digest, "config": kept}
-    _claim(storage, identity)
+    claim(storage, _IDENTITY, identity, "segmentation probe")
     tokens = {
         name: _tokens(opened.encoder, source, storage, name, found)
         for name, found in (("train", pairs.train), ("val", pairs.val))
@@ -79,21 +76,12 @@ def segment(data: str, out: str, config: SegmentConfig) -> dict[str, Any]:
     result = _result(config, opened, data, pairs, confusion)
     files = {"segments.png": picture, "head.safetensors": pack(model_tensors(head))}
     if tracking is not None and config.log:
-        result["run_id"] = _log(tracking, config, opened, data, files, result, identity)
+        params = to_dict(config) | {"data": data}
+        points = {"val/miou": result["miou"], "val/pixel_accuracy": result["pixel_accuracy"]}
+        result["run_id"] = log_run(tracking, "segment", params, identity, opened, files, result, metrics=points)
     result["out"] = storage.uri
-    for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
-        storage.write(name, content)
+    write_files(storage, files, result)
     return result | {"text": _text(result)}
-
-
-def _claim(storage: Storage, identity: dict[str, Any]) -> None:
-    """Reserve the folder for this probe. Raises UserError if it holds another, or something else."""
-    if not storage.exists(_IDENTITY) and not storage.is_empty():
-        raise UserError(f"{storage.uri} is not empty and holds no segmentation probe; choose a new or empty folder")
-    if not storage.write_new(_IDENTITY, json.dumps(identity, indent=1, sort_keys=True).encode()):
-        found = json.loads(storage.read(_IDENTITY))
-        differing = ", ".join(key for key in identity if found.get(key) != identity[key])
-        raise UserError(f"{storage.uri} holds a probe of another {differing}; choose another folder or remove it")
 
 
 def _tokens(encoder: Encoder, source: Storage, storage: Storage, split: str, pairs: Sequence[Pair]) -> Tensor:
@@ -253,33 +241,6 @@ def _result(config: SegmentConfig, opened: OpenedEncoder, data: str, pairs: Pair
         "num_pixels": total,
         "seed": config.seed,
     }
-
-
-def _log(
-    tracking: registry.Tracking,
-    config: SegmentConfig,
-    opened: OpenedEncoder,
-    data: str,
-    files: dict[str, bytes],
-    result: dict[str, Any],
-    identity: dict[str, Any],
-) -> str:
-    """Log the probe as a run with lineage to the backbone; the same probe is the same run."""
-    key = "segment-" + digest_of([json.dumps(identity, sort_keys=True)])[:12]
-    tags = {"mae.model": opened.shown, "mae.model_digest": opened.digest}
-    run = tracking.run(key, "segment", {**to_dict(config), "data": data}, tags=tags)
-    if opened.ref is not None:
-        run.log_model_input(opened.ref, tag="mae.model")
-    known, now_ms = run.last_steps(), int(time.time() * 1000)
-    values = {"val/miou": result["miou"], "val/pixel_accuracy": result["pixel_accuracy"]}
-    run.log_points([(name, value, 0, now_ms) for name, value in values.items() if name not in known])
-    with TemporaryDirectory(prefix="mae-segment-") as scratch:
-        for name, content in (files | {"result.json": json.dumps(result, indent=1).encode()}).items():
-            path = Path(scratch) / name
-            path.write_bytes(content)
-            run.log_file(path)
-    run.finish()
-    return run.id
 
 
 def _text(result: dict[str, Any]) -> str:

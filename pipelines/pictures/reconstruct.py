@@ -13,7 +13,6 @@ from mae_core.config import MaskConfig, Normalization, Size
 from mae_core.errors import UserError
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder
-from mae_core.pretrained import load_mae
 from pipelines import registry
 from pipelines.config import ReconstructConfig
 from pipelines.dataset.manifest import Split, is_prepared, read_manifest
@@ -83,12 +82,9 @@ def run(config: ReconstructConfig) -> str:
     if not config.uri:
         raise UserError("no images are given; try --uri with a prepared dataset or a folder of images")
     output, name = storage_of(config.out)
-    tracking = registry.open_tracking("mae")
-    with TemporaryDirectory() as folder:
-        files = tracking.fetch(tracking.resolve(config.model), Path(folder))
-        if "mae.safetensors" not in files:
-            raise UserError(f"{config.model} has no decoder (no mae.safetensors); try a backbone such as mae-<arch>")
-        mae, normalization = load_mae(folder)
+    remedy = "a picture needs a backbone with its decoder, such as models:/mae-<arch>"
+    model = registry.read_model(config.model, "mae.safetensors", remedy=remedy)
+    mae, normalization = mae_of(model.values, model.tensors)
     images = sample_images(config.uri, config.split, config.num_images, mae.config.image_px, mae.config.channels)
     blocks = [picture_block(mae, normalization, images, ratio, config.seed) for ratio in config.ratios]
     with TemporaryDirectory() as folder:

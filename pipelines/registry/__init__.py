@@ -3,6 +3,7 @@
 Importing this package does not import mlflow, which takes seconds.
 """
 
+from pipelines.registry.model_files import ModelFiles, is_registered, read_model
 from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.outages import TrackingUnreachable
 from pipelines.registry.points import Point
@@ -14,6 +15,7 @@ __all__ = [
     "LICENCE_TAG",
     "ORIGIN_TAG",
     "Kind",
+    "ModelFiles",
     "ModelRef",
     "Point",
     "Run",
@@ -21,7 +23,9 @@ __all__ = [
     "Tracking",
     "TrackingUnreachable",
     "check_run_name",
+    "is_registered",
     "open_tracking",
+    "read_model",
     "refuse_local_tracking",
     "register_backbone",
     "register_classifier",

@@ -139,7 +139,7 @@ def test_a_folder_of_another_evaluation_or_of_something_else_is_refused(
     config: EvaluateConfig, model: Path, tmp_path: Path
 ) -> None:
     evaluate(config, str(tmp_path / "out"))
-    with pytest.raises(UserError, match="holds an evaluation of another split; choose another folder"):
+    with pytest.raises(UserError, match="holds the evaluation of another split; choose another folder"):
         evaluate(dataclasses.replace(config, split="train"), str(tmp_path / "out"))
     with pytest.raises(UserError, match="is not empty and holds no evaluation"):
         evaluate(config, str(model))
@@ -156,7 +156,10 @@ def test_a_class_that_the_classifier_does_not_know_is_named_with_the_remedy() ->
     [
         ({"data": ""}, "no dataset is given; try --data"),
         ({"split": "test"}, "the dataset has no split 'test', only train, val; choose one of these"),
-        ({"model": "nowhere"}, "nowhere has no config.json; give the export/ folder of a finished run"),
+        (
+            {"model": "nowhere"},
+            "nowhere has no config.json; give models:/NAME@ALIAS, or the export/ folder of a finished",
+        ),
         ({"gpu": True}, "--gpu was given but torch finds no GPU"),
     ],
 )

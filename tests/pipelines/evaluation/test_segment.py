@@ -158,5 +158,5 @@ def test_pairs_that_do_not_fit_are_refused(pairs: Path, break_it: Any, said: str
 def test_another_probe_in_the_folder_is_refused(pairs: Path, config: SegmentConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, epochs=1)
     segment(str(pairs), str(tmp_path / "out"), config)
-    with pytest.raises(UserError, match="holds a probe of another config; choose another folder"):
+    with pytest.raises(UserError, match="holds the segmentation probe of another config; choose another folder"):
         segment(str(pairs), str(tmp_path / "out"), dataclasses.replace(config, seed=1))
