@@ -143,13 +143,13 @@ def _register(call: Invocation) -> dict[str, Any]:
 
 
 def _import(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.importing import import_weights
+    from pipelines.weights.importing import import_weights
 
     return import_weights(call.arguments[0], call.config)
 
 
 def _export(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.exporting import export_model
+    from pipelines.weights.exporting import export_model
 
     return export_model(call.arguments[0], call.arguments[1], call.config)
 

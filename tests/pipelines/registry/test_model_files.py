@@ -37,10 +37,10 @@ def test_the_error_for_other_weights_ends_with_the_remedy(folder: Path) -> None:
 
 
 def test_a_folder_without_config_and_a_damaged_config_are_named(folder: Path) -> None:
-    with pytest.raises(UserError, match="has no config.json; give models:/NAME@ALIAS, or the export/ folder"):
+    with pytest.raises(UserError, match=r"has no config\.json; give models:/NAME@ALIAS, or the export/ folder"):
         read_model(str(folder / "absent"), "encoder.safetensors", remedy="")
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON .*; copy or download the model again"):
+    with pytest.raises(UserError, match=r"is not JSON .*; copy or download the model again"):
         _ = read_model(str(folder), "encoder.safetensors", remedy="").values
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match="describes no model"):

@@ -28,10 +28,10 @@ from mae_core.plain import plain_predict
 from mae_core.pretrained import load_classifier, load_encoder, load_mae
 from mae_core.state import model_tensors, pack
 from pipelines.config import ExportConfig, ImportConfig, from_dict
-from pipelines.drivers.exporting import export_model
-from pipelines.drivers.importing import import_weights
 from pipelines.images.decode import evaluation_view
 from pipelines.storage import open_storage
+from pipelines.weights.exporting import export_model
+from pipelines.weights.importing import import_weights
 from pipelines.worker.export import backbone_files, classifier_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -319,9 +319,7 @@ def test_a_dynamic_size_is_refused_for_formats_that_are_no_programs() -> None:
 def test_what_onnx_needs_is_named_with_the_command_that_installs_it(
     place: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pipelines.drivers.export_programs.find_spec", lambda module: None if module == name else object()
-    )
+    monkeypatch.setattr("pipelines.weights.programs.find_spec", lambda module: None if module == name else object())
     with pytest.raises(UserError, match=rf"ONNX needs {name}, which is not installed; run pip install onnx"):
         exported(backbone(place / "backbone"), "onnx")
 

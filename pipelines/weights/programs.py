@@ -20,9 +20,9 @@ from mae_core.encoder import norm_layer
 from mae_core.errors import UserError
 from mae_core.formats.configs import timm_arguments, timm_name
 from mae_core.formats.ours import encoder_part
-from pipelines.drivers.export_formats import Written
-from pipelines.drivers.exportable import Exportable
 from pipelines.errors import CommandFailed
+from pipelines.weights.exportable import Exportable
+from pipelines.weights.tensor_formats import Written
 
 _OPSET = 20
 _MAX_ONE_FILE_BYTES = 1_900_000_000

@@ -27,7 +27,7 @@ from mae_core.formats.configs import (
     transformers_preprocessor,
 )
 from mae_core.formats.reading import read_checkpoint
-from pipelines.drivers.exportable import Exportable
+from pipelines.weights.exportable import Exportable
 
 _TRANSFORMERS_CLASSES: Mapping[str, TransformersClass] = {
     "mae": "ViTMAEForPreTraining",

@@ -26,9 +26,9 @@ from pipelines.config import (
     ReconstructConfig,
     from_dict,
 )
-from pipelines.drivers.importing import import_weights
 from pipelines.registry import open_tracking
 from pipelines.storage import open_storage
+from pipelines.weights.importing import import_weights
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

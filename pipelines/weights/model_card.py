@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from mae_core.errors import UserError
 from mae_core.formats.configs import EVALUATION_CROP
 from pipelines import registry
-from pipelines.drivers.export_formats import Written
-from pipelines.drivers.exportable import Exportable
 from pipelines.registry import ModelRef, Step, Tracking
+from pipelines.weights.exportable import Exportable
+from pipelines.weights.tensor_formats import Written
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ExportConfig
-from pipelines.drivers.export_formats import Written, write_fair, write_timm, write_transformers
-from pipelines.drivers.export_programs import write_onnx, write_torch
-from pipelines.drivers.exportable import Exportable, load_exportable
-from pipelines.drivers.model_card import PICTURE, Origin, model_card, origin_of
 from pipelines.storage import Storage, open_storage
+from pipelines.weights.exportable import Exportable, load_exportable
+from pipelines.weights.model_card import PICTURE, Origin, model_card, origin_of
+from pipelines.weights.programs import write_onnx, write_torch
+from pipelines.weights.tensor_formats import Written, write_fair, write_timm, write_transformers
 
 
 def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from mae_core.formats.ours import encoder_part
 from mae_core.formats.weights import Weights, convert
 from pipelines import registry
 from pipelines.config import ImportConfig, to_dict
-from pipelines.drivers.weight_sources import ForeignWeights, OwnExport, read_source
 from pipelines.storage import storage_of
+from pipelines.weights.sources import ForeignWeights, OwnExport, read_source
 
 log = logging.getLogger(__name__)
 
