@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 KILLED_DEADLINE_S = 20.0
 """A process that was killed is gone."""
+REQUEST_DEADLINE_S = 10.0
+"""A running server has sent a response."""
 EVENT_DEADLINE_S = 60.0
 """Another thread, or a process that is already running, does what it was told."""
 COMMAND_DEADLINE_S = 120.0
@@ -27,7 +29,7 @@ PIPELINE_DEADLINE_S = 1500.0
 
 
 def wait_until(
-    condition: Callable[[], T],
+    condition: Callable[[], T | None],
     what: str | Callable[[], str],
     deadline_s: float = EVENT_DEADLINE_S,
     *,
@@ -55,7 +57,7 @@ def wait_until(
             if is_alive:
                 raise TimeoutError(f"waited {deadline_s:g} s for {awaited}") from cause
             raise RuntimeError(f"it ended before {awaited}") from cause
-        time.sleep(poll_every_s)
+        time.sleep(poll_every_s)  # noqa: TID251
 
 
 def join(member: threading.Thread | BaseProcess, deadline_s: float = EVENT_DEADLINE_S) -> None:
@@ -67,4 +69,4 @@ def join(member: threading.Thread | BaseProcess, deadline_s: float = EVENT_DEADL
 
 def let_pass(duration_s: float) -> None:
     """Let time pass where the duration is part of the test, such as that of an outage. To wait, use `wait_until`."""
-    time.sleep(duration_s)
+    time.sleep(duration_s)  # noqa: TID251

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
@@ -18,6 +18,9 @@ from mae_core.state import unpack
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import read_points
 from tests.digest import tensors_digest
+from tests.waiting import KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
+
+T = TypeVar("T")
 
 REPOSITORY = Path(__file__).parents[2]
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
@@ -74,10 +77,15 @@ class Place:
         preset.write_text(yaml.safe_dump({"kind": "pretrain"} | self.config(name, **changes)))
         return [*MAE, "pretrain", "--preset", str(preset), "--json"]
 
-    def run(self, command: list[str], timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
         return subprocess.run(
-            command, cwd=self.folder, env=dict(self.environment), capture_output=True, text=True, timeout=timeout_s
+            command,
+            cwd=self.folder,
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            timeout=RUN_DEADLINE_S,
         )
 
     @property
@@ -129,18 +137,20 @@ def started(command: list[str], place: Place) -> Iterator[psutil.Process]:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        process.wait()
-        assert not psutil.wait_procs(family, timeout=20)[1]
+        process.wait(KILLED_DEADLINE_S)
+        assert not psutil.wait_procs(family, timeout=KILLED_DEADLINE_S)[1]
 
 
-def wait_for_step(place: Place, name: str, step: int, driver: psutil.Process, timeout_s: float = 400) -> int:
+def wait_for_step(place: Place, name: str, step: int, driver: psutil.Process) -> int:
     """Wait until a checkpoint of that step or a later one is committed; return its step."""
-    deadline_s = time.monotonic() + timeout_s
-    while (newest := place.newest(name)) < step:
-        assert runs(driver), place.log
-        assert time.monotonic() < deadline_s, f"step {step} was not reached from {newest}: {place.log}"
-        time.sleep(0.02)
-    return newest
+    wait_for(lambda: place.newest(name) >= step, f"step {step}", place, driver)
+    return place.newest(name)
+
+
+def wait_for(condition: Callable[[], T | None], what: str, place: Place, driver: psutil.Process) -> T:
+    """Wait until the driver has brought about the condition; return its value."""
+    alive = partial(runs, driver)
+    return wait_until(condition, lambda: f"{what}: {place.log}", RUN_DEADLINE_S, alive=alive, poll_every_s=0.02)
 
 
 def runs(driver: psutil.Process) -> bool:
@@ -151,9 +161,9 @@ def runs(driver: psutil.Process) -> bool:
         return False
 
 
-def exit_status(driver: psutil.Process, timeout_s: float = 600) -> int | None:
+def exit_status(driver: psutil.Process) -> int | None:
     """Wait until the driver ends; return its exit status."""
-    return driver.wait(timeout_s)
+    return driver.wait(RUN_DEADLINE_S)
 
 
 def ranks(of: psutil.Process) -> list[psutil.Process]:

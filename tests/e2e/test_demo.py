@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.waiting import PIPELINE_DEADLINE_S
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1600)]
 
 _MARGIN = 3.0
@@ -27,7 +29,7 @@ def demo(out: Path, *options: str) -> dict[str, Any]:
         [str(Path(sys.executable).with_name("mae")), "demo", "--output", str(out), "--json", *options],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=PIPELINE_DEADLINE_S,
         env=environment,
         check=False,
     )

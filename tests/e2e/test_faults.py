@@ -7,12 +7,12 @@ twenty random moments of one run. Kills and a hung worker are in test_resume.py.
 import json
 import random
 import re
-import time
 
 import psutil
 import pytest
 
-from tests.e2e.driving import MAE, Place, exit_status, ranks, runs, started, wait_for_step
+from tests.e2e.driving import MAE, Place, exit_status, ranks, started, wait_for, wait_for_step
+from tests.waiting import let_pass
 
 pytestmark = [
     pytest.mark.timeout(2400),
@@ -49,9 +49,7 @@ def test_more_failures_than_allowed_end_the_run_with_the_cause_and_a_checkpoint_
         wait_for_step(place, "failing", 9, driver)
         rank = random.SystemRandom().choice(ranks(driver))
         rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms // 2,) * 2)
-        while not folder.read_failures():
-            assert runs(driver), place.log
-            time.sleep(0.1)
+        wait_for(folder.read_failures, "the first failure", place, driver)
         # Torch says what it lacked; where a small piece is refused first, C++ ends the process.
         assert re.search("ran out of memory|perhaps for its memory", folder.read_failures()[0])
         wait_for_step(place, "failing", place.newest("failing") + 5, driver)
@@ -96,7 +94,7 @@ def test_faults_at_twenty_random_moments_change_nothing(place: Place) -> None:
         with started(command, place) as driver:
             for fault in ("one", "all", "stop", "driver"):
                 step = wait_for_step(place, "long", place.newest("long") + chance.randint(5, 25), driver)
-                time.sleep(chance.uniform(0, 0.2))
+                let_pass(chance.uniform(0, 0.2))
                 moments.append((step, fault))
                 members = ranks(driver)
                 if fault == "one":

@@ -20,7 +20,8 @@ from pipelines.drivers.pretrain import pixels_of
 from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
 from pipelines.worker.recorder import PREEMPTION_CHECK_STEPS
-from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, runs, started, wait_for_step
+from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, started, wait_for, wait_for_step
+from tests.waiting import let_pass
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -112,12 +113,10 @@ def test_a_node_that_is_announced_to_go_costs_no_more_than_ten_steps_and_changes
         with driving(place, "calm", cluster, **one) as driver:
             assert exit_status(driver) == 0, place.log
         with driving(place, "drained", cluster, **one) as driver:
-            while not place.losses("drained"):
-                assert runs(driver), place.log
-                time.sleep(0.1)
+            wait_for(lambda: place.losses("drained"), "the first loss", place, driver)
             leaving = node_of_a_rank(cluster)
             announce(cluster, leaving, GRACE_S)
-            time.sleep(GRACE_S)
+            let_pass(GRACE_S)
             reached = max(place.losses("drained"))
             cluster.remove_node(leaving, allow_graceful=False)
             assert exit_status(driver) == 0, place.log
@@ -144,7 +143,7 @@ def test_a_node_gone_without_a_word_and_a_dead_gcs_change_nothing(place: Place) 
         assert len(place.run_folder("lost").read_failures()) == 1
         cluster.head_node.kill_gcs_server()
         # Ray's processes give up a minute later; a run may come to its end before, and then that is its end.
-        status = exit_status(driver, 300)
+        status = exit_status(driver)
         assert (status == 0) == (place.run_folder("lost").read_result() is not None), place.log
     headless_at = place.newest("lost")
     with cluster_of(2, 2, place) as cluster, driving(place, "lost", cluster, **two) as driver:
@@ -164,15 +163,14 @@ def test_a_run_goes_on_with_the_nodes_that_there_are(place: Place) -> None:
         wait_for_step(place, "moving", 18, driver)
         leaving = node_of_a_rank(cluster)
         announce(cluster, leaving, GRACE_S)
-        time.sleep(GRACE_S)
+        let_pass(GRACE_S)
         cluster.remove_node(leaving, allow_graceful=False)
         wait_for_step(place, "moving", place.newest("moving") + 18, driver)
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        while len(resumed(place, "moving")) < 2:
-            time.sleep(0.5)
+        wait_for(lambda: len(resumed(place, "moving")) == 2, "the larger group", place, driver)
         wait_for_step(place, "moving", place.newest("moving") + 18, driver)
         cluster.remove_node(node_of_a_rank(cluster), allow_graceful=False)
-        assert exit_status(driver, 900) == 0, place.log
+        assert exit_status(driver) == 0, place.log
     assert [workers for _, workers in resumed(place, "moving")] == [1, 2, 1]
     assert sorted(place.losses("moving")) == list(range(1, 400 * STEPS_PER_EPOCH + 1))

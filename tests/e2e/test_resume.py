@@ -10,7 +10,6 @@ it started (the same command resumes the run).
 
 import json
 import random
-import time
 from typing import Any
 
 import psutil
@@ -19,6 +18,7 @@ import pytest
 from mae_core.state import unpack
 from tests.digest import tensors_digest
 from tests.e2e.driving import STEPS_PER_EPOCH, Place, ranks, started, wait_for_step
+from tests.waiting import JOB_DEADLINE_S, let_pass
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -32,8 +32,6 @@ EPOCHS = 15
 TOTAL = EPOCHS * STEPS_PER_EPOCH
 STALL_S = 30.0
 """On a busy machine ranks may stand apart for longer than a few seconds without a fault."""
-HANG_NOTICED_S = 300.0
-"""Deadline for a rank that hangs to be killed by the driver."""
 
 
 def command(place: Place, num_workers: int, name: str) -> list[str]:
@@ -50,14 +48,14 @@ def test_a_run_whose_processes_died_and_hung_equals_one_that_was_left_alone(plac
     def after_some_steps(driver: psutil.Process) -> list[psutil.Process]:
         """Return the ranks at a random moment after a random number of further steps."""
         steps.append(wait_for_step(place, name, place.newest(name) + chance.randint(3, 20), driver))
-        time.sleep(chance.uniform(0, 0.2))
+        let_pass(chance.uniform(0, 0.2))
         return ranks(driver)
 
     with started(command(place, num_workers, name), place) as driver:
         chance.choice(after_some_steps(driver)).kill()
         hung = chance.choice(after_some_steps(driver))
         hung.suspend()
-        hung.wait(HANG_NOTICED_S)
+        hung.wait(JOB_DEADLINE_S)
         for rank in after_some_steps(driver):
             rank.kill()
         after_some_steps(driver)

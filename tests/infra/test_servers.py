@@ -51,7 +51,7 @@ def test_the_store_has_the_buckets_that_others_use(store: str, compose, servers)
         return used == {bucket["Name"] for bucket in client(store, SECRET).list_buckets()["Buckets"]}
 
     # They are made just after the store says that it is healthy.
-    servers.until(found, f"the buckets {used}", timeout_s=20)
+    servers.until(found, f"the buckets {used}")
 
 
 @pytest.mark.s3

@@ -16,7 +16,7 @@ NANO = """--name two-nodes --epochs 1 --model.arch vit_pico_patch4 --model.image
 
 
 def test_a_job_that_fails_is_reported_as_failed(local_cluster) -> None:
-    outcome = local_cluster.submit("python", "-c", "raise SystemExit(3)", timeout_s=60)
+    outcome = local_cluster.submit("python", "-c", "raise SystemExit(3)")
     assert outcome.returncode == 1
 
 

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 
 from pipelines import sample
 from pipelines.config import PretrainConfig, load_preset
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 PRESET = {
@@ -62,7 +61,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in (images / split).iterdir():
             for path in sorted(folder.iterdir())[count:]:
                 path.unlink()
-    subprocess.run([*MAE, "prepare", "images", "prepared"], cwd=home, env=environment(home), check=True, timeout=300)
+    subprocess.run(
+        [*MAE, "prepare", "images", "prepared"], cwd=home, env=environment(home), check=True, timeout=JOB_DEADLINE_S
+    )
     shutil.rmtree(images)
     (home / "tiny.yaml").write_text(yaml.safe_dump(PRESET))
     return home
@@ -72,9 +73,11 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
 
 
-def run(home: Path, *flags: str, timeout_s: float = 540) -> dict[str, Any]:
+def run(home: Path, *flags: str) -> dict[str, Any]:
     command = [*MAE, "sweep", "--preset", "tiny.yaml", "--json", *flags]
-    done = subprocess.run(command, cwd=home, env=environment(home), capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(
+        command, cwd=home, env=environment(home), capture_output=True, text=True, timeout=RUN_DEADLINE_S
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,14 +88,16 @@ def kill_after_first_trial(home: Path) -> Path:
     with (home / "killed.log").open("wb") as log:
         driver = subprocess.Popen(command, cwd=home, env=environment(home), stdout=log, stderr=log)
     try:
-        deadline_s = time.monotonic() + 400
-        while not (entries := list(home.glob("runs/*/trials/*/trial.json"))):
-            assert driver.poll() is None, (home / "killed.log").read_text()
-            assert time.monotonic() < deadline_s, (home / "killed.log").read_text()
-            time.sleep(0.1)
+        entries = wait_until(
+            lambda: list(home.glob("runs/*/trials/*/trial.json")),
+            lambda: f"the first trial's end: {(home / 'killed.log').read_text()}",
+            RUN_DEADLINE_S,
+            alive=lambda: driver.poll() is None,
+            poll_every_s=0.1,
+        )
     finally:
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+        driver.kill()
+        driver.wait(KILLED_DEADLINE_S)
     [entry] = entries
     return entry
 
@@ -119,9 +124,9 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     winner = load_preset(PretrainConfig, result["best_preset"])
     assert winner.model.mask.ratio == result["best"]["model.mask.ratio"]
 
-    again = run(home, timeout_s=120)
+    again = run(home)
     assert again == result
-    assert run(home, "--max-concurrent", "2", timeout_s=120) == result
+    assert run(home, "--max-concurrent", "2") == result
     check_mlflow(home, result)
 
 

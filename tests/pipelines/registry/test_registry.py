@@ -29,7 +29,7 @@ from pipelines.registry import (
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.runs import commit_tags, flatten
 from pipelines.registry.versions import check_location
-from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, join, let_pass, wait_until
+from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, join, let_pass, wait_until
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -541,7 +541,7 @@ class Server:
         )
 
     def is_healthy(self) -> bool:
-        with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as response:
+        with urllib.request.urlopen(f"{self.uri}/health", timeout=REQUEST_DEADLINE_S) as response:
             return response.status == 200
 
     def kill(self) -> None:
