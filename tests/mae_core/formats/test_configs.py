@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.config import SIZES, ModelConfig, Normalization, parse_arch
-from mae_core.encoder import build_encoder
+from mae_core.encoder import build_encoder, encode
 from mae_core.errors import UserError
 from mae_core.formats.configs import (
     EVALUATION_CROP,
@@ -72,4 +73,9 @@ def test_the_crop_is_that_of_evaluation() -> None:
 def test_a_built_encoder_fits_what_timm_builds() -> None:
     ours = build_encoder(parse_arch(CONFIG.arch), CONFIG.image_px, 3)
     theirs = timm.create_model(timm_name(CONFIG), **timm_arguments(CONFIG, num_classes=0, pool="token"))
+    assert isinstance(theirs, VisionTransformer)
     theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, *CONFIG.image_px)
+    torch.testing.assert_close(
+        theirs.eval().forward_features(images), encode(ours.eval(), images, None), rtol=1e-4, atol=1e-4
+    )
