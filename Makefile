@@ -1,7 +1,7 @@
 # Everything runs from .venv, which pyproject.toml alone defines.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes at least, four at most: some tests start a Ray cluster of their own.
+# One process per core, four at most: some tests start a Ray cluster of their own.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo bench test test-long check format clean

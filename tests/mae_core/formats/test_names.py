@@ -10,28 +10,14 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel, ViTModel
 
 from mae_core.classifier import build_classifier
-from mae_core.config import ClassifierConfig, ModelConfig, parse_arch
+from mae_core.config import ClassifierConfig, parse_arch
 from mae_core.encoder import build_encoder
 from mae_core.errors import UserError
 from mae_core.formats import fair, timm, transformers
 from mae_core.model import build_mae
+from tests.mae_core.formats.pico import CONFIG, DECODER_SIZES, SIZES
 
 ARCH = parse_arch("vit_pico_patch4")
-CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(28, 28), decoder_width=32, decoder_depth=2, decoder_heads=4)
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "image_size": 28,
-    "patch_size": 4,
-}
-DECODER_SIZES: dict[str, Any] = {
-    "decoder_hidden_size": 32,
-    "decoder_num_hidden_layers": 2,
-    "decoder_num_attention_heads": 4,
-    "decoder_intermediate_size": 128,
-}
 FIVE_CLASSES: dict[str, Any] = {"num_labels": 5}
 
 

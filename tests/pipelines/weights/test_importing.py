@@ -29,19 +29,13 @@ from pipelines.config import (
 from pipelines.registry import open_tracking
 from pipelines.storage import open_storage
 from pipelines.weights.importing import import_weights
+from tests.mae_core.formats import pico
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 CONFIG = ModelConfig(arch="vit_pico_patch7", image_px=(28, 28), decoder_width=32, decoder_depth=1, decoder_heads=2)
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "image_size": 28,
-    "patch_size": 7,
-}
+SIZES = pico.SIZES | {"patch_size": 7}
 LICENCE = {"licence": "CC-BY-NC-4.0", "origin": "https://example.org/mae"}
 
 
