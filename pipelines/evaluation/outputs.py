@@ -46,7 +46,7 @@ def write_files(storage: Storage, files: Mapping[str, bytes], result: Mapping[st
 def log_run(
     tracking: Tracking,
     kind: Kind,
-    params: Mapping[str, Any],
+    params: dict[str, Any],
     identity: Any,
     model: Evaluated,
     files: Mapping[str, bytes],

@@ -13,6 +13,7 @@ from mae_core.config import MaskConfig, Normalization, Size
 from mae_core.errors import UserError
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder
+from mae_core.pretrained import mae_of
 from pipelines import registry
 from pipelines.config import ReconstructConfig
 from pipelines.dataset.manifest import Split, is_prepared, read_manifest

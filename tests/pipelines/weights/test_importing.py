@@ -35,7 +35,7 @@ from tests.mae_core.formats import pico
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 CONFIG = ModelConfig(arch="vit_pico_patch7", image_px=(28, 28), decoder_width=32, decoder_depth=1, decoder_heads=2)
-SIZES = pico.SIZES | {"patch_size": 7}
+SIZES: dict[str, Any] = pico.SIZES | {"patch_size": 7}
 LICENCE = {"licence": "CC-BY-NC-4.0", "origin": "https://example.org/mae"}
 
 
