@@ -108,7 +108,7 @@ def test_an_encoder_alone_is_a_backbone_that_says_that_it_has_no_decoder(place: 
     assert load_encoder(folder).normalization.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match=r"mae\.safetensors"):
         load_mae(folder)
-    with pytest.raises(UserError, match=r"has no decoder"):
+    with pytest.raises(UserError, match=r"has no mae\.safetensors; a picture needs a backbone with its decoder"):
         reconstruct.run(ReconstructConfig(model=outcome["model"], uri="images"))
 
 
