@@ -30,5 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse to run in several processes if pytest-xdist does not see the groups: fixtures would be made in each."""
+    if "PYTEST_XDIST_WORKER" in os.environ and session.config.getoption("loadgroup"):
+        ungrouped = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        assert not ungrouped, f"pytest-xdist ignores the group of {ungrouped[0]}: check the versions of both"
+
+
 def _group(item: pytest.Item) -> str:
     return SHARED_RAY if SHARED_RAY in getattr(item, "fixturenames", ()) else item.location[0]
