@@ -85,7 +85,11 @@ def test_unpack_undoes_pack_for_every_dtype():
     assert pack(dict(reversed(found.items()))) == content
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors", pack(TENSORS)[:-1], b"\xff" * 64, b"\x80\x04K\x01."])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not safetensors", pack(TENSORS)[:-1], b"\xff" * 64, b"\x80\x04K\x01."],
+    ids=["empty", "text", "cut short", "vast header", "pickle"],
+)
 def test_unpack_refuses_anything_but_a_complete_safetensors_file(content):
     with pytest.raises(ValueError, match=r"not a complete safetensors file"):
         unpack(content)
