@@ -62,3 +62,29 @@ class DataBenchConfig:
         for name in ("max_images", "rounds", "cores", "epoch_images"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; try 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedBenchConfig:
+    """Embedding of images on the same cores: the bare encoder, `mae embed`, and timm behind torch's DataLoader."""
+
+    source: Path | None = None
+    """Folder of images; if not set, imagenet-sample.tar in MAE_TEST_DATA, or in ../shared/data."""
+    arch: str = "vit_base_patch16"
+    """Encoder, with random weights."""
+    image_px: int = 224
+    """Side of the input."""
+    num_images: int = 256
+    """Images per round; the source's images are repeated as needed."""
+    batch: int | None = None
+    """Images per forward pass of all variants; if not set, what `mae embed` chooses."""
+    rounds: int = 5
+    """Rounds; each measures every variant once, and results are medians over them."""
+    cores: int = 2
+    """Cores that all processes of one variant share."""
+
+    def __post_init__(self) -> None:
+        for name, good in (("image_px", 224), ("num_images", 256), ("batch", 8), ("rounds", 5), ("cores", 2)):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} is below 1; try {good}")

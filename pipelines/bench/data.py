@@ -22,12 +22,12 @@ _SAMPLE = "imagenet-sample.tar"
 
 def run(config: DataBenchConfig) -> dict[str, Any]:
     """Measure; return the numbers, and a table of them in `text`. Raises UserError if the source has no image."""
-    images = list(_images(config.source, config.max_images))
+    images = list(sample_images(config.source, config.max_images))
     if not images:
         raise UserError(f"no readable image in {config.source}; give a folder that has images")
     log.info("decoding %d images, %d rounds", len(images), config.rounds)
     decoding = measure_decoding(images, config.rounds)
-    found: dict[str, Any] = {"machine": _machine(), "num_images": len(images), **decoding.figures()}
+    found: dict[str, Any] = {"machine": machine(), "num_images": len(images), **decoding.figures()}
     lines = [*_decoding_lines(decoding), _feeding_line(decoding, config.gpu_images_per_s)]
     if config.whole_path:
         with tempfile.TemporaryDirectory(prefix="mae-bench-") as folder:
@@ -37,7 +37,7 @@ def run(config: DataBenchConfig) -> dict[str, Any]:
     return {**found, "text": "\n".join([f"{len(images)} images; {found['machine']}", *lines])}
 
 
-def _images(source: Path | None, max_images: int) -> Iterator[bytes]:
+def sample_images(source: Path | None, max_images: int) -> Iterator[bytes]:
     """Yield encoded images, skipping broken ones."""
     num_found = 0
     for content in _files(source):
@@ -110,7 +110,7 @@ def _loading_lines(loading: Loading) -> Iterator[str]:
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     import simplejpeg
     import torch
     import torchvision

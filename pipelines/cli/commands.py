@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mae_core.bench.config import StepConfig
-from pipelines.bench.config import DataBenchConfig, RecipesConfig
+from pipelines.bench.config import DataBenchConfig, EmbedBenchConfig, RecipesConfig
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -184,6 +184,12 @@ def _bench_data(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def _bench_embed(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.embedding import run
+
+    return run(call.config)
+
+
 def _bench_recipes(call: Invocation) -> dict[str, Any]:
     from pipelines.bench.recipes import run
 
@@ -321,6 +327,11 @@ COMMANDS: dict[str, Command] = {
         help="Measure images per second, decoding alone and from S3 to training, against other loaders.",
         config=DataBenchConfig,
         run=_bench_data,
+    ),
+    "bench embed": Command(
+        help="Measure embedded images per second against the bare encoder and timm behind a DataLoader.",
+        config=EmbedBenchConfig,
+        run=_bench_embed,
     ),
     "bench recipes": Command(
         help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=_bench_recipes

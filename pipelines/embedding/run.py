@@ -186,8 +186,10 @@ def _run(job: Job, found: Input, work: WorkFolder, target: Storage, num_parts: i
             log.info("%d of %d images in this run; %d parts were done before", num_read, found.num_found, len(done))
 
 
-def run_parts(todo: Sequence[int], plan: Plan, weights: bytes, actors: ActorConfig) -> Iterator[dict[str, Any]]:
-    """Compute parts on a pool of actors; yield the counts of each in order of completion.
+def run_parts(
+    todo: Sequence[int], plan: Plan, weights: bytes, actors: ActorConfig, worker: type[PartWorker] = PartWorker
+) -> Iterator[dict[str, Any]]:
+    """Compute parts on a pool of actors; yield what each returns in order of completion.
 
     Raises what the storage raised, or UserError if there are no GPUs, or fewer resources than actors.
     """
@@ -204,7 +206,7 @@ def run_parts(todo: Sequence[int], plan: Plan, weights: bytes, actors: ActorConf
         plan = dataclasses.replace(plan, decoders=_decoders(actors, num_actors))
         numbers = [{"number": number} for number in todo]
         dataset = ray.data.from_items(numbers, override_num_blocks=len(todo)).map(
-            PartWorker,  # pyright: ignore[reportArgumentType] -- a class is allowed
+            worker,  # pyright: ignore[reportArgumentType] -- a class is allowed
             fn_constructor_args=(plan, ray.put(weights)),
             compute=ray.data.ActorPoolStrategy(
                 size=num_actors,
