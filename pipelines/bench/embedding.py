@@ -1,11 +1,12 @@
 """`mae bench embed`: images/s of `mae embed`, of its encoder alone, and of timm behind torch's DataLoader.
 
-1. All variants run on the same cores with the same random weights and batch. The bare encoder is one process per core that
-   encodes pixels which are in memory; DataLoader has one worker per core beside a model with as many threads.
+1. All variants run on the same cores with the same random weights and batch. The bare encoder is one process per core,
+   which encodes pixels in memory; DataLoader has one worker per core, beside a model with as many threads.
 2. Each is warm before its clock starts: processes are up, torch is imported, one batch has passed.
-3. Variants alternate in rounds. A rate is a median over rounds, and a ratio the median of the rounds' ratios.
+3. Variants alternate in rounds. A rate is a median over rounds, and a ratio is one of such medians.
 
-Rates are also given per CPU second of the variant's processes: on a machine that others use, wall-clock time says little.
+Rates are also given per CPU second of the variant's processes: on a machine that others use, wall-clock time says
+little.
 """
 
 import json
@@ -256,8 +257,9 @@ def _figures(config: EmbedBenchConfig, batch: int, num_images: int, rounds: dict
     for name, title in _TITLES.items():
         lines.append(f"  {title:26} {median(wall[name]):8.2f}  {median(cpu[name]):12.2f}  {_spread(cpu[name]):7.1%}")
     lines.append(
-        f"  mae embed is {found['cpu_share_of_bare']:.1%} of the bare encoder per CPU second ({found['share_of_bare']:.1%} "
-        f"by the clock), and {found['cpu_ratio_vs_timm']:.2f} x timm ({found['ratio_vs_timm']:.2f} by the clock)"
+        f"  per CPU second, mae embed is {found['cpu_share_of_bare']:.1%} of the bare encoder and "
+        f"{found['cpu_ratio_vs_timm']:.2f} x timm; by the clock {found['share_of_bare']:.1%} and "
+        f"{found['ratio_vs_timm']:.2f} x"
     )
     return found | {"text": "\n".join(lines)}
 
@@ -267,5 +269,5 @@ def _spread(rates: Sequence[float]) -> float:
 
 
 def _ratio(ours: Sequence[float], others: Sequence[float]) -> float:
-    """Return the median over rounds of our rate over another's."""
-    return median(a / b for a, b in zip(ours, others))
+    """Return the ratio of the medians over rounds."""
+    return median(ours) / median(others)
