@@ -116,8 +116,15 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
         key=key,
     )
     if published.backbone is not None:
+        # For `mae register`, which may run where no registry knows the backbone.
+        folder.storage.write(f"backbone/{registry.PROVENANCE}", _provenance(published).to_json())
         run.log_model_input(published.backbone)
     return run
+
+
+def _provenance(published: PublishedJob) -> registry.Provenance:
+    digest = published.dataset.manifest.digest
+    return registry.Provenance.trained_from(published.backbone, model=f"run {published.name}", dataset=digest)
 
 
 def _check_checkpoint_owner(folder: RunFolder, key: str) -> None:
@@ -175,6 +182,8 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
 
 def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> None:
     """Publish the job's result, close its MLflow run and write its outcome into the folder."""
+    if folder.storage.exists("export/config.json"):
+        folder.storage.write(f"export/{registry.PROVENANCE}", _provenance(published).to_json())
     added, result = published.publish(run, folder), folder.read_result() or {}
     run.finish("FINISHED")
     if shares := result.get("goodput"):

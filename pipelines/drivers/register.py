@@ -34,10 +34,13 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     manifest = read_manifest(open_storage(folder.storage.join("dataset")))
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
-    tags = {"mae.step": str(step)}
+    provenance = _provenance(folder)
+    tags = {"mae.step": str(step), **provenance.licence_tags}
     tracking = registry.open_tracking(config.experiment or run_config.tracking.experiment)
     run = tracking.find_run(values["id"])
     if run is not None:
+        if provenance.parent:
+            tags[registry.PARENT_TAG] = provenance.parent
         ref = registry.register_backbone(run, files, name, tags=tags)
         return {"model": ref.uri, "step": step, "run_id": run.id}
     # This MLflow server does not know the run, for example because it was trained at another site.
@@ -54,6 +57,14 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     finally:
         run.finish("FINISHED" if folder.read_result() else "KILLED")
     return {"model": ref.uri, "step": step, "run_id": run.id}
+
+
+def _provenance(folder: RunFolder) -> registry.Provenance:
+    """Read what the run noted about the version that it continued from; nothing is known if it started at random."""
+    path = f"backbone/{registry.PROVENANCE}"
+    if not folder.storage.exists(path):
+        return registry.Provenance()
+    return registry.Provenance.parse(folder.storage.read(path), folder.storage.join(path))
 
 
 def _checkpoint_named(run_and_step: str) -> tuple[RunFolder, int]:

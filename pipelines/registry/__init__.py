@@ -7,17 +7,21 @@ from pipelines.registry.model_files import ModelFiles, is_registered, read_model
 from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.outages import TrackingUnreachable
 from pipelines.registry.points import Point
+from pipelines.registry.provenance import PROVENANCE, Provenance
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
-from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, ModelRef, Step
+from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, PARENT_TAG, ModelRef, Step, sha256_of
 
 __all__ = [
     "LICENCE_TAG",
     "ORIGIN_TAG",
+    "PARENT_TAG",
+    "PROVENANCE",
     "Kind",
     "ModelFiles",
     "ModelRef",
     "Point",
+    "Provenance",
     "Run",
     "Step",
     "Tracking",
@@ -29,4 +33,5 @@ __all__ = [
     "refuse_local_tracking",
     "register_backbone",
     "register_classifier",
+    "sha256_of",
 ]

@@ -10,9 +10,11 @@ from pipelines import registry
 from pipelines.config import ExportConfig
 from pipelines.storage import Storage, open_storage
 from pipelines.weights.exportable import Exportable, load_exportable
-from pipelines.weights.model_card import PICTURE, Origin, model_card, origin_of
+from pipelines.weights.model_card import PICTURE, Origin, model_card, origin_of, origin_of_folder
 from pipelines.weights.programs import write_onnx, write_torch
 from pipelines.weights.tensor_formats import Written, write_fair, write_timm, write_transformers
+
+_WEIGHTS = (".safetensors", ".pth", ".onnx", ".data", ".pt2")
 
 
 def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def export_model(source: str, out: str, config: ExportConfig) -> dict[str, Any]:
         inside = repr(place)[1:-1]
         load = written.load.replace(inside, inside.rpartition("/")[2])
         card = model_card(model, origin, config.format, written, load, has_picture=has_picture)
+        (written_to / registry.PROVENANCE).write_bytes(_provenance(origin, written_to).to_json())
         (written_to / "README.md").write_text(card)
         files = _copy(written_to, target)
     return {
@@ -70,7 +73,18 @@ def _fetch(source: str, folder: Path) -> Origin:
     for name in names:
         with storage.open_input(name) as reading, (folder / name).open("wb") as writing:
             shutil.copyfileobj(reading, writing)
-    return Origin(shown=storage.uri.rpartition("/")[2])
+    return origin_of_folder(folder, storage.uri.rpartition("/")[2])
+
+
+def _provenance(origin: Origin, folder: Path) -> registry.Provenance:
+    """Return what goes out beside the weights, so that `mae import` elsewhere knows their licence and origin."""
+    return registry.Provenance(
+        model=origin.shown,
+        dataset=origin.digest,
+        licence=origin.licence,
+        origin=origin.url,
+        sha256={path.name: registry.sha256_of(path) for path in folder.iterdir() if path.suffix in _WEIGHTS},
+    )
 
 
 def _write(model: Exportable, folder: Path, place: str, config: ExportConfig) -> Written:

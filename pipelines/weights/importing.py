@@ -14,6 +14,7 @@ from mae_core.formats.ours import encoder_part
 from mae_core.formats.weights import Weights, convert
 from pipelines import registry
 from pipelines.config import ImportConfig, to_dict
+from pipelines.registry import PROVENANCE
 from pipelines.storage import storage_of
 from pipelines.weights.sources import ForeignWeights, OwnExport, read_source
 
@@ -44,15 +45,12 @@ def import_weights(source: str, config: ImportConfig) -> dict[str, Any]:
         raise UserError("the imported model has no name; try --name mae-vit_base_patch16-official")
     with TemporaryDirectory(prefix="mae-import-") as folder:
         read = read_source(source, Path(folder))
-        if isinstance(read, OwnExport):
-            found = _own(read)
-        else:
-            _check_licence(read, config)
-            found = _foreign(read, config)
+        config = _with_licence(read, config)
+        found = _own(read) if isinstance(read, OwnExport) else _foreign(read, config)
         log.info("%s: %s; %s", read.name, found.what, found.summary)
         for note in found.notes:
             log.info("%s: %s", read.name, note)
-        return _register(found, read.name, source, config)
+        return _register(found, read, source, config)
 
 
 def _own(read: OwnExport) -> Import:
@@ -87,13 +85,31 @@ def _foreign(read: ForeignWeights, config: ImportConfig) -> Import:
     )
 
 
-def _check_licence(read: ForeignWeights, config: ImportConfig) -> None:
-    if not (config.licence and config.origin):
+def _with_licence(read: ForeignWeights | OwnExport, config: ImportConfig) -> ImportConfig:
+    """Return the config with the licence and origin that the weights brought along.
+
+    Raises UserError if the user states others, or if weights of others have none.
+    """
+    provenance = read.provenance
+    if provenance is not None:
+        for option in ("licence", "origin"):
+            known, stated = getattr(provenance, option), getattr(config, option)
+            if known and stated and known != stated:
+                raise UserError(
+                    f"{PROVENANCE} beside {read.name} states {option} {known!r}, not {stated!r}; leave --{option} out"
+                )
+        return dataclasses.replace(
+            config,
+            licence=config.licence or provenance.licence,
+            origin=config.origin or provenance.origin,
+        )
+    if isinstance(read, ForeignWeights) and not (config.licence and config.origin):
         said = f"the source says {read.licence}" if read.licence else f"the official MAE's are {_OFFICIAL}"
         raise UserError(
             f"{read.name} holds weights of others, whose licence and origin stay with all that is trained from them; "
             f"give --licence and --origin ({said})"
         )
+    return config
 
 
 def _class_names(uri: str) -> tuple[str, ...]:
@@ -143,9 +159,13 @@ def _files(weights: Weights, normalization: Normalization) -> dict[str, bytes | 
     return dict(encoder_files(model, normalization, encoder_part(weights.tensors)))
 
 
-def _register(found: Import, name: str, source: str, config: ImportConfig) -> dict[str, Any]:
+def _register(found: Import, read: ForeignWeights | OwnExport, source: str, config: ImportConfig) -> dict[str, Any]:
     """Register the files in the MLflow run of this import, which another import of the same finds again."""
-    stated = {"mae.licence": config.licence, "mae.origin": config.origin}
+    stated = {
+        registry.LICENCE_TAG: config.licence,
+        registry.ORIGIN_TAG: config.origin,
+        "mae.exported_from": read.provenance.model if read.provenance else "",
+    }
     tags = {"mae.imported": found.what, **{tag: value for tag, value in stated.items() if value}}
     key = _key(found, config)
     tracking = registry.open_tracking(config.experiment)
@@ -154,7 +174,7 @@ def _register(found: Import, name: str, source: str, config: ImportConfig) -> di
     if run is None:
         values = {"source": source, "what": found.what, "notes": list(found.notes), **to_dict(config)}
         run = tracking.run(f"import-{config.name}-{key[-8:]}", "import", values, key=key)
-    description = f"Imported from {name}: {found.what}; {found.summary}."
+    description = f"Imported from {read.name}: {found.what}; {found.summary}."
     try:
         if found.kind == "classifier":
             ref = registry.register_classifier(run, found.files, None, config.name, description=description, tags=tags)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mae_core.errors import UserError
 from mae_core.formats.configs import EVALUATION_CROP
@@ -50,6 +51,15 @@ def origin_of(tracking: Tracking, ref: ModelRef) -> Origin:
         recipe={key: value for key, value in sorted(recipe.items()) if not key.startswith(_PRIVATE)},
         metrics={key: value for key, value in sorted(metrics.items()) if key.startswith(_WORTH)},
     )
+
+
+def origin_of_folder(folder: Path, shown: str) -> Origin:
+    """Read where the files of a folder come from, as far as they say it."""
+    path = folder / registry.PROVENANCE
+    if not path.is_file():
+        return Origin(shown=shown)
+    found = registry.Provenance.parse(path.read_bytes(), registry.PROVENANCE)
+    return Origin(shown=found.model or shown, digest=found.dataset, licence=found.licence, url=found.origin)
 
 
 def model_card(

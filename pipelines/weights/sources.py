@@ -1,7 +1,9 @@
-"""Where imported weights come from: a file, a folder of transformers or of this project, or timm's hub."""
+"""Where imported weights come from: a file, a folder of transformers, timm or this project, or timm's hub."""
 
+import dataclasses
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from mae_core.formats.hints import Hints, from_arguments, from_transformers, nor
 from mae_core.formats.reading import Checkpoint, read_checkpoint
 from mae_core.pretrained import load_classifier, load_encoder, load_mae
 from pipelines.config import from_dict
+from pipelines.registry import PROVENANCE, Provenance, sha256_of
 from pipelines.storage import Storage, open_storage, storage_of
 
 _TIMM = "timm:"
@@ -27,6 +30,8 @@ class ForeignWeights:
     normalization: Normalization | None = None
     licence: str = ""
     """Licence that the source states."""
+    provenance: Provenance | None = None
+    """Of weights that `mae export` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class OwnExport:
     kind: str
     files: dict[str, Path]
     config: dict[str, Any]
+    provenance: Provenance | None = None
 
 
 def read_source(source: str, scratch: Path) -> ForeignWeights | OwnExport:
@@ -57,8 +63,14 @@ def read_source(source: str, scratch: Path) -> ForeignWeights | OwnExport:
             f"{source} is a folder without config.json; give the file of weights in it, or a folder of transformers "
             "or of this project"
         )
-    checkpoint = read_checkpoint(_local(parent, name, scratch))
-    return ForeignWeights(name=name, checkpoint=checkpoint, hints=from_arguments(checkpoint.arguments))
+    path = _local(parent, name, scratch)
+    checkpoint = read_checkpoint(path)
+    return ForeignWeights(
+        name=name,
+        checkpoint=checkpoint,
+        hints=from_arguments(checkpoint.arguments),
+        provenance=_provenance(parent, [path]),
+    )
 
 
 def _from_folder(storage: Storage, scratch: Path) -> ForeignWeights | OwnExport:
@@ -66,10 +78,12 @@ def _from_folder(storage: Storage, scratch: Path) -> ForeignWeights | OwnExport:
     name, config = storage.uri.rpartition("/")[2], _json(storage, "config.json")
     if "model_type" in config:
         return _from_transformers(storage, name, config, scratch)
+    if "architecture" in config:
+        return _from_timm_folder(storage, name, config, scratch)
     if config.get("kind") not in ("backbone", "classifier"):
         raise UserError(
-            f"{storage.uri}/config.json has neither model_type, as transformers writes it, nor a kind of this project; "
-            "give a folder of one of them, or the file of weights alone"
+            f"{storage.uri}/config.json has neither transformers' model_type, nor timm's architecture, nor a kind of "
+            "this project; give a folder of one of them, or the file of weights alone"
         )
     return _from_own(storage, name, config, scratch)
 
@@ -85,12 +99,72 @@ def _from_transformers(storage: Storage, name: str, config: dict[str, Any], scra
             f"{storage.uri} holds {found} and pickles of transformers are not read; if you trust it, convert it with "
             "AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
         )
-    checkpoints = [read_checkpoint(_local(storage, path, scratch)) for path in shards]
+    local = [_local(storage, path, scratch) for path in shards]
+    checkpoints = [read_checkpoint(path) for path in local]
     tensors = {name: tensor for checkpoint in checkpoints for name, tensor in checkpoint.tensors.items()}
     preprocessor = _json(storage, "preprocessor_config.json") if storage.exists("preprocessor_config.json") else {}
     return ForeignWeights(
-        name=name, checkpoint=Checkpoint(tensors=tensors), hints=hints, normalization=normalization_of(preprocessor)
+        name=name,
+        checkpoint=Checkpoint(tensors=tensors),
+        hints=hints,
+        normalization=normalization_of(preprocessor),
+        provenance=_provenance(storage, local),
     )
+
+
+def _from_timm_folder(storage: Storage, name: str, config: dict[str, Any], scratch: Path) -> ForeignWeights:
+    """Read a folder as timm's hub has it. Raises UserError without model.safetensors, or if it is no plain ViT."""
+    if not storage.exists("model.safetensors"):
+        raise UserError(f"{storage.uri} has timm's config.json but no model.safetensors; fetch the folder again")
+    path = _local(storage, "model.safetensors", scratch)
+    pretrained = config.get("pretrained_cfg", {})
+    return ForeignWeights(
+        name=name,
+        checkpoint=read_checkpoint(path),
+        hints=_hints_of_config(config, storage.uri),
+        normalization=_mean_and_std(pretrained),
+        licence=pretrained.get("license") or "",
+        provenance=_provenance(storage, [path]),
+    )
+
+
+def _hints_of_config(config: Mapping[str, Any], where: str) -> Hints:
+    """Read timm's config.json: a model of timm by name, never one to fetch, and arguments of a plain ViT.
+
+    Raises UserError if timm has no such model or cannot build it.
+    """
+    import timm
+    from timm.models import VisionTransformer
+
+    architecture = str(config["architecture"])
+    if not timm.is_model(architecture):
+        raise UserError(f"timm has no {architecture!r}, which {where}/config.json names; give the weights' file alone")
+    stated = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+    known = inspect.signature(VisionTransformer).parameters
+    arguments = {key: value for key, value in (stated | config.get("model_args", {})).items() if key in known}
+    try:
+        hints = _hints_of(architecture, **arguments)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"timm cannot build the model of {where}/config.json ({error}); give the file of weights alone"
+        ) from error
+    return dataclasses.replace(hints, classes=tuple(map(str, config.get("label_names", ()))))
+
+
+def _mean_and_std(pretrained: Mapping[str, Any]) -> Normalization | None:
+    mean, std = pretrained.get("mean"), pretrained.get("std")
+    return Normalization(mean=tuple(mean), std=tuple(std)) if mean and std else None
+
+
+def _provenance(storage: Storage, weights: Sequence[Path]) -> Provenance | None:
+    """Read what `mae export` or a run noted about the weights; None if nothing, or if they were changed since."""
+    if not storage.exists(PROVENANCE):
+        return None
+    found = Provenance.parse(storage.read(PROVENANCE), storage.join(PROVENANCE))
+    is_same = all(found.sha256.get(path.name) == sha256_of(path) for path in weights) if found.sha256 else True
+    return found if is_same else None
 
 
 def _from_own(storage: Storage, name: str, config: dict[str, Any], scratch: Path) -> OwnExport:
@@ -109,7 +183,10 @@ def _from_own(storage: Storage, name: str, config: dict[str, Any], scratch: Path
                 load_mae(folder)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{storage.uri} is no complete export ({error}); export or copy it again") from error
-    return OwnExport(name=name, kind=config["kind"], files=files, config=config)
+    weights = [path for file, path in files.items() if file != "config.json"]
+    return OwnExport(
+        name=name, kind=config["kind"], files=files, config=config, provenance=_provenance(storage, weights)
+    )
 
 
 def _from_timm(model: str) -> ForeignWeights:
@@ -145,14 +222,14 @@ def _from_timm(model: str) -> ForeignWeights:
     )
 
 
-def _hints_of(model: str) -> Hints:
+def _hints_of(model: str, **arguments: Any) -> Hints:
     """Read off timm's module, built without memory, what its tensors do not say. Raises UserError if it is no ViT."""
     import timm
     import torch
     from timm.models import VisionTransformer
 
     with torch.device("meta"):
-        vit = timm.create_model(model)
+        vit = timm.create_model(model, **arguments)
     first: Any = vit.blocks[0] if isinstance(vit, VisionTransformer) else None
     if not isinstance(vit, VisionTransformer) or type(first.mlp.act) is not torch.nn.GELU:
         raise UserError(f"timm's {model} is a {type(vit).__name__}, not a plain ViT with GELU; give a vit_* model")

@@ -231,7 +231,8 @@ def test_pretraining_continues_from_a_version_at_another_size_with_lineage(
     pretrained: Pretrained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from pipelines.drivers.pretrain import pretrain
-    from pipelines.registry import open_tracking
+    from pipelines.drivers.register import register
+    from pipelines.registry import PROVENANCE, Provenance, open_tracking
 
     version = f"models:/mae-{ARCH}/1"
     config = PretrainConfig(
@@ -267,3 +268,7 @@ def test_pretraining_continues_from_a_version_at_another_size_with_lineage(
         ("model version", version),
     ]
     assert pretrain(config, stated={"image_px", "mask.ratio"}) == outcome
+    exported = Provenance.parse((Path(outcome["folder"]) / "export" / PROVENANCE).read_bytes(), "export")
+    assert (exported.model, exported.parent) == ("run continued", version)
+    by_hand = register(outcome["folder"], RegisterConfig(name="continued-by-hand"))["model"]
+    assert open_tracking("mae").resolve(by_hand).tags["mae.parent"] == version

@@ -25,14 +25,23 @@ from mae_core.formats.reading import read_checkpoint
 from mae_core.masking import mask_from_noise
 from mae_core.model import build_mae
 from mae_core.plain import plain_predict
-from mae_core.pretrained import load_classifier, load_encoder, load_mae
+from mae_core.pretrained import load_classifier, load_mae
 from mae_core.state import model_tensors, pack
-from pipelines.config import ExportConfig, ImportConfig, from_dict
+from pipelines.config import ExportConfig, ImportConfig
 from pipelines.images.decode import evaluation_view
 from pipelines.storage import open_storage
 from pipelines.weights.exporting import export_model
 from pipelines.weights.importing import import_weights
 from pipelines.worker.export import backbone_files, classifier_files
+from tests.pipelines.weights.checks import (
+    assert_equal_to_rounding,
+    assert_identical,
+    check_encoder,
+    exported,
+    images_of,
+    run_line,
+    session_run,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -93,49 +102,6 @@ def classifier(folder: Path, pool: Any = "token", config: ModelConfig = PICO) ->
         pixels=normalization_of(config.channels),
     )
     return write(folder, files)
-
-
-def exported(source: Path | str, naming: str, part: str = "whole", out: str = "out") -> dict[str, Any]:
-    return export_model(str(source), out, from_dict(ExportConfig, {"format": naming, "part": part}))
-
-
-def run_line(line: str) -> dict[str, Any]:
-    """Execute the printed line; return the names that it defines."""
-    names: dict[str, Any] = {}
-    exec(line, names)
-    return names
-
-
-def images_of(config: ModelConfig, batch: int = 3) -> Tensor:
-    return torch.randn(batch, config.channels, *config.image_px)
-
-
-def assert_equal_to_rounding(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * max(1.0, expected.abs().max().item()))
-
-
-def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-def session_run(session: Any) -> Callable[[Tensor], Tensor]:
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-@torch.inference_mode()
-def check_encoder(folder: Path, naming: str, out: str = "out") -> None:
-    """Check that the encoder loaded by the printed line computes the same tokens as ours."""
-    outcome = exported(folder, naming, "encoder", out)
-    names, ours = run_line(outcome["load"]), load_encoder(folder)
-    run: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-        "timm": lambda: names["model"].forward_features,
-        "transformers": lambda: lambda x: names["model"](x).last_hidden_state,
-        "onnx": lambda: session_run(names["session"]),
-        "torch": lambda: names["model"],
-    }
-    images = images_of(ours.config)
-    assert_equal_to_rounding(run[naming]()(images), ours.vit.forward_features(images))
 
 
 @torch.inference_mode()
@@ -333,7 +299,7 @@ def test_onnx_states_its_opset_and_a_dynamic_batch(place: Path) -> None:
     dimensions = model.graph.input[0].type.tensor_type.shape.dim
     assert (dimensions[0].dim_param, dimensions[1].dim_value) == ("batch", 3)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [20]
-    assert outcome["files"] == ["model.onnx", "README.md"]
+    assert outcome["files"] == ["model.onnx", "provenance.json", "README.md"]
     assert any("Opset 20" in note for note in outcome["notes"])
 
 
@@ -388,25 +354,9 @@ def test_an_export_goes_from_s3_to_s3(place: Path, s3: str) -> None:
     for path in backbone(place / "backbone").iterdir():
         storage.write(f"in/{path.name}", path.read_bytes())
     outcome = exported(storage.join("in"), "fair", out=storage.join("out"))
-    assert sorted(name for name, _ in open_storage(storage.join("out")).list()) == ["README.md", "model.pth"]
+    written = sorted(name for name, _ in open_storage(storage.join("out")).list())
+    assert written == ["README.md", "model.pth", "provenance.json"]
     assert "torch.load('out/model.pth'" in outcome["load"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_vit_base_computes_the_same_in_every_format(place: Path) -> None:
-    """Real sizes at 224 px: one model with the decoder of the paper, exported to all formats."""
-    config = ModelConfig()
-    folder = backbone(place / "backbone", config)
-    for naming in ("timm", "transformers", "onnx", "torch"):
-        check_encoder(folder, naming, out=naming)
-    line = exported(folder, "timm", out="timm-whole")["load"]
-    assert "create_model('vit_base_patch16_224'" in line
-    assert "img_size" not in line
-    ours = model_tensors(load_mae(folder)[0])
-    assert_identical(fair.to_ours(run_line(exported(folder, "fair", out="fair")["load"])["tensors"]), ours)
-    model = run_line(exported(folder, "transformers", out="mae")["load"])["model"]
-    assert_identical(transformers.to_ours(model.state_dict()), ours)
 
 
 def test_a_complete_command_line_is_read() -> None:

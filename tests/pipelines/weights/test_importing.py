@@ -21,13 +21,15 @@ from mae_core.state import model_tensors
 from pipelines.config import (
     ClassifyConfig,
     DataConfig,
+    ExportConfig,
     ImportConfig,
     PrepareConfig,
     ReconstructConfig,
     from_dict,
 )
-from pipelines.registry import open_tracking
+from pipelines.registry import PROVENANCE, Provenance, open_tracking
 from pipelines.storage import open_storage
+from pipelines.weights.exporting import export_model
 from pipelines.weights.importing import import_weights
 from tests.mae_core.formats import pico
 
@@ -163,6 +165,46 @@ def test_an_export_of_this_project_needs_no_licence_and_is_taken_as_it_is(place:
         imported(str(folder), "mae-b")
 
 
+@pytest.mark.parametrize("naming", ["timm", "transformers", "fair"])
+def test_licence_and_origin_come_back_with_what_was_exported(place: Path, naming: str) -> None:
+    reference_file(place / "mae.pth")
+    version = imported("mae.pth", "mae-out", decoder_heads=2)["model"]
+    export_model(version, "out", from_dict(ExportConfig, {"format": naming}))
+    source = "out/model.pth" if naming == "fair" else "out"
+    stated = {"licence": "", "origin": "", "decoder_heads": 2, "image_px": (28, 28)}
+    outcome = imported(source, "mae-back", **stated)
+    tags = open_tracking("mae").resolve(outcome["model"]).tags
+    assert (tags["mae.licence"], tags["mae.origin"]) == tuple(LICENCE.values())
+    assert tags["mae.exported_from"] == version
+    ours = fetched(version, place / "before") / "encoder.safetensors"
+    back = fetched(outcome["model"], place / "after") / "encoder.safetensors"
+    assert back.read_bytes() == ours.read_bytes()
+    with pytest.raises(UserError, match=r"states licence 'CC-BY-NC-4\.0', not 'MIT'; leave --licence out"):
+        imported(source, "mae-back", **{**stated, "licence": "MIT"})
+
+    # Weights that somebody trained further are no longer those that provenance.json is about.
+    reference_file(place / "other.pth", seed=1)
+    other = imported("other.pth", "mae-other", decoder_heads=2)["model"]
+    export_model(other, "other", from_dict(ExportConfig, {"format": naming}))
+    weights = "model.pth" if naming == "fair" else "model.safetensors"
+    (place / "other" / weights).replace(place / "out" / weights)
+    with pytest.raises(UserError, match="give --licence and --origin"):
+        imported(source, "mae-back", **stated)
+
+
+def test_an_export_folder_of_a_run_keeps_its_licence(place: Path) -> None:
+    reference_file(place / "mae.pth")
+    folder = fetched(imported("mae.pth", "mae-run", decoder_heads=2)["model"], place / "export")
+    provenance = Provenance(model="run tuned", licence="CC-BY-NC-4.0", origin="https://example.org/mae")
+    (folder / PROVENANCE).write_bytes(provenance.to_json())
+    outcome = imported(str(folder), "mae-run-back", licence="", origin="")
+    tags = open_tracking("mae").resolve(outcome["model"]).tags
+    assert tags["mae.licence"] == "CC-BY-NC-4.0"
+    (folder / PROVENANCE).write_text('{"licence": 1}')
+    with pytest.raises(UserError, match=r"provenance\.json is damaged, so the licence"):
+        imported(str(folder), "mae-run-back", licence="", origin="")
+
+
 def test_timms_weights_come_through_its_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's one call is replaced: tests have no network."""
     model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=1000)
@@ -190,7 +232,11 @@ def test_timms_weights_come_through_its_hub(place: Path, monkeypatch: pytest.Mon
         ("nothing.pth", r"there is nothing at nothing\.pth"),
         ("folder", r"is a folder without config\.json"),
         ("pickled", r"holds only pytorch_model\.bin, a pickle.*save_pretrained"),
-        ("other", r"neither model_type.*nor a kind"),
+        ("other", r"neither transformers' model_type.*nor a kind"),
+        ("no-weights", r"timm's config\.json but no model\.safetensors"),
+        ("elsewhere", r"timm has no 'hf-hub:a/b', which .* names"),
+        ("resnet", r"timm's resnet18 is a ResNet, not a plain ViT"),
+        ("odd", r"timm cannot build the model of .*give the file of weights alone"),
         ("broken", r"config\.json is not JSON"),
         ("beit", r"'beit' model of transformers"),
         ("resnet.safetensors", r"resnet\.safetensors is a ResNet"),
@@ -209,6 +255,13 @@ def test_what_cannot_be_imported_is_said_with_a_remedy(
         "other": {"config.json": "{}"},
         "broken": {"config.json": "{"},
         "beit": {"config.json": '{"model_type": "beit"}'},
+        "no-weights": {"config.json": '{"architecture": "vit_tiny_patch16_224"}'},
+        "elsewhere": {"config.json": '{"architecture": "hf-hub:a/b"}', "model.safetensors": "x"},
+        "resnet": {"config.json": '{"architecture": "resnet18"}', "model.safetensors": "x"},
+        "odd": {
+            "config.json": '{"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 7}}',
+            "model.safetensors": "x",
+        },
     }.items():
         (place / folder).mkdir()
         for name, text in files.items():
