@@ -191,7 +191,13 @@ class OptimConfig:
     base_lr: float = 1.5e-4
     """Learning rate for a batch of 256; the rate used is base_lr x batch / 256."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "constant"] = field(default="cosine", metadata=ADDED)
+    """Learning rate after the warm-up. cosine: from the peak to min_lr in half a cosine, which is a warm restart if the
+    run extends another; constant: the peak, then a decay to min_lr in the last decay_share of the epochs."""
+    decay_share: float = field(default=0.2, metadata=ADDED)
+    """Share of the epochs, at the end, in which a constant schedule decays to min_lr; 0 for no decay, so that the run
+    can be extended at its rate."""
     warmup_epochs: float = 40.0
     """Epochs of linear warm-up."""
     weight_decay: float = 0.05
@@ -211,6 +217,8 @@ class OptimConfig:
         for name in ("warmup_epochs", "weight_decay", "min_lr"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0")
+        if not 0 <= self.decay_share <= 1:
+            raise UserError(f"decay_share {self.decay_share} is outside [0, 1]; try 0.2, or 0 for no decay")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise UserError(f"betas {self.betas} and momentum {self.momentum} are not within [0, 1); try 0.9 0.95")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -1,6 +1,6 @@
 """The pipeline around mae_core as a library: the functions behind the `mae` commands.
 
-    from pipelines import finetune, pretrain, probe
+    from pipelines import extension_of, finetune, pretrain, probe
     from pipelines.config import PrepareConfig, PretrainConfig, load_preset, with_overrides
     from pipelines.prepare import prepare
     from tune.sweep import sweep
@@ -8,6 +8,7 @@
     prepare("photos", "prepared", PrepareConfig())
     config = with_overrides(load_preset(PretrainConfig, "nano"), {"data.uri": "prepared"})
     outcome = pretrain(config, "nano")
+    longer = pretrain(extension_of(outcome["folder"], {"epochs": 10}))
 
 Two functions are not re-exported. `pipelines.prepare` is a package, and one name cannot be both a package and a
 function: which of the two it means would depend on what was imported before. `sweep` belongs to `tune`, which is built
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.drivers.classify import finetune, probe
+    from pipelines.drivers.extend import extension_of
     from pipelines.drivers.pretrain import pretrain
 
-_HOME = {"finetune": "classify", "pretrain": "pretrain", "probe": "classify"}
+_HOME = {"extension_of": "extend", "finetune": "classify", "pretrain": "pretrain", "probe": "classify"}
 
-__all__ = ["finetune", "pretrain", "probe"]
+__all__ = ["extension_of", "finetune", "pretrain", "probe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     wants_help = "-h" in rest or "--help" in rest
     preset = _take_option(rest, "--preset") if name == "config" or _takes_preset(name) else ""
     shown = name if name != "config" or wants_help else _take_shown(rest)
-    stated = _stated(rest) | (preset_fields(COMMANDS[shown].config or _NoFields, preset) if preset else frozenset())
+    stated = _stated(rest) | frozenset(preset_fields(COMMANDS[shown].config or _NoFields, preset) if preset else ())
     arguments, config = _parse_fields(name, shown, preset, rest)
     _check_method(shown, config)
     return Invocation(
@@ -98,8 +98,10 @@ def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[
     import tyro
 
     target, words = COMMANDS[shown].config or _NoFields, [] if name == "config" else COMMANDS[name].positional
-    default = load_preset(target, preset) if preset else COMMANDS[shown].default or target()
-    default = _with_scaled_warmup(default, rest)
+    default = _extension(preset, rest) if target is PretrainConfig else None
+    if default is None:
+        default = load_preset(target, preset) if preset else COMMANDS[shown].default or target()
+        default = _with_scaled_warmup(default, rest)
     fields: list[Any] = [
         (word, Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=what, metavar=word)]) for word, what in words
     ]
@@ -117,7 +119,28 @@ def _parse_fields(name: str, shown: str, preset: str, rest: list[str]) -> tuple[
         if stop.code in (0, None):
             raise
         raise UserError(_tyro_in_words(text.getvalue(), name)) from None
-    return (shown,) if name == "config" else tuple(getattr(read, word) for word, _ in words), read.config
+    config = read.config
+    if isinstance(config, PretrainConfig) and config.extend:
+        # By its URI, as the default has it, however the command line names the run.
+        config = dataclasses.replace(config, extend=default.extend)
+    return (shown,) if name == "config" else tuple(getattr(read, word) for word, _ in words), config
+
+
+def _extension(preset: str, rest: Sequence[str]) -> PretrainConfig | None:
+    """Return the config of the run that --extend or the preset names, with the preset's fields; None if neither does.
+
+    Raises UserError if the run cannot be extended.
+    """
+    fields = preset_fields(PretrainConfig, preset) if preset else {}
+    run = _take_option(list(rest), "--extend", "runs/mine") or fields.get("extend", "")
+    if not run or "--help" in rest or "-h" in rest:
+        return None
+    from pipelines.drivers.extend import extension_of
+
+    if epochs := _take_option(list(rest), "--epochs", "100"):
+        fields["epochs"] = int(epochs) if re.fullmatch(r"-?\d+", epochs) else epochs
+    output = _take_option(list(rest), "--output", "runs") or fields.get("output", "runs")
+    return extension_of(run, fields, output)
 
 
 def _with_scaled_warmup(default: Any, rest: Sequence[str]) -> Any:
@@ -159,7 +182,7 @@ def _take_switch(rest: list[str], flag: str) -> bool:
     return found
 
 
-def _take_option(rest: list[str], flag: str) -> str:
+def _take_option(rest: list[str], flag: str, example: str = "vit_base") -> str:
     """Remove `flag VALUE` or `flag=VALUE` from the words and return the value; empty if the flag is absent."""
     for i, word in enumerate(rest):
         if word.startswith(f"{flag}="):
@@ -167,7 +190,7 @@ def _take_option(rest: list[str], flag: str) -> str:
             return word.split("=", 1)[1]
         if word == flag:
             if i + 1 == len(rest):
-                raise UserError(f"{flag} needs a name or a file; try {flag} vit_base")
+                raise UserError(f"{flag} needs a value; try {flag} {example}")
             del rest[i]
             return rest.pop(i)
     return ""

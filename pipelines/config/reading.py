@@ -59,17 +59,36 @@ def load_preset(cls: type[T], preset: str) -> T:
     return from_dict(cls, _preset_values(cls, preset))
 
 
-def preset_fields(cls: type, preset: str) -> frozenset[str]:
-    """Return the dotted names of the fields that a preset states, such as model.mask.ratio. Raises UserError."""
-    return frozenset(_leaves(_preset_values(cls, preset), ""))
+def preset_fields(cls: type, preset: str) -> dict[str, Any]:
+    """Return the fields that a preset states by dotted name, such as model.mask.ratio. Raises UserError."""
+    return dict(_leaves(_preset_values(cls, preset), ""))
 
 
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[str]:
+def dotted_fields(config: Any) -> dict[str, Any]:
+    """Return every field of a config by dotted name, as a plain value; `with_overrides` takes them."""
+    return dict(_leaves(to_dict(config), ""))
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
+
+
+def options_for(config: Any, default: Any) -> list[str]:
+    """Return the words of a command line that turn the default into the config, as the `mae` command parses them."""
+    base, words = dotted_fields(default), []
+    for name, value in dotted_fields(config).items():
+        if value == base[name]:
+            continue
+        *parents, last = name.replace("_", "-").split(".")
+        if isinstance(value, bool):
+            words.append("--" + ".".join([*parents, last if value else f"no-{last}"]))
+        else:
+            words += ["--" + ".".join([*parents, last]), *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _preset_values(cls: type, preset: str) -> dict[str, Any]:
@@ -95,10 +114,13 @@ KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify"
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Return the fields that decide a run's result, so without its name, output folder and number of workers."""
+    """Return the fields that decide a run's result, so without its name, output folder and number of workers.
+
+    The run that it extends is no part of them: the run's job holds its id.
+    """
     values = without_added_defaults(config)
     for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
-        for key in ("name", "output", "tracking", "checkpoint"):
+        for key in ("name", "output", "tracking", "checkpoint", "extend"):
             part.pop(key, None)
         if "compute" in part:
             part["precision"] = part.pop("compute")["precision"]
@@ -127,9 +149,9 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def config_hash(config: Any, dataset_digest: str) -> str:
-    """Hash the identities of config and dataset to twelve hex digits."""
-    said = json.dumps([identity(config), dataset_digest], sort_keys=True)
+def config_hash(config: Any, *digests: str) -> str:
+    """Hash the identities of the config and of what it reads, first the dataset, to twelve hex digits."""
+    said = json.dumps([identity(config), *digests], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 

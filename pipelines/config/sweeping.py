@@ -71,5 +71,9 @@ class SweepConfig:
             )
         if self.probe.classifier.method != "probe" or self.finetune.classifier.method != "finetune":
             raise UserError("probe.classifier.method must be probe and finetune.classifier.method finetune")
+        if self.pretrain.extend:
+            raise UserError(
+                f"pretrain.extend {self.pretrain.extend!r} is for `mae pretrain`: trials start anew; leave it out"
+            )
         if min(self.num_trials, self.max_concurrent, self.trials_per_group) < 1:
             raise UserError("num_trials, max_concurrent and trials_per_group must be at least 1; try 8, 1 and 1")

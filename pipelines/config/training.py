@@ -18,6 +18,11 @@ def _check_epochs(epochs: int, optim: OptimConfig) -> None:
         raise UserError(
             f"optim.warmup_epochs {optim.warmup_epochs:g} exceeds epochs {epochs}; try {max(0, epochs // 10)}"
         )
+    if optim.schedule == "constant" and optim.warmup_epochs + optim.decay_share * epochs > epochs * (1 + 1e-9):
+        raise UserError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} and optim.decay_share {optim.decay_share:g} overlap in "
+            f"{epochs} epochs; try --optim.decay-share {1 - optim.warmup_epochs / epochs:.2g}"
+        )
 
 
 def _check_labels(labels: str, per_class: int | None) -> None:
@@ -41,7 +46,10 @@ class PretrainConfig:
     seed: int = 0
     """Seed of initial weights, sample order, crops and masks."""
     epochs: int = 800
-    """Passes over the training split."""
+    """Passes over the training split. With extend, those after the end of the extended run, which are not counted."""
+    extend: str = field(default="", metadata=ADDED)
+    """Finished run to continue after its end, with its model, images and optimizer state and a learning-rate schedule
+    of its own: a run folder, or the name of a run under output. Fields that are not stated are those of that run."""
     backbone: str = field(default="", metadata=ADDED)
     """Registered model to continue from (models:/NAME@ALIAS or models:/NAME/VERSION): its weights are the initial ones
     where they fit. `mae pretrain` accepts --model as another name. If empty, the weights are random."""
@@ -70,6 +78,11 @@ class PretrainConfig:
             raise UserError(
                 f"backbone {self.backbone!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; "
                 "try models:/mae-vit_base_patch16@candidate"
+            )
+        if self.extend and self.backbone:
+            raise UserError(
+                f"extend {self.extend!r} and backbone {self.backbone!r} exclude each other; try --extend alone for the "
+                "same model with its optimizer state, or --model alone for new ones"
             )
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):

@@ -14,9 +14,10 @@ from pipelines.cluster import ray_address, ray_session
 from pipelines.config import identity, to_dict, without_added_defaults
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
+from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower, PictureFollower
-from pipelines.runs.jobs import IndexedDataset, Job, train_plan
+from pipelines.runs.jobs import IndexedDataset, Job, last_step, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
 
@@ -35,6 +36,25 @@ Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopiedCheckpoint:
+    """Checkpoint of another run that a run starts from, and the number of steps that it stands for there."""
+
+    source: RunFolder
+    source_step: int
+    step: int
+    steps_per_epoch: int
+
+    def copy_to(self, folder: RunFolder, key: str) -> None:
+        """Commit it as the first checkpoint of the run with that id. Raises UserError if it is damaged."""
+        try:
+            found = self.source.checkpoints.load(self.source_step)
+        except UserError as error:
+            raise UserError(f"{error}; try --model with the run's model version, without optimizer state") from None
+        meta = {"steps_per_epoch": self.steps_per_epoch, "last": found.meta["last"], "run": key}
+        folder.checkpoints.save(Checkpoint(step=self.step, files=found.files, meta=meta), Retention(newest=1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PublishedJob:
     """A job with its run's name, its indexed dataset, its input files, and the function that publishes its result."""
 
@@ -45,6 +65,8 @@ class PublishedJob:
     publish: Publish
     inputs: dict[str, bytes] = field(default_factory=dict)
     """Files that the workers read from the run folder: content by path."""
+    first_checkpoint: CopiedCheckpoint | None = None
+    """What the run starts from, unless it has checkpoints already."""
     backbone: registry.ModelRef | None = None
     parent: registry.Run | None = None
     tags: dict[str, str] = field(default_factory=dict)
@@ -101,10 +123,12 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
 
 
 def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:
-    """Write the job's input files into its folder, and create its MLflow run or reopen the one with that key."""
+    """Write what the job starts from into its folder, and create its MLflow run or reopen the one with that key."""
     _check_checkpoint_owner(folder, key)
     for path, content in published.inputs.items():
         folder.storage.write(path, content)
+    if published.first_checkpoint is not None and not folder.checkpoints.steps():
+        published.first_checkpoint.copy_to(folder, key)
     run = tracking.run(
         published.name,
         published.kind,
@@ -173,7 +197,7 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
     with ExitStack() as stack:
         display = None
         if shows:
-            total = published.job.reading.epochs * train_plan(published.job, published.dataset).steps_per_epoch
+            total = last_step(published.job, train_plan(published.job, published.dataset).steps_per_epoch)
             display = stack.enter_context(ProgressDisplay(published.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))

@@ -14,8 +14,9 @@ from pipelines import registry
 from pipelines.config import PretrainConfig, from_dict, run_name, to_dict, with_overrides
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.drive import Publish, PublishedJob, drive, manifest_json, newest_picture, read_export
+from pipelines.drivers.extend import ExtendedRun, describe_extension, extension_name, read_finished_run
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, index_dataset
+from pipelines.runs.jobs import PretrainJob, index_dataset, train_plan
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -40,14 +41,21 @@ def pretrain(
     An interrupted run resumes and a finished one repeats its outcome; `fresh` deletes it first. With
     `config.backbone`, the weights of that version are the initial ones; its alias is resolved first, so that a moved
     alias starts another run. `stated` names the fields of `config.model` that replace the version's own, such as
-    "image_px" or "mask.ratio"; None means all. Raises UserError for wrong input, before anything is written, and
-    RunFailed if the worker group fails.
+    "image_px" or "mask.ratio"; None means all. With `config.extend`, which `extension_of` sets, the run continues after
+    the end of that run. Raises UserError for wrong input, before anything is written, and RunFailed if the worker group
+    fails.
     """
+    extended = read_finished_run(config.extend, config.output) if config.extend else None
     uri, manifest = open_dataset(config.data.uri)
     tracking = registry.open_tracking(config.tracking.experiment)
-    config, start = with_starting_weights(config, tracking, stated)
-    config = _on_dataset(config, uri, manifest)
-    published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest, start)
+    if extended is None:
+        config, start = with_starting_weights(config, tracking, stated)
+        config = _on_dataset(config, uri, manifest)
+        published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest, start)
+    else:
+        extended.check(config, manifest)
+        config = dataclasses.replace(_on_dataset(config, uri, manifest), extend=extended.folder.storage.uri)
+        published = published_extension(config, extended, manifest, extended.model_version(tracking))
     return drive([published], published.name, tracking, fresh=fresh)[0]
 
 
@@ -158,8 +166,41 @@ def published_pretrain_job(
     )
 
 
-def publisher(config: PretrainConfig, manifest: Manifest, parent: registry.ModelRef | None = None) -> Publish:
-    """Return the function that registers a run's model, as a child of `parent` if given, unless the config opts out."""
+def published_extension(
+    config: PretrainConfig, run: ExtendedRun, manifest: Manifest, parent: registry.ModelRef | None
+) -> PublishedJob:
+    """Return a job to publish that continues after the run's end; `parent` is the version that the run registered.
+
+    Raises UserError if the run has lost its last checkpoint, or if the extension would lie in its folder.
+    """
+    name = extension_name(config, run)
+    folder = open_storage(open_storage(config.output).join(name)).uri
+    job = PretrainJob(folder=folder, config=config, pixels=run.pixels, extended=run.extended())
+    dataset = index_dataset(job, manifest)
+    steps_per_epoch = train_plan(job, dataset).steps_per_epoch
+    summary = describe_extension(config, run)
+    log.info("%s: %s", name, summary)
+    register = publisher(config, manifest, parent, f"; {summary}")
+    added = {"extends": run.folder.storage.uri, "parent": parent.uri if parent else ""}
+    return PublishedJob(
+        name=name,
+        kind="pretrain",
+        job=job,
+        dataset=dataset,
+        publish=lambda mlflow_run, run_folder: added | register(mlflow_run, run_folder),
+        first_checkpoint=run.last_checkpoint(job.first_epoch * steps_per_epoch, steps_per_epoch),
+        backbone=parent,
+        tags=run.tags,
+    )
+
+
+def publisher(
+    config: PretrainConfig, manifest: Manifest, parent: registry.ModelRef | None = None, more: str = ""
+) -> Publish:
+    """Return the function that registers a run's model, as a child of `parent` if given, unless the config opts out.
+
+    `more` is appended to the description of the version.
+    """
 
     def publish(run: registry.Run, folder: RunFolder) -> dict[str, Any]:
         if not config.tracking.register:
@@ -171,7 +212,7 @@ def publisher(config: PretrainConfig, manifest: Manifest, parent: registry.Model
             files,
             config.tracking.name or f"mae-{config.model.arch}",
             parent=parent,
-            description=describe(config, manifest),
+            description=describe(config, manifest) + more,
         )
         return {"model": ref.uri}
 

@@ -49,12 +49,19 @@ class RunFolder:
                 raise UserError(
                     f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; only output, "
                     "name, data.uri, checkpoint, tracking and compute (but for precision) may change on resuming: "
-                    "try another --name, or --fresh to replace it"
+                    f"try another --name, or --fresh to replace it{self._extending_hint(differing)}"
                 )
             return key
         key = uuid.uuid4().hex
         self.storage.write("run.json", json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode())
         return key
+
+    def _extending_hint(self, differing: list[str]) -> str:
+        """Return what to try if other epochs were asked of a finished run; empty otherwise."""
+        asks_epochs = any(name.startswith("config.epochs ") for name in differing)
+        if not asks_epochs or self.read_outcome() is None or (self.read_identity() or {}).get("kind") != "pretrain":
+            return ""
+        return f"; to train on after its end, `mae pretrain --extend {self.storage.uri} --epochs N`"
 
     def read_identity(self) -> dict[str, Any] | None:
         """Return the identity that the folder was claimed with, and the run's id; None if it holds no run."""

@@ -20,6 +20,18 @@ from pipelines.storage import open_storage
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extended:
+    """The finished run after whose end a job continues, from its last checkpoint."""
+
+    run: str
+    """Id of the run, from its run.json."""
+    epochs: int
+    """Epochs trained before, those of runs that it extends included."""
+    end_lr: float
+    """Learning rate at which the run ended, where the job's warm-up starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainJob:
     """Pretraining run, ready for a worker group."""
 
@@ -29,6 +41,8 @@ class PretrainJob:
     pixels: Normalization
     backbone: str = field(default="", metadata=ADDED)
     """URI of a folder with the weights to start from and the config.json that describes them; empty for random ones."""
+    extended: Extended | None = field(default=None, metadata=ADDED)
+    """The run that this one extends. Its last checkpoint is then the first in the job's own folder."""
     kind: Literal["pretrain"] = "pretrain"
 
     @property
@@ -40,6 +54,14 @@ class PretrainJob:
     def reading(self) -> PretrainConfig:
         """The config whose epochs and batches count decoded images."""
         return self.config.reading
+
+    @property
+    def first_epoch(self) -> int:
+        """The job's first epoch, counted in decoded images: 0 unless it extends a run.
+
+        Order, crops and masks are keyed by the epoch, so an extension repeats none of those that the run has used.
+        """
+        return self.extended.epochs // self.config.views_per_image if self.extended else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +97,11 @@ class ClassifyJob:
     def reading(self) -> ClassifyConfig:
         """The config whose epochs and batches count decoded images; for a classifier, its own."""
         return self.config
+
+    @property
+    def first_epoch(self) -> int:
+        """The job's first epoch, always 0: a classifier extends no run."""
+        return 0
 
     @property
     def caches_features(self) -> bool:
@@ -165,9 +192,14 @@ def read_plan(job: Job, dataset: IndexedDataset, split: str) -> EpochPlan:
     )
 
 
+def last_step(job: Job, steps_per_epoch: int) -> int:
+    """Return the number of steps after which training ends, those of the run that the job extends included."""
+    return (job.first_epoch + job.reading.epochs) * steps_per_epoch
+
+
 def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[str]) -> list[Phase]:
     """Return the phases that remain after `first_step` steps; a pure function, so that driver and workers agree."""
-    total = job.reading.epochs * steps_per_epoch
+    total = last_step(job, steps_per_epoch)
     if isinstance(job, PretrainJob):
         return (
             [Phase(kind="train", split="train", first_step=first_step, last_step=total)] if first_step < total else []

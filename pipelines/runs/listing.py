@@ -82,6 +82,8 @@ class RunStatus:
     """Seconds since the driver's last heartbeat."""
     error: str
     """Error that ended a failed run; else empty."""
+    extends: str = ""
+    """The run that this one extends: its path below the listed URI, or its URI; else empty."""
 
 
 def list_runs(uri: str) -> list[RunStatus]:
@@ -129,6 +131,7 @@ def line(status: RunStatus) -> str:
     parts += [f"checkpoint {status.checkpoint}"] if status.checkpoint is not None else ["no checkpoint"]
     parts += [f"loss {status.loss:.4f}"] if status.loss is not None else []
     parts += [status.error] if status.error else []
+    parts += [f"extends {status.extends}"] if status.extends else []
     return ", ".join(parts)
 
 
@@ -145,6 +148,9 @@ def _status(storage: Storage, prefix: str, paths: Sequence[str]) -> RunStatus:
     committed = CheckpointStore(open_storage(storage.join(prefix.rstrip("/")))).steps()
     quiet_s = time.time() - heartbeat["time_s"] if "time_s" in heartbeat else None
     epochs, step = identity.get("config", {}).get("epochs"), newest.get("step")
+    extended = identity.get("job", {}).get("extended")
+    if epochs and extended:
+        epochs += extended["epochs"]
     total = round(step / newest["epoch"] * epochs) if step and epochs and newest.get("epoch") else None
     return RunStatus(
         run=prefix.rstrip("/"),
@@ -156,7 +162,14 @@ def _status(storage: Storage, prefix: str, paths: Sequence[str]) -> RunStatus:
         loss=newest.get("train/loss"),
         quiet_s=None if quiet_s is None else round(quiet_s, 1),
         error=heartbeat.get("error", ""),
+        extends=_extends(storage, prefix) if extended else "",
     )
+
+
+def _extends(storage: Storage, prefix: str) -> str:
+    """Return the run that a run extends: its path below the storage if it lies there, else its URI."""
+    uri = str(_read(storage, f"{prefix}config.json").get("extend", ""))
+    return uri.removeprefix(f"{storage.uri.rstrip('/')}/")
 
 
 def _state(names: set[str], quiet_s: float | None, error: str) -> State:

@@ -50,16 +50,19 @@ class TrainState:
         parallel: nn.Module,
         steps_per_epoch: int,
         ema_decay: float | None = None,
+        first_epoch: int = 0,
+        start_lr: float = 0.0,
     ) -> "TrainState":
         """Build the state before the first step. `parallel` is `model` as `Rank.parallel` returned it.
 
-        With `ema_decay`, an exponential moving average of the weights starts as a copy of the model.
+        With `ema_decay`, an exponential moving average of the weights starts as a copy of the model. The schedule
+        starts at `first_epoch` from `start_lr`, where a run that is extended ended.
         """
         peak = peak_lr(config.optim.base_lr, config.data.batch)
         return cls(
             model=parallel,
             optimizer=build_optimizer(model, config.optim, peak),
-            schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs),
+            schedule=schedule(config.optim, peak, steps_per_epoch, config.epochs, first_epoch, start_lr),
             clip_norm=config.optim.clip_norm,
             ema=None if ema_decay is None else copy.deepcopy(model).requires_grad_(False).eval(),
             ema_decay=ema_decay or 0.0,
@@ -122,13 +125,22 @@ def _load(module: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     module.load_state_dict(tensors)
 
 
-def schedule(optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int) -> Schedule:
-    """Return the learning-rate schedule in steps. This is the only place that converts its epochs to steps."""
+def schedule(
+    optim: OptimConfig, peak: float, steps_per_epoch: int, epochs: int, first_epoch: int = 0, start_lr: float = 0.0
+) -> Schedule:
+    """Return the learning-rate schedule of `epochs` from `first_epoch` on, in steps.
+
+    This is the only place that converts its epochs to steps.
+    """
     return Schedule(
+        shape=optim.schedule,
         peak_lr=peak,
         min_lr=optim.min_lr,
         warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        total_steps=epochs * steps_per_epoch,
+        decay_steps=round(optim.decay_share * epochs * steps_per_epoch),
+        total_steps=(first_epoch + epochs) * steps_per_epoch,
+        first_step=first_epoch * steps_per_epoch,
+        start_lr=start_lr,
     )
 
 

@@ -20,12 +20,12 @@ from pipelines.pictures.figures import reconstruction_rows
 from pipelines.pictures.reconstruct import picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
+from pipelines.runs.jobs import IndexedDataset, PretrainJob, last_step, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.export import backbone_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
-from pipelines.worker.recorder import Recorder
+from pipelines.worker.recorder import Recorder, Stopped
 
 _NUM_IMAGES_DRAWN = 8
 
@@ -38,14 +38,26 @@ def run(
     folder: RunFolder,
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """Pretrain and export the model; return the run's result."""
-    config, reading = job.config, job.reading
+    """Pretrain and export the model; return the run's result.
+
+    Raises Stopped if the job extends a run whose checkpoint is not in the folder.
+    """
+    config, reading, first_epoch = job.config, job.reading, job.first_epoch
+    if job.extended and checkpoint is None:
+        _stop_without_start(rank, folder)
     plan = train_plan(job, dataset)
     mae = build_mae(config.model, config.seed)
     if job.backbone:
         _start_from_backbone(mae, job.backbone)
-    total = reading.epochs * plan.steps_per_epoch
-    state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch)
+    total = last_step(job, plan.steps_per_epoch)
+    state = TrainState.of(
+        reading,
+        mae,
+        rank.parallel(mae),
+        plan.steps_per_epoch,
+        first_epoch=first_epoch,
+        start_lr=job.extended.end_lr if job.extended else 0.0,
+    )
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image)
     warm_up(state, blank.to(rank.device), loss_of)
@@ -53,7 +65,9 @@ def run(
     def save_picture(step: int) -> None:
         _save_picture(job, dataset, mae, folder, step)
 
-    recorder = Recorder.of(reading, state, rank, plan, folder, feed.clock, picture=save_picture)
+    recorder = Recorder.of(
+        reading, state, rank, plan, folder, feed.clock, picture=save_picture, first_epoch=first_epoch
+    )
     if checkpoint:
         recorder.resume(checkpoint)
     train(state, rank, plan, feed, total, loss_of, recorder.after_step)
@@ -62,6 +76,18 @@ def run(
         for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
             folder.storage.write(f"export/{name}", content)
     return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss")}
+
+
+def _stop_without_start(rank: Rank, folder: RunFolder) -> None:
+    """Stop a run that extends another and has lost every checkpoint: it must not start from random weights."""
+    cause = (
+        f"no intact checkpoint in {folder.storage.uri}, not even the first one, which was copied from the extended "
+        "run; rerun the same command to copy it again"
+    )
+    if rank.is_main:
+        folder.mark_stopped(cause)
+    rank.barrier()
+    raise Stopped(cause)
 
 
 def _start_from_backbone(mae: MaskedAutoencoder, uri: str) -> None:

@@ -81,13 +81,14 @@ class Recorder:
         folder: RunFolder,
         clock: Clock,
         picture: Callable[[int], None] | None = None,
+        first_epoch: int = 0,
     ) -> "Recorder":
-        """Build a recorder from the run's config."""
+        """Build a recorder from the run's config; its epochs start at `first_epoch`."""
         return cls(
             state=state,
             rank=rank,
             plan=plan,
-            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, config.epochs),
+            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, first_epoch + config.epochs),
             folder=folder,
             checkpoint=config.checkpoint,
             clock=clock,
