@@ -11,6 +11,8 @@ import pytest
 
 from pipelines.cli import COMMANDS, parse
 from pipelines.cli.completion import options_of
+from pipelines.config import PretrainConfig
+from tests.finished import finished_run
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "examples", "infra", "mae_core", "pipelines", "tests", "tune")
@@ -150,8 +152,14 @@ def test_links_and_anchors_are_found_outside_blocks_only() -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), each(commands))
-def test_a_command_in_a_block_parses(page: Path, line: str) -> None:
+def test_a_command_in_a_block_parses(
+    page: Path, line: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = shlex.split(line.split("|")[0].split(">")[0], comments=True)[1:]
+    if "--extend" in words:
+        # Parsing reads the config of the run that is extended, so there must be one.
+        monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+        finished_run(PretrainConfig(name=Path(words[words.index("--extend") + 1]).name))
     if words[-1] in ("--help", "-h", "--version"):
         with pytest.raises(SystemExit):
             parse(words)

@@ -84,10 +84,13 @@ def options_for(config: Any, default: Any) -> list[str]:
         if value == base[name]:
             continue
         *parents, last = name.replace("_", "-").split(".")
+        flag = "--" + ".".join([*parents, f"no-{last}" if value is False else last])
         if isinstance(value, bool):
-            words.append("--" + ".".join([*parents, last if value else f"no-{last}"]))
+            words.append(flag)
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
         else:
-            words += ["--" + ".".join([*parents, last]), *map(str, value if isinstance(value, list) else [value])]
+            words.append(f"{flag}={value}")  # In one word, since the value may begin with a dash.
     return words
 
 

@@ -130,7 +130,7 @@ def read_finished_run(run: str, output: str) -> ExtendedRun:
     if identity is None or identity.get("kind") != "pretrain":
         raise UserError(
             f"{run!r} is neither the folder of a pretraining run nor the name of one under {open_storage(output).uri}; "
-            "`mae runs` lists those of a folder"
+            "try one that `mae runs` lists there"
         )
     config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
     uri = folder.storage.uri
@@ -187,7 +187,7 @@ def command_of(config: PretrainConfig) -> str:
     """Return a `mae pretrain` command line that has this config. Raises UserError if it extends a run that is gone."""
     words = ["mae", "pretrain"]
     if config.extend:
-        words += ["--extend", config.extend, "--epochs", str(config.epochs)]
+        words += [f"--extend={config.extend}", f"--epochs={config.epochs}"]
         default = extension_of(config.extend, {"epochs": config.epochs})
     else:
         default = PretrainConfig()
@@ -211,7 +211,8 @@ def describe_extension(config: PretrainConfig, run: ExtendedRun) -> str:
     """Describe in one line what is added to the run, and at what learning rates."""
     optim, end_lr = config.optim, run.extended().end_lr
     peak = peak_lr(optim.base_lr, config.data.batch)
-    parts = [f"{optim.warmup_epochs:g} epochs of warm-up from {end_lr:.3g} to {peak:.3g}"]
+    warmup = f"in {optim.warmup_epochs:g} epochs" if optim.warmup_epochs else "at once"
+    parts = [f"from {end_lr:.3g} to {peak:.3g} {warmup}"]
     if optim.schedule == "cosine":
         kind, parts = "warm restart", [*parts, f"a cosine to {optim.min_lr:.3g}"]
     else:

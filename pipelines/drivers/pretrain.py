@@ -45,15 +45,16 @@ def pretrain(
     the end of that run. Raises UserError for wrong input, before anything is written, and RunFailed if the worker group
     fails.
     """
-    extended = read_finished_run(config.extend, config.output) if config.extend else None
     uri, manifest = open_dataset(config.data.uri)
+    extended = read_finished_run(config.extend, config.output) if config.extend else None
+    if extended is not None:
+        extended.check(config, manifest)
     tracking = registry.open_tracking(config.tracking.experiment)
     if extended is None:
         config, start = with_starting_weights(config, tracking, stated)
         config = _on_dataset(config, uri, manifest)
         published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest, start)
     else:
-        extended.check(config, manifest)
         config = dataclasses.replace(_on_dataset(config, uri, manifest), extend=extended.folder.storage.uri)
         published = published_extension(config, extended, manifest, extended.model_version(tracking))
     return drive([published], published.name, tracking, fresh=fresh)[0]

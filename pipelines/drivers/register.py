@@ -34,14 +34,13 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     manifest = read_manifest(open_storage(folder.storage.join("dataset")))
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
-    provenance = _provenance(folder)
-    tags = {"mae.step": str(step), **provenance.licence_tags}
+    tags = {"mae.step": str(step), **_provenance(folder).licence_tags}
     tracking = registry.open_tracking(config.experiment or run_config.tracking.experiment)
     run = tracking.find_run(values["id"])
     if run is not None:
-        if provenance.parent:
-            tags[registry.PARENT_TAG] = provenance.parent
-        ref = registry.register_backbone(run, files, name, tags=tags)
+        # What the run started from is its parent, whose licence and origin are those of every checkpoint.
+        parent = tracking.resolve(run.backbone) if run.backbone else None
+        ref = registry.register_backbone(run, files, name, parent=parent, tags=tags)
         return {"model": ref.uri, "step": step, "run_id": run.id}
     # This MLflow server does not know the run, for example because it was trained at another site.
     run = tracking.run(

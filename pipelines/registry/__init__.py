@@ -10,12 +10,11 @@ from pipelines.registry.points import Point
 from pipelines.registry.provenance import PROVENANCE, Provenance
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
-from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, PARENT_TAG, ModelRef, Step, sha256_of
+from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, ModelRef, Step, sha256_of
 
 __all__ = [
     "LICENCE_TAG",
     "ORIGIN_TAG",
-    "PARENT_TAG",
     "PROVENANCE",
     "Kind",
     "ModelFiles",

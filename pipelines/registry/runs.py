@@ -27,6 +27,8 @@ Context = Literal["training", "evaluation"]
 """What a run uses its dataset for; MLflow's term."""
 End = Literal["FINISHED", "FAILED", "KILLED"]
 
+BACKBONE_TAG = "mae.backbone"
+
 _MAX_KEY, _MAX_VALUE, _PARAMS_PER_REQUEST = 250, 6000, 100
 _MAX_DIGEST = 36
 _SAMPLE_EVERY_S = 10.0
@@ -64,6 +66,11 @@ class Run:
         data = retry(lambda: self.client.get_run(self.id), "the run").data
         return dict(data.params), dict(data.metrics)
 
+    @property
+    def backbone(self) -> str:
+        """Model version that the run started from, as `log_model_input` recorded it; empty if there is none."""
+        return retry(lambda: self.client.get_run(self.id), "the run").data.tags.get(BACKBONE_TAG, "")
+
     def log_points(self, points: Sequence[Point | tuple[str, float, int, int]]) -> None:
         """Queue points (key, value, step, time in ms), each to be stored once, and return at once."""
         self._points.add([Point(*point) for point in points])
@@ -88,7 +95,7 @@ class Run:
         target = None if str(inside) == "." else str(inside)
         retry(lambda: self.client.log_artifact(self.id, str(path), target), path.name)
 
-    def log_model_input(self, ref: ModelRef, tag: str = "mae.backbone") -> None:
+    def log_model_input(self, ref: ModelRef, tag: str = BACKBONE_TAG) -> None:
         """Record which model version the run started from, or used, also as a tag."""
         from mlflow.entities import LoggedModelInput
 

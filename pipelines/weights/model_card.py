@@ -15,7 +15,7 @@ from pipelines.weights.tensor_formats import Written
 log = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
-_PRIVATE = ("output", "name", "source", "data.uri", "checkpoint.", "tracking.", "compute.")
+_PRIVATE = ("output", "name", "source", "extend", "data.uri", "checkpoint.", "tracking.", "compute.")
 """Parameters of a run that say where it ran, not what it computed."""
 _WORTH = ("train/", "val/", "test/")
 """Metrics that say what the model is worth, and not how the run went."""

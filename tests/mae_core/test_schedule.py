@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,62 @@ def test_the_rate_rises_linearly_to_its_peak_and_falls_in_half_a_cosine_to_its_m
     assert rates[: warmup + 1] == pytest.approx([peak * step / max(1, warmup) for step in range(warmup)] + [peak])
     assert all(high >= low - 1e-12 for high, low in zip(rates[warmup:], rates[warmup + 1 :]))
     assert rates[warmup + cosine // 2] + rates[warmup + cosine - cosine // 2] == pytest.approx(peak * (1 + share))
+
+
+def constant(**changes):
+    values = {"peak_lr": 4.0, "min_lr": 1.0, "warmup_steps": 4, "total_steps": 20, "decay_steps": 4}
+    return Schedule(shape="constant", **(values | changes))
+
+
+def test_a_constant_rate_is_warmed_up_held_and_decayed_as_1_minus_sqrt():
+    rates = [constant().lr(step) for step in range(21)]
+    assert rates[:5] == [0, 1, 2, 3, 4]
+    assert rates[4:17] == [4] * 13
+    assert rates[17:] == pytest.approx([1 + 3 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3, 4)])
+    assert rates[18] == pytest.approx(1.8786796564)
+    assert rates[20] == 1
+
+
+def test_without_a_decay_a_constant_rate_ends_at_its_peak():
+    assert [constant(decay_steps=0).lr(step) for step in (4, 19, 20)] == [4, 4, 4]
+
+
+def test_a_decay_may_be_all_that_follows_the_warm_up():
+    rates = [constant(decay_steps=16).lr(step) for step in range(21)]
+    assert rates[4] == 4
+    assert all(high > low for high, low in pairwise(rates[4:]))
+    assert rates[20] == 1
+
+
+@given(
+    shape=st.sampled_from(["cosine", "constant"]),
+    first=st.integers(1, 1000),
+    warmup=st.integers(0, 20),
+    rest=st.integers(1, 50),
+    decay=st.integers(0, 20),
+)
+def test_a_schedule_after_another_run_is_the_same_one_moved(shape, first, warmup, rest, decay):
+    values = {"shape": shape, "peak_lr": 0.1, "min_lr": 1e-3, "warmup_steps": warmup, "decay_steps": min(decay, rest)}
+    own = Schedule(**values, total_steps=warmup + rest)
+    moved = Schedule(**values, total_steps=first + warmup + rest, first_step=first)
+    assert [moved.lr(first + step) for step in range(warmup + rest + 1)] == [
+        own.lr(step) for step in range(warmup + rest + 1)
+    ]
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0, 4.0, 8.0])
+def test_the_warm_up_after_another_run_starts_at_the_rate_at_which_it_ended(start):
+    moved = constant(first_step=100, total_steps=120, start_lr=start)
+    assert [moved.lr(100 + step) for step in range(5)] == [
+        start + (4 - start) * share for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+
+
+def test_a_constant_rate_without_a_decay_is_the_beginning_of_a_longer_run():
+    short, whole = constant(total_steps=10, decay_steps=0), constant(total_steps=30)
+    rest = constant(total_steps=30, first_step=10, warmup_steps=0, start_lr=short.lr(10))
+    rates = [short.lr(step) for step in range(10)] + [rest.lr(step) for step in range(10, 31)]
+    assert rates == [whole.lr(step) for step in range(31)]
 
 
 def test_the_papers_rate_for_pretraining():

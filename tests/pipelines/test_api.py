@@ -10,12 +10,13 @@ import pipelines
 
 
 def test_the_public_functions_are_those_behind_the_commands() -> None:
-    from pipelines import finetune, pretrain, probe
-    from pipelines.drivers import classify
+    from pipelines import extension_of, finetune, pretrain, probe
+    from pipelines.drivers import classify, extend
     from pipelines.drivers import pretrain as pretraining
 
     assert (finetune, probe, pretrain) == (classify.finetune, classify.probe, pretraining.pretrain)
-    assert pipelines.__all__ == ["finetune", "pretrain", "probe"]
+    assert extension_of is extend.extension_of
+    assert pipelines.__all__ == ["extension_of", "finetune", "pretrain", "probe"]
     assert set(pipelines.__all__) <= set(dir(pipelines))
 
 
@@ -23,7 +24,7 @@ def test_the_public_functions_are_those_behind_the_commands() -> None:
 def test_a_public_function_takes_a_config_and_documents_itself(name: str) -> None:
     function = getattr(pipelines, name)
     required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    assert required == ["config"]
+    assert required == (["run", "overrides"] if name == "extension_of" else ["config"])
     assert function.__doc__
 
 

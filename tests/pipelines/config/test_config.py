@@ -26,6 +26,7 @@ from pipelines.config import (
     from_dict,
     identity,
     load_preset,
+    options_for,
     parse_space,
     run_name,
     to_dict,
@@ -89,6 +90,14 @@ def test_a_share_and_a_count_of_labels_exclude_each_other() -> None:
 @given(pretrain_configs())
 def test_a_config_survives_yaml(config: PretrainConfig) -> None:
     assert from_dict(PretrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@settings(deadline=None, max_examples=20)
+@given(pretrain_configs())
+def test_a_config_survives_its_command_line(config: PretrainConfig) -> None:
+    from pipelines.cli import parse
+
+    assert parse(["pretrain", *options_for(config, PretrainConfig())]).config == config
 
 
 @pytest.mark.parametrize("config", [PrepareConfig(), PretrainConfig(), ClassifyConfig(), PROBE, SweepConfig()])
@@ -183,6 +192,30 @@ def test_an_added_field_is_part_of_the_identity_unless_it_has_its_default() -> N
     base = PretrainConfig()
     assert "norm_eps" not in identity(base)["model"]
     assert identity(with_overrides(base, {"model.norm_eps": 1e-12}))["model"]["norm_eps"] == 1e-12
+
+
+def test_the_schedule_is_part_of_the_identity_and_the_path_of_an_extended_run_is_not() -> None:
+    base = with_overrides(PretrainConfig(), {"extend": "runs/a"})
+    assert config_hash(base, "d") == config_hash(with_overrides(base, {"extend": "s3://bucket/a"}), "d")
+    assert config_hash(base, "d", "run") != config_hash(base, "d", "other")
+    assert config_hash(base, "d") != config_hash(with_overrides(base, {"optim.schedule": "constant"}), "d")
+
+
+@pytest.mark.parametrize("cls", [PretrainConfig, ClassifyConfig])
+def test_a_constant_rate_has_room_for_warm_up_and_decay(cls: type) -> None:
+    fitting = {"epochs": 10, "optim": {"schedule": "constant", "warmup_epochs": 8.0, "decay_share": 0.2}}
+    assert from_dict(cls, fitting).optim.decay_share == 0.2
+    with pytest.raises(UserError, match=r"warmup_epochs 9 and optim.decay_share 0.2 overlap in 10 epochs.*share 0\.1$"):
+        from_dict(cls, {**fitting, "optim": {**fitting["optim"], "warmup_epochs": 9.0}})
+    with pytest.raises(UserError, match=r"decay_share 1.5 is outside \[0, 1\]; try 0.2"):
+        OptimConfig(decay_share=1.5)
+
+
+def test_an_extension_takes_no_model_version_and_a_sweep_extends_nothing() -> None:
+    with pytest.raises(UserError, match=r"extend 'runs/a' and backbone 'models:/m/1' exclude each other"):
+        PretrainConfig(extend="runs/a", backbone="models:/m/1")
+    with pytest.raises(UserError, match=r"pretrain.extend 'runs/a' is for `mae pretrain`.*leave it out"):
+        SweepConfig(pretrain=PretrainConfig(extend="runs/a"))
 
 
 def test_a_runs_identity_is_what_decides_its_result() -> None:
