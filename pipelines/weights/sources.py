@@ -116,12 +116,12 @@ def _from_timm_folder(storage: Storage, name: str, config: dict[str, Any], scrat
     """Read a folder as timm's hub has it. Raises UserError without model.safetensors, or if it is no plain ViT."""
     if not storage.exists("model.safetensors"):
         raise UserError(f"{storage.uri} has timm's config.json but no model.safetensors; fetch the folder again")
+    hints, pretrained = _hints_of_config(config, storage.uri), config.get("pretrained_cfg", {})
     path = _local(storage, "model.safetensors", scratch)
-    pretrained = config.get("pretrained_cfg", {})
     return ForeignWeights(
         name=name,
         checkpoint=read_checkpoint(path),
-        hints=_hints_of_config(config, storage.uri),
+        hints=hints,
         normalization=_mean_and_std(pretrained),
         licence=pretrained.get("license") or "",
         provenance=_provenance(storage, [path]),
