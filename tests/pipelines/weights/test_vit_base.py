@@ -99,7 +99,7 @@ def test_a_reference_checkpoint_is_pretrained_further_evaluated_and_exported_to_
     )
     result = evaluate(EvaluateConfig(model=classifier["model"], data=data.uri, split="test", batch=4), "evaluation")
     assert result["num_images"] == 4
-    assert result["top1"] == pytest.approx(classifier["top1"])
+    assert result["metrics"]["top1"]["value"] == pytest.approx(classifier["top1"])
 
     ours = model_tensors(mae)
     for naming in ("timm", "transformers", "onnx", "torch"):
