@@ -47,6 +47,6 @@ def fit_linear_probe(
         return loss
 
     solver.step(closure)
-    head.head.weight.copy_(weight)
-    head.head.bias.copy_(bias)
+    head.head.weight.copy_(weight.detach())
+    head.head.bias.copy_(bias.detach())
     return head

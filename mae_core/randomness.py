@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     INIT = 11
     SUBSET = 12
     PREDICT = 13
+    EVALUATE = 14
 
 
 def hash64_numpy(seed: int, purpose: Purpose, *counters: Int[np.ndarray, "..."] | int) -> UInt64[np.ndarray, "..."]:

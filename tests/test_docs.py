@@ -114,7 +114,7 @@ def options(text: str) -> list[str]:
 
 def settings(text: str) -> list[str]:
     """Fields of the configs, written as `compute.max_failures`."""
-    sections = "augment|checkpoint|compute|data|model|optim|tracking"
+    sections = "augment|checkpoint|compute|data|evaluate|model|optim|tracking"
     found = [span for span in spans(text) if re.fullmatch(rf"(?:{sections})(?:\.[a-z_]+)+", span)]
     return [span for span in found if not span.endswith((".safetensors", ".pth", ".onnx"))]
 

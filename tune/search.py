@@ -18,7 +18,7 @@ from pipelines.config import to_dict
 from pipelines.drivers.drive import claim
 from pipelines.registry import Point
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.followers import MetricFollower, PictureFollower
+from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from tune.space import describe
 from tune.trial import MEASURES, Trial, run
 
@@ -162,7 +162,10 @@ class Children:
         for name, prefix in _PREFIXES.items():
             storage = RunFolder(trial.jobs[name].folder).storage
             following.enter_context(MetricFollower(storage, Prefixed(child, prefix)))
-        following.enter_context(PictureFollower(RunFolder(trial.pretrain.folder).storage, child))
+        storage = RunFolder(trial.pretrain.folder).storage
+        following.enter_context(PictureFollower(storage, child))
+        if config.evaluate.every_epochs:
+            following.enter_context(EvaluationFollower(storage, Prefixed(child, _PREFIXES["pretrain"])))
         self._open[trial.key] = child, following
         log.info("trial %s: %s", self._place(trial), describe(trial.point))
 

@@ -32,7 +32,7 @@ def points(config: SweepConfig) -> list[Point]:
         if key in first:
             raise UserError(
                 f"space points {describe(first[key])} and {describe(point)} are the same trial; remove one (names, "
-                "outputs, tracking, checkpoints and workers change no result)"
+                "outputs, tracking, checkpoints, evaluations and workers change no result)"
             )
         first[key] = point
     return found

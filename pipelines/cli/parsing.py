@@ -210,7 +210,7 @@ def _describe(name: str, target: type) -> str:
     if name in _STARTING:
         lines.append("  --fresh: start again instead of resuming a run or printing the result of a finished one.")
     if target in (PretrainConfig, ClassifyConfig, SweepConfig):
-        lines.append("  Only output, name, data.uri, checkpoint, tracking and compute (except compute.precision)")
+        lines.append("  Only output, name, data.uri, checkpoint, tracking, evaluate and compute (not its precision)")
         lines.append("  may change on resuming; a change of any other field makes it another run.")
     lines.append("  --json: print the result to stdout as one JSON object.")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
 from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
-from pipelines.config.evaluating import EvaluateConfig, LookConfig, SegmentConfig
+from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -49,6 +49,7 @@ __all__ = [
     "InspectConfig",
     "LookConfig",
     "NeighboursConfig",
+    "PeriodicEvaluationConfig",
     "PrepareConfig",
     "PretrainConfig",
     "ReconstructConfig",

@@ -1,8 +1,43 @@
-"""Options of the commands that measure what a model is worth, and of those that show what it sees."""
+"""Options of what measures a model's worth, as a command or while it is trained, and of what shows what it sees."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mae_core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodicEvaluationConfig:
+    """What the encoder is worth while it is pretrained: a linear probe and RankMe on fixed images, beside training."""
+
+    every_epochs: int = 0
+    """Epochs between two evaluations, of which the last step has one too; 0 for none. Training does not wait for them:
+    if one lasts longer than this, the newest weights wait for it and those between are skipped."""
+    images: int = 2000
+    """Labelled training images on which the probe is fitted, as many of each class, chosen by the seed; at most as many
+    held-out ones test it. They are of val or, without it, training images on which no probe is fitted."""
+    pool: Literal["avg", "token"] = "avg"
+    """avg: the mean of the patch tokens; token: the class token."""
+    knn: bool = False
+    """Also classify by the 20 nearest images. It says little of MAE: a ViT-B after 100 epochs has 11.2 % by kNN, 46.0 %
+    by a linear probe and 81.3 % fine-tuned."""
+    threads: int = 1
+    """CPU threads of an evaluation, which runs at the lowest priority on the node of rank 0."""
+    gpu: bool = False
+    """Evaluate on a GPU of the cluster that no worker holds, and wait until there is one."""
+    wait_s: float = 600.0
+    """Seconds for which a trained run waits for its last evaluation; then it ends without it."""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 0:
+            raise UserError(f"every_epochs {self.every_epochs} is negative; try 10, or 0 for no evaluation")
+        if self.images < 2:
+            raise UserError(f"images {self.images} is below 2; try 2000")
+        if self.threads < 1:
+            raise UserError(f"threads {self.threads} is below 1; try 1")
+        if not 0 <= self.wait_s < math.inf:
+            raise UserError(f"wait_s {self.wait_s:g} is not a number of seconds from 0 up; try 600")
 
 
 @dataclass(frozen=True, kw_only=True)

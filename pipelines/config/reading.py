@@ -123,7 +123,7 @@ def identity(config: Any) -> dict[str, Any]:
     """
     values = without_added_defaults(config)
     for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
-        for key in ("name", "output", "tracking", "checkpoint", "extend"):
+        for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend"):
             part.pop(key, None)
         if "compute" in part:
             part["precision"] = part.pop("compute")["precision"]

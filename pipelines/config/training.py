@@ -8,6 +8,7 @@ from typing import Literal
 from mae_core.config import ADDED, AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
 from mae_core.errors import UserError
 from pipelines.config.data import DataConfig
+from pipelines.config.evaluating import PeriodicEvaluationConfig
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 
 
@@ -71,6 +72,8 @@ class PretrainConfig:
     """Checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
+    evaluate: PeriodicEvaluationConfig = field(default_factory=PeriodicEvaluationConfig, metadata=ADDED)
+    """Evaluation while pretraining."""
 
     def __post_init__(self) -> None:
         _check_epochs(self.epochs, self.optim)
@@ -125,6 +128,7 @@ class PretrainConfig:
             tracking=replace(
                 self.tracking, pictures_every_epochs=max(1, round(self.tracking.pictures_every_epochs / views))
             ),
+            evaluate=replace(self.evaluate, every_epochs=-(-self.evaluate.every_epochs // views)),
         )
 
 

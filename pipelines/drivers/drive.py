@@ -11,12 +11,12 @@ from typing import Any
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
-from pipelines.config import identity, to_dict, without_added_defaults
+from pipelines.config import PretrainConfig, identity, to_dict, without_added_defaults
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
 from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.followers import MetricFollower, PictureFollower
+from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from pipelines.runs.jobs import IndexedDataset, Job, last_step, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
@@ -27,6 +27,7 @@ _GOODPUT_WORDS = {
     "steps": "in steps",
     "data": "waiting for data",
     "checkpoint": "waiting for checkpoints",
+    "evaluation": "copying weights for evaluations",
     "recovery": "in recovery",
     "other": "starting, evaluating and drawing",
 }
@@ -201,6 +202,9 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
             display = stack.enter_context(ProgressDisplay(published.name, total))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))
+        config = published.job.config
+        if isinstance(config, PretrainConfig) and config.evaluate.every_epochs:
+            stack.enter_context(EvaluationFollower(folder.storage, run))
         yield
 
 
@@ -211,7 +215,8 @@ def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> No
     added, result = published.publish(run, folder), folder.read_result() or {}
     run.finish("FINISHED")
     if shares := result.get("goodput"):
-        parts = ", ".join(f"{share:.1%} {_GOODPUT_WORDS[kind]}" for kind, share in shares.items())
+        shown = {kind: share for kind, share in shares.items() if share or kind != "evaluation"}
+        parts = ", ".join(f"{share:.1%} {_GOODPUT_WORDS[kind]}" for kind, share in shown.items())
         log.info("%s: share of wall-clock time: %s", published.name, parts)
     folder.mark_published({"run": published.name, "run_id": run.id, "folder": published.job.folder, **result, **added})
 

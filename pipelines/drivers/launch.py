@@ -15,7 +15,7 @@ from pipelines.errors import CommandFailed
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedJob, Job, remaining_segments, with_workers
+from pipelines.runs.jobs import IndexedJob, Job, PretrainJob, remaining_segments, with_workers
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> No
     run, compute = uuid4().hex, jobs[0].config.compute
     # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
-    # While rank 0 retries a checkpoint, it still answers, but the others wait for it in a collective: allow both times.
-    joining_s = compute.stall_s + max(job.config.checkpoint.patience_s for job in jobs)
+    # While rank 0 retries a checkpoint or waits for the last evaluation, it still answers, but the others wait for it
+    # in a collective: allow all these times.
+    joining_s = compute.stall_s + max(map(_longest_wait_s, jobs))
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
@@ -92,6 +93,14 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> No
             ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
+
+
+def _longest_wait_s(job: Job) -> float:
+    """Return the seconds for which rank 0 may keep the others waiting although nothing is wrong with it."""
+    wait_s = job.config.checkpoint.patience_s
+    if isinstance(job, PretrainJob) and job.config.evaluate.every_epochs:
+        wait_s += job.config.evaluate.wait_s
+    return wait_s
 
 
 def _work(config: dict[str, Any]) -> None:

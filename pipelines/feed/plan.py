@@ -82,21 +82,17 @@ class Index:
 
         Reads the label column of every shard. Raises UserError if a class has fewer.
         """
-        return self.only(choose_per_class(*self._labels(storage), per_class, seed=seed))
+        return self.only(choose_per_class(*self.labels(storage), per_class, seed=seed))
 
     def take_share(self, storage: Storage, share: float, *, seed: int) -> "Index":
         """Restrict the index to a share of every class, at least one sample of each, chosen by the seed.
 
         Reads the label column of every shard. Raises UserError if there are no labels.
         """
-        return self.only(choose_share(*self._labels(storage), share, seed=seed))
+        return self.only(choose_share(*self.labels(storage), share, seed=seed))
 
-    def _bounds(self, ids: Ids) -> Ids:
-        assert self.selected is not None
-        return np.searchsorted(self.selected, ids).astype(np.int64)
-
-    def _labels(self, storage: Storage) -> tuple[Ids, Ids]:
-        """Read the sample ids and labels of all rows."""
+    def labels(self, storage: Storage) -> tuple[Ids, Ids]:
+        """Read the sample ids and labels of all rows, row group by row group; a row without a label has -1."""
         import pyarrow.parquet as pq
 
         labels = []
@@ -105,6 +101,10 @@ class Index:
             labels.append(column.fill_null(PLACEHOLDER).to_numpy().astype(np.int64))
         ids = np.concatenate([first + np.arange(rows) for first, rows in zip(self.first_id, self.num_rows)])
         return ids, np.concatenate(labels)
+
+    def _bounds(self, ids: Ids) -> Ids:
+        assert self.selected is not None
+        return np.searchsorted(self.selected, ids).astype(np.int64)
 
 
 def choose_per_class(ids: Ids, labels: Ids, per_class: int, *, seed: int) -> Ids:

@@ -7,7 +7,7 @@
                      stopped (stopped.json)
 
 Every state is a file, so that whoever opens the folder later reads it there. `claim` writes run.json. While the run is
-claimed, its workers write checkpoints/, metrics/, pictures/ and export/, and these notes about themselves:
+claimed, its workers write checkpoints/, metrics/, evaluations/, pictures/ and export/, and notes about themselves:
 
 - failures/: why a worker group ended early, one file each.
 - restart.json: the driver must launch the group again, which counts as no failure.
@@ -48,8 +48,8 @@ class RunFolder:
             if differing:
                 raise UserError(
                     f"run folder {self.storage.uri} holds a run with another {', '.join(differing)}; only output, "
-                    "name, data.uri, checkpoint, tracking and compute (but for precision) may change on resuming: "
-                    f"try another --name, or --fresh to replace it{self._extending_hint(differing)}"
+                    "name, data.uri, checkpoint, tracking, evaluate and compute (but for precision) may change on "
+                    f"resuming: try another --name, or --fresh to replace it{self._extending_hint(differing)}"
                 )
             return key
         key = uuid.uuid4().hex

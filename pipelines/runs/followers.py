@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol, Self
 
 from pipelines.registry.points import Point
-from pipelines.runs.metrics import read_points
+from pipelines.runs.metrics import Evaluations, read_points
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
@@ -139,6 +139,15 @@ class MetricFollower(Follower):
             self._sink.log_points(new)
             if self._display is not None:
                 self._display.show(new)
+
+
+class EvaluationFollower(MetricFollower):
+    """Deliver the evaluations of an encoder while it is pretrained, which are few and may come late."""
+
+    what = "evaluations"
+
+    def __init__(self, storage: Storage, sink: MetricSink) -> None:
+        super().__init__(storage, sink, prefix=Evaluations.PREFIX, poll_every_s=5 * _POLL_EVERY_S)
 
 
 class PictureSink(Protocol):

@@ -1,4 +1,4 @@
-"""Rank 0's metrics as objects in the run folder: how they are written and read.
+"""Rank 0's metrics, and evaluations while pretraining, as objects in the run folder: how they are written and read.
 
 `pipelines.runs.followers` delivers them to MLflow from the driver, so that workers depend on the storage alone.
 """
@@ -40,8 +40,7 @@ class MetricSpool:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the values of a step for the writing thread; return at once even if the storage does not respond."""
-        point = {"step": step, "time_ms": int(time.time() * 1000), "values": {k: float(v) for k, v in values.items()}}
-        line = json.dumps(point).encode() + b"\n"
+        line = _line(step, values)
         name = f"{self._prefix}/{step:012d}.jsonl"
         with self._buffers:
             if self._lines and sum(map(len, self._lines)) + len(line) > _OBJECT_BYTES and name != self._name:
@@ -82,6 +81,36 @@ class MetricSpool:
                 self.flush()
             except OSError as error:
                 log.warning("metrics could not be written, retrying in %g s: %s", _FLUSH_EVERY_S, error)
+
+
+class Evaluations:
+    """The evaluations of an encoder while it is pretrained: one object per step in evaluations/, never replaced."""
+
+    PREFIX = "evaluations"
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def add(self, step: int, values: Mapping[str, float]) -> bool:
+        """Write the values of a step; return False, and change nothing, if it has some already."""
+        return self._storage.write_new(self._path(step), _line(step, values))
+
+    def steps(self) -> list[int]:
+        """Return the steps that have been evaluated, ascending."""
+        return [int(path[-18:-6]) for path, _ in self._storage.list(self.PREFIX, suffix=".jsonl")]
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return the values of a step that has been evaluated."""
+        path = self._path(step)
+        return {point.key: point.value for point in read_points(self._storage.read(path), path)}
+
+    def _path(self, step: int) -> str:
+        return f"{self.PREFIX}/{step:012d}.jsonl"
+
+
+def _line(step: int, values: Mapping[str, float]) -> bytes:
+    point = {"step": step, "time_ms": int(time.time() * 1000), "values": {k: float(v) for k, v in values.items()}}
+    return json.dumps(point).encode() + b"\n"
 
 
 def read_points(content: bytes, path: str) -> Iterator[Point]:

@@ -1,4 +1,4 @@
-"""Goodput: shares of a run's wall-clock time in steps, data waits, checkpoint waits, recovery and the rest."""
+"""Goodput: shares of a run's wall-clock time in steps, in waits of four kinds, in recovery and in the rest."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["steps", "data", "checkpoint", "recovery", "other"]
-KINDS: tuple[Kind, ...] = ("steps", "data", "checkpoint", "recovery", "other")
+Kind = Literal["steps", "data", "checkpoint", "evaluation", "recovery", "other"]
+KINDS: tuple[Kind, ...] = ("steps", "data", "checkpoint", "evaluation", "recovery", "other")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,10 +92,10 @@ class TrainState:
     def snapshot(self) -> Tensors:
         """Copy everything that a checkpoint saves to CPU memory."""
         found = {
-            "model": _copied(model_tensors(unwrapped(self.model))),
-            "optimizer": _copied(optimizer_tensors(self.optimizer, unwrapped(self.model))),
+            "model": copied(model_tensors(unwrapped(self.model))),
+            "optimizer": copied(optimizer_tensors(self.optimizer, unwrapped(self.model))),
         }
-        return found if self.ema is None else found | {"ema": _copied(model_tensors(self.ema))}
+        return found if self.ema is None else found | {"ema": copied(model_tensors(self.ema))}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore the state of the checkpoint, bit for bit. Raises UserError if it is a checkpoint of another model."""
@@ -106,7 +106,8 @@ class TrainState:
         self.step = checkpoint.step
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to CPU memory."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Loss and throughput between two log points, and the steps at which to log, save and draw."""
+"""Loss and throughput between two log points, and the steps at which to log, save, draw and evaluate."""
 
 import time
 from dataclasses import dataclass
@@ -13,20 +13,30 @@ from pipelines.worker.rank import Rank
 
 @dataclass(frozen=True)
 class Due:
-    """Steps after which to log, save and draw. This is the only place that converts these intervals to steps."""
+    """Steps after which to log, save, draw and evaluate. Only here are these intervals converted to steps."""
 
     log_every: int
     save_every: int
     picture_every: int
     last: int
+    evaluate_every: int = 0
+    """0 for no evaluation."""
 
     @classmethod
-    def of(cls, checkpoint: CheckpointConfig, tracking: TrackingConfig, steps_per_epoch: int, epochs: int) -> "Due":
+    def of(
+        cls,
+        checkpoint: CheckpointConfig,
+        tracking: TrackingConfig,
+        steps_per_epoch: int,
+        epochs: int,
+        evaluate_every_epochs: int = 0,
+    ) -> "Due":
         return cls(
             log_every=tracking.log_every_steps,
             save_every=max(1, round(checkpoint.every_epochs * steps_per_epoch)),
             picture_every=tracking.pictures_every_epochs * steps_per_epoch,
             last=epochs * steps_per_epoch,
+            evaluate_every=evaluate_every_epochs * steps_per_epoch,
         )
 
     def log(self, step: int) -> bool:
@@ -37,6 +47,15 @@ class Due:
 
     def picture(self, step: int) -> bool:
         return step % self.picture_every == 0 or step == self.last
+
+    def evaluate(self, step: int) -> bool:
+        return self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step == self.last)
+
+    def num_evaluations(self, first: int = 0) -> int:
+        """Count the steps to evaluate up to the last one, from `first` on if the run extends another."""
+        if not self.evaluate_every:
+            return 0
+        return -(-self.last // self.evaluate_every) - -(-first // self.evaluate_every) + (first > 0)
 
 
 def retention(checkpoint: CheckpointConfig, steps_per_epoch: int) -> Retention:

@@ -1,6 +1,7 @@
 """Pretraining on one rank."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import pretrain_loss
 from mae_core.transfer import start_from
 from pipelines.config import from_dict
+from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
 from pipelines.pictures.reconstruct import picture_block, split_images
@@ -22,10 +24,11 @@ from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, PretrainJob, last_step, train_plan
 from pipelines.storage import open_storage
+from pipelines.worker.evaluations import EvaluationActor, EvaluationQueue
 from pipelines.worker.export import backbone_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
-from pipelines.worker.recorder import Recorder, Stopped
+from pipelines.worker.recorder import Recorder, Stopped, due_of
 
 _NUM_IMAGES_DRAWN = 8
 
@@ -65,17 +68,38 @@ def run(
     def save_picture(step: int) -> None:
         _save_picture(job, dataset, mae, folder, step)
 
-    recorder = Recorder.of(
-        reading, state, rank, plan, folder, feed.clock, picture=save_picture, first_epoch=first_epoch
+    evaluations = _evaluations(job, dataset, plan, folder) if rank.is_main and reading.evaluate.every_epochs else None
+    with evaluations or nullcontext():
+        recorder = Recorder.of(
+            reading,
+            state,
+            rank,
+            plan,
+            folder,
+            feed.clock,
+            picture=save_picture,
+            evaluations=evaluations,
+            first_epoch=first_epoch,
+        )
+        if checkpoint:
+            recorder.resume(checkpoint)
+        train(state, rank, plan, feed, total, loss_of, recorder.after_step)
+        recorder.finish()
+        if rank.is_main:
+            for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
+                folder.storage.write(f"export/{name}", content)
+        found = {"evaluation": evaluations.finish()} if evaluations else {}
+    return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss"), **found}
+
+
+def _evaluations(job: PretrainJob, dataset: IndexedDataset, plan: EpochPlan, folder: RunFolder) -> EvaluationQueue:
+    due, first_step = due_of(job.reading, plan, job.first_epoch), job.first_epoch * plan.steps_per_epoch
+    return EvaluationQueue(
+        EvaluationActor(job.config, job.pixels, dataset.manifest),
+        folder.storage,
+        num_due=due.num_evaluations(first_step),
+        wait_s=job.config.evaluate.wait_s,
     )
-    if checkpoint:
-        recorder.resume(checkpoint)
-    train(state, rank, plan, feed, total, loss_of, recorder.after_step)
-    recorder.finish()
-    if rank.is_main:
-        for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
-            folder.storage.write(f"export/{name}", content)
-    return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss")}
 
 
 def _stop_without_start(rank: Rank, folder: RunFolder) -> None:

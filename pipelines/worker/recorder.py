@@ -1,4 +1,4 @@
-"""After each step: log, save and draw what is due, and handle a gradient that is not finite."""
+"""After each step: log, save, draw and evaluate what is due, and handle a gradient that is not finite."""
 
 import logging
 import math
@@ -8,16 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from mae_core.errors import UserError
+from mae_core.state import model_tensors
 from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
 from pipelines.feed.plan import EpochPlan
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import MetricSpool
+from pipelines.worker.evaluations import EvaluationQueue, encoder_tensors
 from pipelines.worker.goodput import Clock
-from pipelines.worker.loop import TrainState
+from pipelines.worker.loop import TrainState, copied
 from pipelines.worker.meter import Due, Meter, retention
-from pipelines.worker.rank import Rank
-from pipelines.worker.saving import CheckpointWriter
+from pipelines.worker.rank import Rank, unwrapped
+from pipelines.worker.saving import CheckpointWriter, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,13 @@ loses no more steps than this."""
 
 _MAX_SKIPPED = 100
 _MAX_IDS_LOGGED = 64
+
+
+def due_of(config: PretrainConfig | ClassifyConfig, plan: EpochPlan, first_epoch: int = 0) -> Due:
+    """Return what is due after which step, from the config of a run whose epochs start at `first_epoch`."""
+    every_epochs = config.evaluate.every_epochs if isinstance(config, PretrainConfig) else 0
+    last_epoch = first_epoch + config.epochs
+    return Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, last_epoch, every_epochs)
 
 
 class Stopped(Exception):
@@ -40,7 +49,8 @@ class RolledBack(RuntimeError):
 class Recorder:
     """Record a run: metrics, checkpoints, pictures. Every rank has one and calls `after_step` after every step.
 
-    Only rank 0 writes. `spool` takes metrics, `writer` takes checkpoints, and `picture` draws one after a step.
+    Only rank 0 writes. `spool` takes metrics, `writer` takes checkpoints, `picture` draws one after a step, and
+    `evaluations` takes the encoder's weights.
     """
 
     def __init__(
@@ -54,7 +64,9 @@ class Recorder:
         checkpoint: CheckpointConfig,
         clock: Clock,
         picture: Callable[[int], None] | None = None,
+        evaluations: EvaluationQueue | None = None,
     ) -> None:
+        self._evaluations = evaluations
         self._state, self._rank, self._plan, self._due = state, rank, plan, due
         self._folder, self._picture, self._clock = folder, picture, clock
         self._meter = Meter(rank)
@@ -81,6 +93,7 @@ class Recorder:
         folder: RunFolder,
         clock: Clock,
         picture: Callable[[int], None] | None = None,
+        evaluations: EvaluationQueue | None = None,
         first_epoch: int = 0,
     ) -> "Recorder":
         """Build a recorder from the run's config; its epochs start at `first_epoch`."""
@@ -88,11 +101,12 @@ class Recorder:
             state=state,
             rank=rank,
             plan=plan,
-            due=Due.of(config.checkpoint, config.tracking, plan.steps_per_epoch, first_epoch + config.epochs),
+            due=due_of(config, plan, first_epoch),
             folder=folder,
             checkpoint=config.checkpoint,
             clock=clock,
             picture=picture,
+            evaluations=evaluations,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -105,6 +119,8 @@ class Recorder:
             )
         self._state.restore(checkpoint)
         self.last = dict(checkpoint.meta["last"])
+        # An evaluation of these weights may have been lost with the process that waited for it.
+        self._evaluate(checkpoint.step)
 
     def after_step(self, step: int, loss: Tensor | None, bad: Tensor | None) -> None:
         """Do everything that is due after `step` steps, counted from 1.
@@ -123,10 +139,11 @@ class Recorder:
             self._log(step)
         if save and self._rank.is_main:
             with self._clock.spent("checkpoint"):
-                self.writer.save(step, self._state.snapshot, self._meta())
+                self.writer.save(step, lambda: self._snapshot(step), self._meta())
                 if preempted:
                     log.info("a node will be preempted: saving step %d", step)
                     self.writer.wait()
+        self._evaluate(step)
         if self._picture and self._due.picture(step) and self._rank.is_main:
             with self._clock.spent("other"):
                 self._draw(step)
@@ -150,6 +167,23 @@ class Recorder:
             self.writer.close()
         if self._rank.is_main:
             self.spool.close()
+
+    def _snapshot(self, step: int) -> Tensors:
+        """Copy the training state for a checkpoint; an evaluation that is due shares the copy."""
+        found = self._state.snapshot()
+        if evaluations := self._evaluations_due(step):
+            evaluations.put(step, encoder_tensors(found["model"]))
+        return found
+
+    def _evaluate(self, step: int) -> None:
+        """Copy the encoder for an evaluation that is due, unless it shares the copy of a checkpoint."""
+        if evaluations := self._evaluations_due(step):
+            with self._clock.spent("evaluation"):
+                evaluations.put(step, copied(encoder_tensors(model_tensors(unwrapped(self._state.model)))))
+
+    def _evaluations_due(self, step: int) -> EvaluationQueue | None:
+        is_due = self._due.evaluate(step) and self._evaluations is not None and self._evaluations.wants(step)
+        return self._evaluations if is_due else None
 
     def _log(self, step: int) -> None:
         point = self._meter.drain() | {

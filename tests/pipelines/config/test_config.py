@@ -18,6 +18,7 @@ from pipelines.config import (
     ClassifyConfig,
     ComputeConfig,
     DataConfig,
+    PeriodicEvaluationConfig,
     PrepareConfig,
     PretrainConfig,
     SweepConfig,
@@ -127,6 +128,10 @@ def test_numbers_that_yaml_takes_for_words_are_numbers() -> None:
         ({"data": 3}, "data: .*got 3"),
         ({"model": {"mask": {"ratio": 1.5}}}, r"mask ratio 1.5 is outside \(0, 1\); try 0.75"),
         ({"augment": {"mixup": 0.8}}, "augment.mixup is for classifiers"),
+        ({"evaluate": {"every_epochs": -1}}, "evaluate: every_epochs -1 is negative; try 10, or 0 for no evaluation"),
+        ({"evaluate": {"images": 1}}, "images 1 is below 2; try 2000"),
+        ({"evaluate": {"threads": 0}}, "threads 0 is below 1; try 1"),
+        ({"evaluate": {"wait_s": -1.0}}, "wait_s -1 is not a number of seconds from 0 up; try 600"),
         ({"epochs": 3}, "warmup_epochs 40 exceeds epochs 3; try 0"),
     ],
 )
@@ -228,6 +233,7 @@ def test_a_runs_identity_is_what_decides_its_result() -> None:
         compute=ComputeConfig(num_workers=8, threads=2),
         tracking=TrackingConfig(experiment="another"),
         checkpoint=CheckpointConfig(keep=9),
+        evaluate=PeriodicEvaluationConfig(every_epochs=10),
     )
     assert config_hash(base, "d") == config_hash(same, "d")
     assert config_hash(base, "d") != config_hash(base, "e")

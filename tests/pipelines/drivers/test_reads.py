@@ -38,7 +38,7 @@ def watching(folder: Path) -> Callable[[], None]:
         from pipelines.storage import Storage
 
         read, commit = Storage.read, CheckpointStore.commit
-        labels, from_manifest = Index._labels, Index.__dict__["from_manifest"].__func__
+        labels, from_manifest = Index.labels, Index.__dict__["from_manifest"].__func__
 
         def note(what: str) -> None:
             # One write, so that lines of several processes do not mix.
@@ -70,7 +70,7 @@ def watching(folder: Path) -> Callable[[], None]:
         patches: dict[Any, dict[str, Any]] = {
             Storage: {"read": noted_read},
             CheckpointStore: {"commit": fatal_commit},
-            Index: {"_labels": noted_labels, "from_manifest": classmethod(noted_index)},
+            Index: {"labels": noted_labels, "from_manifest": classmethod(noted_index)},
         }
         for owner, methods in patches.items():
             for name, method in methods.items():

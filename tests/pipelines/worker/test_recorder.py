@@ -30,6 +30,15 @@ def test_what_is_due_is_due_at_the_last_step_too() -> None:
     assert [s for s in range(1, 28) if due.picture(s)] == [18, 27]
 
 
+def test_evaluations_are_due_every_few_epochs_and_at_the_last_step() -> None:
+    due = Due.of(CheckpointConfig(), TrackingConfig(), 9, 5, 2)
+    assert [s for s in range(1, 46) if due.evaluate(s)] == [18, 36, 45]
+    assert (due.num_evaluations(), due.num_evaluations(27), due.num_evaluations(36)) == (3, 2, 2)
+    never = Due.of(CheckpointConfig(), TrackingConfig(), 9, 5)
+    assert not any(map(never.evaluate, range(46)))
+    assert never.num_evaluations() == 0
+
+
 def test_epochs_of_the_policy_become_steps() -> None:
     policy = retention(CheckpointConfig(keep=3, keep_best=1, keep_every_epochs=10), 7)
     assert (policy.newest, policy.best, policy.every_steps) == (3, 1, 70)
