@@ -129,8 +129,8 @@ def _check_evaluation(config: PeriodicEvaluationConfig, manifest: Manifest) -> N
         log.info("the dataset has no labels: the evaluations while pretraining compute RankMe alone")
     elif config.knn:
         log.warning(
-            "kNN says little of MAE: a ViT-B after 100 epochs has 11.2 %% by kNN, 46.0 %% by a linear probe and "
-            "81.3 %% fine-tuned; judge by evaluate/linear_top1"
+            "kNN says little of MAE: a ViT-B after 100 epochs has 11.2 % by kNN, 46.0 % by a linear probe and 81.3 % "
+            "fine-tuned; judge by evaluate/linear_top1"
         )
 
 

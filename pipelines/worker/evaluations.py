@@ -181,7 +181,8 @@ class EvaluationActor:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         place: Any = {"num_gpus": 1, "scheduling_strategy": "DEFAULT"} if self._gpu else {"scheduling_strategy": here}
-        self._actor = actor = ray.remote(EvaluationProcess).options(num_cpus=0, **place).remote(*self._arguments)
+        remote: Any = ray.remote(EvaluationProcess)
+        self._actor = actor = remote.options(num_cpus=0, **place).remote(*self._arguments)
         if not ray.wait([actor.__ray_ready__.remote()], timeout=_START_S)[0]:
             missing = "a GPU that no worker holds (evaluate.gpu)" if self._gpu else "its process to start"
             log.warning("the evaluation has waited %g s for %s; training continues", _START_S, missing)
