@@ -1,6 +1,6 @@
 """Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
-from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig
+from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig, SourceConfig
 from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
 from pipelines.config.reading import (
@@ -56,6 +56,7 @@ __all__ = [
     "RegisterConfig",
     "RunsConfig",
     "SegmentConfig",
+    "SourceConfig",
     "SweepConfig",
     "TrackingConfig",
     "config_hash",

@@ -1,9 +1,13 @@
 """Options of preparing a dataset and of reading it."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mae_core.config import ADDED
 from mae_core.errors import UserError
+
+_LABELS = re.compile(r"auto|folder|none|(?:column|json|member|file):.+", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,54 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class SourceConfig:
+    """What a source's images, labels and splits are."""
+
+    labels: str = "auto"
+    """folder: the first folder below a split is the class; none; column:NAME of a table or list; json:KEY of the .json
+    beside an image; member:SUFFIX, such as member:cls.txt beside an image; file:labels.csv with names and labels; auto:
+    what the kind of source stores by convention, else the folders if all images lie one folder deep."""
+    image_column: str = field(default="", metadata=ADDED)
+    """Column of a table with the images, or of a list with their URIs; if empty, found by type and name."""
+    image_member: str = field(default="", metadata=ADDED)
+    """Which image of a sample of several to take, such as img.jpg of s1.img.jpg and s1.seg.png; in a folder, the end of
+    the names to take; any: every image is a sample of its own, masks included. If empty, several are refused."""
+    split_column: str = field(default="", metadata=ADDED)
+    """Column of a table or list with the split; if empty, a column `split`."""
+    sample_key: Literal["first-dot", "last-dot"] = field(default="first-dot", metadata=ADDED)
+    """Members of a tar with the same name up to this dot are one sample; first-dot is WebDataset's rule, last-dot for
+    names that contain dots."""
+
+    def __post_init__(self) -> None:
+        if not _LABELS.fullmatch(self.labels):
+            raise UserError(
+                f"labels {self.labels!r} is none of auto, folder, none, column:NAME, json:KEY, member:SUFFIX and "
+                "file:labels.csv; try --labels folder"
+            )
+
+    @property
+    def label_kind(self) -> str:
+        """What `labels` names: auto, folder, none, column, json, member or file."""
+        return self.labels.partition(":")[0]
+
+    @property
+    def label_name(self) -> str:
+        """Name of the column, key, member or file with the labels; empty for the other kinds."""
+        return self.labels.partition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(SourceConfig):
     """How images are written to shards and a manifest."""
 
     val_fraction: float = 0.1
-    """Share of images held out as split `val`, chosen by a hash of their content, if the source has no val/ folder."""
-    labels: Literal["auto", "folder", "none"] = "auto"
-    """folder: the first folder below a split is the class; auto: the same if all images lie one folder deep."""
+    """Share of images held out as split `val` if the source has no val/ folder, as `hold_out` says."""
+    hold_out: Literal["content", "stratified"] = field(default="content", metadata=ADDED)
+    """content: each image by a hash of its content; stratified: the same share of every class, at least one image of a
+    class with two, by a hash of names. With `group_by` it is always stratified."""
+    group_by: str = field(default="", metadata=ADDED)
+    """Keep all images of a patient, slide or scene in one split: a regular expression whose first group, found in the
+    name of each image, is the group; or column:NAME."""
     rows_per_shard: int = 8192
     """Most images per shard, taken from the sorted listing; the shards of a split have even sizes."""
     shard_bytes: int = 2**30
@@ -46,6 +91,9 @@ class PrepareConfig:
     """Keep one of several images with equal content (in test, else val, else train); otherwise only count them."""
     max_bad: float = 0.01
     """Share of images that may be quarantined; with more the job fails."""
+    max_skipped: float = 0.05
+    """Share of what is found that may be passed over, such as files that are no image; with more the job fails. Text
+    and masks beside an image do not count, nor do documents such as README."""
     seed: int = 0
     """Seed of the hash that chooses `val`."""
     exclude: tuple[str, ...] = ()
@@ -55,8 +103,12 @@ class PrepareConfig:
     """How an image is stored."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"max_bad {self.max_bad} is outside [0, 1]; try 0.01, or 1 to allow any number")
+        if not 0 <= self.max_skipped <= 1:
+            raise UserError(f"max_skipped {self.max_skipped} is outside [0, 1]; try 0.05, or 1 to allow any number")
+        self._check_groups()
         if self.shard_bytes < 1:
             raise UserError(f"shard_bytes {self.shard_bytes} is below 1; try {2**30}")
         if not 0 <= self.val_fraction < 1:
@@ -66,6 +118,21 @@ class PrepareConfig:
                 f"rows_per_shard {self.rows_per_shard} must be at least rows_per_group {self.rows_per_group}, "
                 "and that at least 1; try 8192 and 256"
             )
+
+    def _check_groups(self) -> None:
+        if not self.group_by or self.group_column:
+            return
+        try:
+            re.compile(self.group_by)
+        except re.error as error:
+            raise UserError(
+                f"group_by {self.group_by!r} is no regular expression ({error}); try --group-by '(patient[0-9]+)'"
+            ) from None
+
+    @property
+    def group_column(self) -> str:
+        """Column that holds the group; empty if `group_by` is a regular expression or empty."""
+        return self.group_by.removeprefix("column:") if self.group_by.startswith("column:") else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mae_core.config import Size
 from mae_core.errors import UserError
+from pipelines.config.data import SourceConfig
 from pipelines.config.running import check_model_name
 
 
@@ -35,7 +36,7 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(SourceConfig):
     """Counts and a contact sheet of a prepared dataset, or of a source before it is prepared."""
 
     num_images: int = 32
@@ -46,6 +47,7 @@ class InspectConfig:
     """Output file of the sheet: a path or an s3:// URI."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.num_images <= 1000:
             raise UserError(f"num_images {self.num_images} is outside [1, 1000]; try 32")
 

@@ -13,6 +13,7 @@ from pipelines.storage import Storage
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+_NOTES = ("passed_over", "label_candidates", "num_unlabelled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A prepared dataset. `digest`, over all other fields, is its identity in checkpoints, plans and MLflow."""
+    """A prepared dataset. `digest`, over all but its notes, is its identity in checkpoints, plans and MLflow."""
 
     channels: int
     """1 where every image is gray, otherwise 3."""
@@ -53,6 +54,7 @@ class Manifest:
     """Names by label, shared by all splits; empty for unlabelled images."""
     splits: dict[str, Split]
     num_found: int
+    """Everything under the source as a person counts it: num_ok + num_quarantined + num_duplicates + passed over."""
     num_ok: int
     num_quarantined: int
     num_duplicates: int
@@ -65,6 +67,13 @@ class Manifest:
     """sha256 over the paths and sizes of all images found."""
     schema: int = SCHEMA
     digest: str = field(default="")
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """What the source holds beside its images, by reason; not part of the identity, since no image depends on it."""
+    label_candidates: list[str] = field(default_factory=list)
+    """Values of `--labels` that the source suggests and that were not used; not part of the identity."""
+    num_unlabelled: dict[str, int] = field(default_factory=dict)
+    """Images without a label in the splits of a labelled dataset that have any; not part of the identity, since the
+    labels are."""
 
     @property
     def is_labelled(self) -> bool:
@@ -72,24 +81,58 @@ class Manifest:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Values that commands print with --json: found = ok + quarantined + duplicates."""
+        """Values that commands print with --json: found = ok + quarantined + duplicates + passed over."""
         return {
             "digest": self.digest,
             "num_found": self.num_found,
             "num_ok": self.num_ok,
             "num_quarantined": self.num_quarantined,
             "num_duplicates": self.num_duplicates,
+            "num_passed_over": sum(self.passed_over.values()),
             "num_excluded": self.config.get("exclude", {}).get("num_excluded", 0),
             "reasons": dict(self.quarantine_reasons),
+            "passed_over": dict(self.passed_over),
+            "label_candidates": list(self.label_candidates),
+            "num_unlabelled": dict(self.num_unlabelled),
             "splits": {name: split.num_rows for name, split in self.splits.items()},
             "channels": self.channels,
             "classes": list(self.classes),
         }
 
-    def computed_digest(self) -> str:
-        """Compute the sha256 over canonical JSON of every field except `digest`."""
+    @property
+    def how_to_label(self) -> str:
+        """Say how to prepare the dataset with labels, if it has none."""
+        again = "prepare its source into another folder"
+        if self.label_candidates:
+            shown = " or ".join(f"--labels {option}" for option in self.label_candidates[:3])
+            return f"its source may hold labels that were not used: {again} with {shown}"
+        if self.config.get("labels") == "none":
+            return f"it was prepared with --labels none: {again} without it"
+        return (
+            f"{again} with --labels folder for one folder a class, column:NAME for a table, member:SUFFIX or json:KEY "
+            "for files beside the images, or file:labels.csv; `mae inspect SOURCE` shows what it holds"
+        )
+
+    def noting(self, passed_over: dict[str, int], label_candidates: list[str]) -> "Manifest":
+        """Return the manifest with what was passed over, which counts as found."""
+        return dataclasses.replace(
+            self,
+            num_found=self.num_found + sum(passed_over.values()) - sum(self.passed_over.values()),
+            passed_over=passed_over,
+            label_candidates=label_candidates,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain dicts, without empty notes: manifests of earlier versions have none."""
         values = dataclasses.asdict(self)
-        del values["digest"]
+        return {key: value for key, value in values.items() if value or key not in _NOTES}
+
+    def computed_digest(self) -> str:
+        """Compute the sha256 over canonical JSON of every field, without `digest`, notes and what was passed over."""
+        values = dataclasses.asdict(self)
+        for name in ("digest", *_NOTES):
+            del values[name]
+        values["num_found"] -= sum(self.passed_over.values())
         return hashlib.sha256(_canonical(values)).hexdigest()
 
     def sealed(self) -> "Manifest":
@@ -113,7 +156,7 @@ def is_prepared(storage: Storage) -> bool:
 def write_manifest(storage: Storage, manifest: Manifest) -> Manifest:
     """Commit the dataset; return the manifest as written, with its digest."""
     sealed = manifest.sealed()
-    storage.write(MANIFEST, json.dumps(dataclasses.asdict(sealed), indent=1, sort_keys=True).encode() + b"\n")
+    storage.write(MANIFEST, json.dumps(sealed.to_dict(), indent=1, sort_keys=True).encode() + b"\n")
     return sealed
 
 

@@ -89,15 +89,39 @@ def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manif
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=uri))
     if not manifest.is_labelled:
         raise UserError(
-            f"dataset {config.data.uri} is unlabelled, but a classifier needs labels; put the images of each class in "
-            "a folder of their own and prepare them again"
+            f"dataset {config.data.uri} is unlabelled, but a classifier needs labels; {manifest.how_to_label}"
         )
-    if config.eval_split not in manifest.splits:
+    if len(manifest.classes) == 1:
         raise UserError(
-            f"dataset {config.data.uri} has no split {config.eval_split!r} to evaluate on; "
-            f"try --eval-split {next((s for s in ('val', 'test') if s in manifest.splits), 'val')}"
+            f"dataset {config.data.uri} has one class, {manifest.classes[0]}: any classifier would be right on every "
+            f"image; prepare a source that has images of other classes too"
         )
+    for split in ("train", config.eval_split):
+        _check_split(config.data.uri, manifest, split)
     return config, manifest
+
+
+def _check_split(uri: str, manifest: Manifest, split: str) -> None:
+    """Raise UserError, with a way out, if the dataset lacks the split or labels in it."""
+    others = [name for name in ("val", "test") if name in manifest.splits and _num_labelled(manifest, name)]
+    is_training, try_other = split == "train", f"try --eval-split {others[0]}" if others else ""
+    if split not in manifest.splits:
+        hold_out = (
+            "prepare its source into another folder with --hold-out stratified, which holds out some images of every "
+            "class, or with a folder val/"
+        )
+        remedy = "prepare a source with images to train on" if is_training else try_other or hold_out
+        raise UserError(
+            f"dataset {uri} has no split {split!r} to {'train' if is_training else 'evaluate'} on; {remedy}"
+        )
+    if not _num_labelled(manifest, split):
+        remedy = manifest.how_to_label if is_training else try_other or manifest.how_to_label
+        num = manifest.splits[split].num_rows
+        raise UserError(f"the {num} images of split {split!r} of {uri} are unlabelled; {remedy}")
+
+
+def _num_labelled(manifest: Manifest, split: str) -> int:
+    return manifest.splits[split].num_rows - manifest.num_unlabelled.get(split, 0)
 
 
 def starting_encoder(

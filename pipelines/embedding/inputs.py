@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from mae_core.errors import UserError
-from pipelines.config import PrepareConfig
+from pipelines.config import SourceConfig
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.prepare.shards import text_of
@@ -189,10 +189,11 @@ class _Source:
     def __init__(self, uri: str, stack: ExitStack) -> None:
         source, tally = open_source(uri), Tally()
         self._entries = stack.enter_context(closing(SortedEntries(tally.counting(source.entries()))))
+        source.passed_over.report(uri)
         check_splits(tally, uri)
         self.num_found = tally.num_entries
         self.identity = {"kind": "source", "digest": listing_digest(self._entries)}
-        self.reader = _EntryReader(source.place, bool(class_names(tally, source, PrepareConfig())))
+        self.reader = _EntryReader(source.place, bool(class_names(tally, source, SourceConfig())))
 
     def parts(self, rows_per_part: int, batch: int) -> Iterator[Part]:
         rows, number, first_id, num_bytes = rows_of_part(self.num_found, rows_per_part, batch), 0, 0, 0

@@ -98,12 +98,18 @@ def _labelled(config: EvaluateConfig) -> tuple[str, Manifest]:
     storage = open_storage(config.data)
     manifest = read_manifest(storage)
     if not manifest.is_labelled:
-        raise UserError(
-            f"dataset {config.data} is unlabelled; an evaluation needs labels: put images in one folder a class and "
-            "prepare them again"
-        )
-    if not manifest.split(config.split).num_rows:
+        raise UserError(f"dataset {config.data} is unlabelled, but an evaluation needs labels; {manifest.how_to_label}")
+    num_rows = manifest.split(config.split).num_rows
+    if not num_rows:
         raise UserError(f"split {config.split!r} of {config.data} has no image; try another --split")
+    if manifest.num_unlabelled.get(config.split, 0) == num_rows:
+        others = [
+            name for name, split in manifest.splits.items() if manifest.num_unlabelled.get(name) != split.num_rows
+        ]
+        raise UserError(
+            f"the {num_rows} images of split {config.split!r} of {config.data} are unlabelled; "
+            + (f"try --split {others[0]}" if others else manifest.how_to_label)
+        )
     return storage.uri, manifest
 
 
@@ -128,8 +134,8 @@ def _predict(classifier: Classifier, uri: str, manifest: Manifest, config: Evalu
 def _result(
     config: EvaluateConfig, model: _Model, manifest: Manifest, metrics: Metrics, failed: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    total = manifest.split(config.split).num_rows
-    notes = []
+    total, num_unlabelled = manifest.split(config.split).num_rows, manifest.num_unlabelled.get(config.split, 0)
+    notes = [f"{num_unlabelled} of {total} images have no label and are left out"] if num_unlabelled else []
     if metrics.absent:
         notes.append(
             f"{len(metrics.absent)} of {len(model.classifier.classes)} classes have no image in the split and are left "
@@ -151,7 +157,7 @@ def _result(
         "dataset_digest": manifest.digest,
         "split": config.split,
         "num_images": total,
-        "num_evaluated": total - len(failed),
+        "num_evaluated": total - num_unlabelled - len(failed),
         "num_undecodable": len(failed),
         "undecodable": [{"source": source, "reason": reason} for source, reason in failed],
         "metrics": {name: dataclasses.asdict(interval) for name, interval in metrics.overall.items()},

@@ -49,7 +49,7 @@ class _Images:
 
     ids: range
     sources: list[str]
-    labels: list[str]
+    labels: list[str | None]
     views: list[ImageArray | str]
 
 
@@ -87,9 +87,13 @@ def predict(
 
 
 def read_predictions(out: Storage, classes: Sequence[str]) -> tuple[Predictions, list[tuple[str, str]]]:
-    """Read what `predict` wrote: the predictions, and (source, reason) of each image that could not be decoded."""
+    """Read what `predict` wrote: the predictions, and (source, reason) of each image that could not be decoded.
+
+    Images without a label are left out of both.
+    """
     parts = [pq.read_table(pa.BufferReader(out.read(path))) for path, _ in out.list(_FOLDER, suffix=".parquet")]
     table = pa.concat_tables(parts)
+    table = table.filter(table["label"].is_valid())
     decoded = table["error"].is_null().to_numpy()
     failed, table = table.filter(~decoded), table.filter(decoded)
     index = {name: i for i, name in enumerate(classes)}
@@ -126,7 +130,7 @@ def _read(
     return _Images(
         ids=range(first, first + len(rows)),
         sources=[row["source"] for row in rows],
-        labels=[classes[row["label"]] for row in rows],
+        labels=[None if row["label"] is None else classes[row["label"]] for row in rows],
         views=list(decoders.map(lambda row: _view(row, model.channels, model.image_px), rows)),
     )
 

@@ -82,14 +82,19 @@ class Index:
 
         Reads the label column of every shard. Raises UserError if a class has fewer.
         """
-        return self.only(choose_per_class(*self.labels(storage), per_class, seed=seed))
+        return self.only(choose_per_class(*self._chosen_labels(storage), per_class, seed=seed))
+
+    def take_labelled(self, storage: Storage) -> "Index":
+        """Restrict the index to the samples that have a label. Reads the label column of every shard."""
+        ids, labels = self.labels(storage)
+        return self.only(ids[labels >= 0])
 
     def take_share(self, storage: Storage, share: float, *, seed: int) -> "Index":
         """Restrict the index to a share of every class, at least one sample of each, chosen by the seed.
 
         Reads the label column of every shard. Raises UserError if there are no labels.
         """
-        return self.only(choose_share(*self.labels(storage), share, seed=seed))
+        return self.only(choose_share(*self._chosen_labels(storage), share, seed=seed))
 
     def labels(self, storage: Storage) -> tuple[Ids, Ids]:
         """Read the sample ids and labels of all rows, row group by row group; a row without a label has -1."""
@@ -101,6 +106,14 @@ class Index:
             labels.append(column.fill_null(PLACEHOLDER).to_numpy().astype(np.int64))
         ids = np.concatenate([first + np.arange(rows) for first, rows in zip(self.first_id, self.num_rows)])
         return ids, np.concatenate(labels)
+
+    def _chosen_labels(self, storage: Storage) -> tuple[Ids, Ids]:
+        """Read the sample ids and labels of the rows that take part."""
+        ids, labels = self.labels(storage)
+        if self.selected is None:
+            return ids, labels
+        chosen = np.isin(ids, self.selected)
+        return ids[chosen], labels[chosen]
 
     def _bounds(self, ids: Ids) -> Ids:
         assert self.selected is not None
@@ -126,7 +139,9 @@ def choose_share(ids: Ids, labels: Ids, share: float, *, seed: int) -> Ids:
 def _by_label(ids: Ids, labels: Ids, seed: int) -> tuple[Ids, Ids]:
     """Return the ids by label and then by hash, and the number of ids of each label that occurs."""
     if (labels < 0).any():
-        raise UserError("a labelled subset needs a labelled dataset; prepare one folder a class, or use all images")
+        raise UserError(
+            "a labelled subset needs labels, and some images have none; prepare the source with --labels, or use all"
+        )
     order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
     return ids[order], np.unique(labels, return_counts=True)[1]
 

@@ -6,20 +6,21 @@ A killed preparation can be resumed: the same command processes only the slices 
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from mae_core.errors import UserError
-from pipelines.config import ComputeConfig, PrepareConfig, to_dict
+from pipelines.config import ComputeConfig, PrepareConfig, without_added_defaults
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.prepare.assembly import assemble
 from pipelines.prepare.duplicates import duplicates
 from pipelines.prepare.exclusions import Exclusions
+from pipelines.prepare.holdout import bundled, with_held_out
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.shards import write_slice
-from pipelines.prepare.slices import Tally, check_splits, class_names, cut, listing_digest
+from pipelines.prepare.slices import Tally, check_splits, class_names, cut, listing_digest, log_labels
 from pipelines.prepare.workfolder import WorkFolder
-from pipelines.sources import Place, open_source
+from pipelines.sources import Place, Source, open_source
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.retries import StoreUnavailableError
@@ -30,21 +31,25 @@ log = logging.getLogger(__name__)
 def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     """Write the prepared dataset of `source` to `out`; return an existing one of the same source and config.
 
-    An unreadable image is quarantined with its reason, and of equal images one is kept: found = ok + quarantined +
-    duplicates. Images that `config.exclude` names do not count as found. The result depends on the listing, the bytes
-    and the config, not on parallelism or earlier attempts.
+    An unreadable image is quarantined with its reason, of equal images one is kept, and what is no image is counted:
+    found = ok + quarantined + duplicates + passed over. Images that `config.exclude` names do not count as found. The
+    result depends on the listing, the bytes and the config, not on parallelism or earlier attempts.
 
-    Raises UserError if the source has no readable image, too many bad ones, or images both inside and outside split
-    folders, or if `out` holds something else.
+    Raises UserError if the source has no readable image, too many bad ones, too much that would be passed over, or
+    images both inside and outside split folders, or if `out` holds something else.
     """
     target = open_storage(out)
     refuse_within(target, open_storage(source))
-    origin = open_source(source)
-    tally, exclusions = Tally(), Exclusions.read(config.exclude)
-    with closing(SortedEntries(tally.counting(exclusions.applied(origin.entries())))) as entries:
+    origin = open_source(source, config, config.group_column)
+    exclusions = Exclusions.read(config.exclude)
+    with ExitStack() as stack:
+        entries, tally = _listed(origin, exclusions, config, stack)
         exclusions.check(tally.num_entries, source)
+        origin.passed_over.report(source)
+        origin.passed_over.refuse_many(source, tally.num_entries, config.max_skipped)
         check_splits(tally, source)
         classes = class_names(tally, origin, config)
+        log_labels(tally, origin, classes, config)
         identity = {"source_digest": listing_digest(entries), "config": _identity(config, exclusions)}
         work = WorkFolder(target)
         if is_prepared(target):
@@ -65,9 +70,36 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     manifest = assemble(work.summaries(again=True), classes, identity, tally.num_entries, num_duplicates, config)
     if manifest.num_quarantined:
         log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
-    written = write_manifest(target, manifest)
+    _warn_of_splits(manifest, config)
+    written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
     work.remove()
     return written
+
+
+def _listed(
+    origin: Source, exclusions: Exclusions, config: PrepareConfig, stack: ExitStack
+) -> tuple[SortedEntries, Tally]:
+    """Return the sorted entries, with what is to be held out by class or group in split val, and their counts."""
+    tally = Tally()
+    listed = tally.counting(bundled(exclusions.applied(origin.entries()), config))
+    entries = stack.enter_context(closing(SortedEntries(listed)))
+    if config.hold_out == "content" and not config.group_by:
+        return entries, tally
+    check_splits(tally, origin.place.storage.uri)
+    tally = Tally()
+    held_out = tally.counting(with_held_out(entries, config))
+    return stack.enter_context(closing(SortedEntries(held_out))), tally
+
+
+def _warn_of_splits(manifest: Manifest, config: PrepareConfig) -> None:
+    """Log that nothing was held out although something was to be."""
+    if config.val_fraction and "val" not in manifest.splits and "train" in manifest.splits:
+        num = manifest.splits["train"].num_rows
+        log.warning(
+            "split val is empty: of %d images, no hash of the content chose one with val_fraction %g; to measure on "
+            "val, prepare into another folder with --hold-out stratified or a higher --val-fraction",
+            num, config.val_fraction,
+        )  # fmt: skip
 
 
 def refuse_within(target: Storage, source: Storage) -> None:
@@ -79,7 +111,8 @@ def refuse_within(target: Storage, source: Storage) -> None:
 
 def _identity(config: PrepareConfig, exclusions: Exclusions) -> dict[str, Any]:
     """Return the part of the config that determines the output bytes."""
-    values = {key: value for key, value in to_dict(config).items() if key not in ("max_bad", "exclude")}
+    free = ("max_bad", "max_skipped", "exclude")
+    values = {key: value for key, value in without_added_defaults(config).items() if key not in free}
     return values | exclusions.identity
 
 

@@ -41,6 +41,7 @@ def assemble(
         quarantine_reasons=dict(sorted(reasons.items())),
         mean=mean,
         std=std,
+        num_unlabelled=_unlabelled(ordered) if classes else {},
         **identity,
     )
 
@@ -65,6 +66,14 @@ def _splits(ordered: Sequence[SliceSummary], rows_per_group: int) -> dict[str, S
             rows, size = sum(s.num_rows for s in shards), sum(s.num_bytes for s in shards)
             splits[name] = Split(num_rows=rows, num_bytes=size, shards=shards)
     return splits
+
+
+def _unlabelled(ordered: Sequence[SliceSummary]) -> dict[str, int]:
+    """Return the number of images without a label by split, where there are any."""
+    counts: Counter[str] = Counter()
+    for written in (shard for s in ordered for shard in s.shards):
+        counts[written.split] += written.num_unlabelled
+    return {name: count for name, count in sorted(counts.items()) if count}
 
 
 def _statistics(ordered: Sequence[SliceSummary], split: str | None, in_colour: bool) -> tuple[list[float], list[float]]:

@@ -9,15 +9,17 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.config import InspectConfig, PrepareConfig
+from pipelines.config import InspectConfig
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest
 from pipelines.dataset.row_groups import RowGroups
-from pipelines.images.decode import decode
+from pipelines.images.decode import decode, inspect
 from pipelines.pictures.contact_sheet import Tile, contact_sheet
 from pipelines.prepare.quarantine import quarantined
-from pipelines.prepare.slices import Tally, check_splits, class_names
+from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels
 from pipelines.sources import Entry, open_source
+from pipelines.sources.reading import Content
 from pipelines.storage import Storage, open_storage, storage_of
 
 _NUM_SHOWN_CLASSES = 1000
@@ -56,39 +58,77 @@ def _describe_dataset(manifest: Manifest) -> dict[str, Any]:
 
 def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], list[Tile], list[Tile]]:
     """Return facts from the listing, and a uniform sample of its images: the readable ones and the bad ones."""
-    source, tally, sample = open_source(uri), Tally(), _Sample(config.num_images, config.seed)
-    sizes: Counter[str] = Counter()
+    source, tally, sample = open_source(uri, config), Tally(), _Sample(config.num_images, config.seed)
     with closing(source.entries()) as entries:  # pyright: ignore[reportArgumentType] -- a generator
         for entry in tally.counting(entries):
             sample.offer(entry)
-            sizes[entry.label] += 1
     check_splits(tally, uri)
-    classes = class_names(tally, source, PrepareConfig())
+    classes = class_names(tally, source, config)
+    log_labels(tally, source, classes, config)
     chosen = sorted(sample.entries, key=lambda entry: entry.name)
-    tiles: list[Tile] = []
-    bad: list[Tile] = []
-    for entry, content in zip(chosen, source.place.contents(chosen)):
-        reason = str(content) if isinstance(content, ValueError) else _fault(content)
-        encoded = b"" if isinstance(content, ValueError) else content
-        (bad if reason else tiles).append(Tile(entry.name, reason or (entry.label if classes else ""), encoded))
+    tiles, bad, ranges = _looked_at(chosen, list(source.place.contents(chosen)), frozenset(classes))
+    passed = source.passed_over
     facts = {
         "kind": "source",
-        "num_found": tally.num_entries,
+        "source_kind": source.kind,
+        "num_found": tally.num_entries + passed.total,
+        "num_images": tally.num_entries,
         "splits": {name or "train": folder.num_entries for name, folder in sorted(tally.folders.items())},
         "num_bytes": sum(folder.num_bytes for folder in tally.folders.values()),
         "num_classes": len(classes),
-        "classes": {name: sizes[name] for name in classes[:_NUM_SHOWN_CLASSES]},
+        "classes": _counted(tally, classes),
+        "labels": config.labels if classes else "",
+        "num_unlabelled": tally.num_entries - sum(_counted(tally, classes, None).values()),
+        "label_candidates": dict(source.candidates.found),
+        "passed_over": passed.counts,
+        "passed_over_examples": {reason: passed.groups[reason].example for reason in sorted(passed.groups)},
+        "value_ranges": ranges,
         "num_bad_of_sample": f"{len(bad)} of {len(chosen)}",
     }
     return facts, tiles, bad
 
 
-def _fault(content: bytes) -> str:
-    try:
-        decode(content, 3)
-    except ValueError as error:
-        return str(error)
-    return ""
+def _counted(tally: Tally, classes: list[str], most: int | None = _NUM_SHOWN_CLASSES) -> dict[str, int]:
+    """Return the number of images of each class, over all splits."""
+    counts = sum((folder.labels for folder in tally.folders.values()), Counter())
+    return {name: counts[name] for name in classes[:most]}
+
+
+def _looked_at(
+    entries: list[Entry], contents: list[Content], classes: frozenset[str]
+) -> tuple[list[Tile], list[Tile], list[dict[str, float]]]:
+    """Decode the images; return tiles of readable and of bad ones, and the range of each channel's values."""
+    tiles: list[Tile] = []
+    bad: list[Tile] = []
+    values: list[NDArray[np.uint8]] = []
+    for entry, content in zip(entries, contents):
+        try:
+            if isinstance(content, ValueError):
+                raise content
+            header = inspect(content)
+            values.append(decode(content, header.channels, header.orientation))
+            tiles.append(Tile(entry.name, entry.label if entry.label in classes else "", content))
+        except ValueError as error:
+            bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
+    return tiles, bad, _ranges(values)
+
+
+def _ranges(images: Sequence[NDArray[np.uint8]]) -> list[dict[str, float]]:
+    """Return minimum, percentiles and maximum of each channel over images [height width channels] as decoded to 8 bits.
+
+    Gray images count for every channel.
+    """
+    if not images:
+        return []
+    channels = max(image.shape[2] for image in images)
+    ranges = []
+    for channel in range(channels):
+        planes = [image[:, :, channel if image.shape[2] > 1 else 0] for image in images]
+        counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in planes)
+        levels, shares = np.flatnonzero(counts), np.cumsum(counts) / np.sum(counts)
+        low, high = (int(np.searchsorted(shares, share)) for share in (0.01, 0.99))
+        ranges.append({"min": int(levels[0]), "p1": low, "p99": high, "max": int(levels[-1])})
+    return ranges
 
 
 @dataclass

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
+_LABEL = SCHEMA.get_field_index("label")
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ class _ShardWriter:
             write_statistics=[name for name in SCHEMA.names if name not in ("image", "segment_offsets")],  # pyright: ignore[reportArgumentType]
         )
         self._rows: list[tuple[Any, ...]] = []
-        self._num_rows = 0
+        self._num_rows = self._num_unlabelled = 0
 
     def add(self, values: tuple[Any, ...]) -> None:
         self._rows.append(values)
+        self._num_unlabelled += values[_LABEL] is None
         if len(self._rows) == self._rows_per_group:
             self._flush()
 
@@ -136,6 +138,7 @@ class _ShardWriter:
             num_rows=self._num_rows,
             num_bytes=self._file.num_bytes,
             sha256=self._file.sha256.hexdigest(),
+            num_unlabelled=self._num_unlabelled,
         )
 
     def abandon(self) -> None:

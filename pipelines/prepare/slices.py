@@ -3,14 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mae_core.errors import UserError
-from pipelines.config import PrepareConfig
+from pipelines.config import PrepareConfig, SourceConfig
 from pipelines.sources import Entry, Source
 from pipelines.sources.entry import fields_of
+from pipelines.sources.labels import numbers_or_names
+from pipelines.sources.passed_over import printable
 from pipelines.sources.reading import MAX_IMAGE_BYTES
+
+log = logging.getLogger(__name__)
 
 _MAX_NUMBERED_CLASSES = 1_000_000
 
@@ -59,6 +65,8 @@ class Slice:
 class _Folder:
     num_entries: int = 0
     num_bytes: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    """Number of entries by label; those without one are left out."""
     labelled: str = ""
     """Name of one entry with a label; empty if there is none."""
     unlabelled: str = ""
@@ -72,7 +80,11 @@ class Tally:
     """Counts and labels of a listing."""
 
     folders: dict[str, _Folder] = field(default_factory=dict)
-    labels: set[str] = field(default_factory=set)
+
+    @property
+    def labels(self) -> set[str]:
+        """Every label that occurs."""
+        return {label for folder in self.folders.values() for label in folder.labels}
 
     @property
     def num_entries(self) -> int:
@@ -86,7 +98,7 @@ class Tally:
             folder.num_bytes += _num_read(entry)
             if entry.label:
                 folder.labelled = folder.labelled or entry.name
-                self.labels.add(entry.label)
+                folder.labels[entry.label] += 1
             else:
                 folder.unlabelled = folder.unlabelled or entry.name
             if not entry.is_flat:
@@ -105,52 +117,80 @@ def check_splits(tally: Tally, uri: str) -> None:
         )
 
 
-def class_names(tally: Tally, source: Source, config: PrepareConfig) -> list[str]:
-    """Return the class names, indexed by label; empty if the images are unlabelled."""
+def class_names(tally: Tally, source: Source, config: SourceConfig) -> list[str]:
+    """Return the class names, indexed by label; empty if the images are unlabelled.
+
+    Names are in the order of the source if it has one, numbers keep their value, and all others are sorted.
+    """
+    if config.labels == "folder" and tally.num_entries and not source.has_explicit_labels:
+        _refuse_unlabelled(tally)
     if config.labels == "none" or not tally.labels:
-        if config.labels == "folder" and tally.num_entries:
-            _refuse_unlabelled(tally)
         return []
     if source.has_explicit_labels:
         for folder in tally.folders.values():
-            if folder.labelled and folder.unlabelled:
+            if folder.labelled and folder.unlabelled and not source.allows_missing:
                 raise UserError(
-                    f"{folder.labelled} has a label and {folder.unlabelled} has none; label all, or set labels to none"
+                    f"{folder.labelled} has a label and {folder.unlabelled} has none; label all, set labels to none, "
+                    "or name the labels (--labels member:cls, for example), which leaves such images unlabelled"
                 )
-        return source.classes or _in_order(tally.labels)
+        return source.classes or numbers_or_names(tally.labels, _MAX_NUMBERED_CLASSES)
     if config.labels == "folder":
-        _refuse_unlabelled(tally)
         return sorted(tally.labels)
-    are_sure = not any(folder.deep for folder in tally.folders.values())
-    return sorted(tally.labels) if are_sure and len(tally.labels) > 1 else []
+    return sorted(tally.labels) if _is_sure(tally) and len(tally.labels) > 1 else []
+
+
+def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceConfig) -> None:
+    """Log which labels are used, or why none are and how to name them."""
+    others = source.candidates.advice
+    if classes:
+        origin = config.labels if config.label_name else "stored" if source.has_explicit_labels else "folders"
+        named = set(classes)
+        num = sum(
+            count for folder in tally.folders.values() for label, count in folder.labels.items() if label in named
+        )
+        log.info(
+            "labels (%s): %d classes, %d of %d images labelled%s",
+            origin, len(classes), num, tally.num_entries, f"; other {others}" if others else "",
+        )  # fmt: skip
+    elif config.labels != "none":
+        log.warning("the images are unlabelled: %s%s", _why_unlabelled(tally, source), f"; {others}" if others else "")
+
+
+def _why_unlabelled(tally: Tally, source: Source) -> str:
+    if source.has_explicit_labels:
+        return "every label is missing"
+    if not tally.labels or not source.kind.startswith(("folder", "tar")):
+        return "there are no class folders" if source.kind.startswith(("folder", "tar")) else "no label is stored"
+    if not _is_sure(tally):
+        deep = next(folder.deep for folder in tally.folders.values() if folder.deep)
+        return f"not all are one folder deep, such as {printable(deep)}; --labels folder takes the first below a split"
+    return f"all are in one folder, {printable(next(iter(tally.labels)))}; --labels folder takes it as a class"
+
+
+def _is_sure(tally: Tally) -> bool:
+    """Return whether every image lies in exactly one folder, which then is its class."""
+    return not any(folder.deep for folder in tally.folders.values())
 
 
 def _refuse_unlabelled(tally: Tally) -> None:
-    for folder in tally.folders.values():
-        if folder.unlabelled:
+    """Raise UserError if a split has images within and outside class folders, or none within that is trained on."""
+    for name, folder in tally.folders.items():
+        if folder.unlabelled and (folder.labelled or name in ("", "train")):
             raise UserError(
                 f"labels is folder, but {folder.unlabelled} is in no class folder; move it, or set labels to auto"
             )
 
 
-def _in_order(labels: set[str]) -> list[str]:
-    """Sort the names. If all are numbers, return every number from 0, so that each label equals its number."""
-    if all(label.isascii() and label.isdigit() for label in labels):
-        largest = max(map(int, labels))
-        if largest < _MAX_NUMBERED_CLASSES and len({int(label) for label in labels}) == len(labels):
-            return [str(label) for label in range(largest + 1)]
-    return sorted(labels)
-
-
 def listing_digest(entries: Iterable[Entry]) -> str:
     """Return the sha256 over names, places, sizes, splits and labels of all images, in order.
 
-    Versions and faults are excluded: a copy of the source is the same source and gives the same dataset.
+    Versions and faults are excluded: a copy of the source is the same source and gives the same dataset. Bundles are
+    included where there are any.
     """
     digest = hashlib.sha256()
     for entry in entries:
-        *identity, _version, _fault = fields_of(entry)
-        line = "\0".join(map(str, identity))
+        *identity, _version, _fault, bundle = fields_of(entry)
+        line = "\0".join(map(str, [*identity, bundle] if bundle else identity))
         digest.update(f"{line}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -158,6 +198,8 @@ def listing_digest(entries: Iterable[Entry]) -> str:
 def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: PrepareConfig) -> Iterator[Slice]:
     """Cut the entries into slices of even size: per folder, the fewest slices that respect both limits."""
     label_of = {name: label for label, name in enumerate(classes)}
+    by_content = config.hold_out == "content" and not config.group_by
+    holds_out_by_content = by_content and "val" not in tally.folders and config.val_fraction > 0
     number = part = num_bytes = 0
     waiting: list[Entry] = []
 
@@ -167,7 +209,7 @@ def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: Prep
             number=number,
             part=part,
             folder=folder,
-            holds_out=folder in ("", "train") and "val" not in tally.folders and config.val_fraction > 0,
+            holds_out=folder in ("", "train") and holds_out_by_content,
             entries=waiting,
             labels=[label_of.get(entry.label, -1) for entry in waiting],
         )

@@ -65,6 +65,7 @@ class WrittenShard:
     num_rows: int
     num_bytes: int
     sha256: str
+    num_unlabelled: int = 0
 
 
 @dataclass(kw_only=True)

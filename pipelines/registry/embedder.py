@@ -43,7 +43,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
         import numpy as np
         import torch
 
-        encoded = [bytes(content) for content in model_input.iloc[:, 0]]
+        encoded = [_bytes_of(content, i) for i, content in enumerate(model_input.iloc[:, 0])]
         rows = [np.zeros((0, 0), np.float32)] if not encoded else []
         with torch.inference_mode():
             for start in range(0, len(encoded), _BATCH):
@@ -69,6 +69,17 @@ class Embedder(mlflow.pyfunc.PythonModel):
                     f"image {i} cannot be read ({error}); send a complete JPEG, PNG or WebP file"
                 ) from None
         return torch.from_numpy(np.stack(views))
+
+
+def _bytes_of(content: Any, i: int) -> bytes:
+    """Return the encoded image. Raises ValueError if it is something else, such as the path of a file."""
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content)
+    what = f"the text {content[:80]!r}" if isinstance(content, str) else f"of type {type(content).__name__}"
+    raise ValueError(
+        f"image {i} is {what}, but the model takes the bytes of an image file; send Path(file).read_bytes(), or its "
+        "base64 in a request to a server"
+    )
 
 
 mlflow.models.set_model(Embedder())

@@ -150,18 +150,26 @@ def index_dataset(job: Job, manifest: Manifest) -> IndexedDataset:
     only_train = IndexedDataset(manifest=manifest, indexes={"train": train_index(job, manifest)})
     steps_per_epoch = train_plan(job, only_train).steps_per_epoch
     splits = {phase.split for phase in phases(job, steps_per_epoch, 0, frozenset(manifest.splits))} - {"train"}
-    others = {split: Index.from_manifest(manifest, split) for split in sorted(splits)}
+    others = {split: _labelled_index(job, manifest, split) for split in sorted(splits)}
     return IndexedDataset(manifest=manifest, indexes={**only_train.indexes, **others})
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:
     """Return the samples that the job trains on: the training split, or the labelled subset of a classifier."""
-    index = Index.from_manifest(manifest, "train")
+    index = _labelled_index(job, manifest, "train")
     data, seed = job.config.data, job.config.seed
     if data.labels_per_class is not None:
         return index.take_per_class(open_storage(data.uri), data.labels_per_class, seed=seed)
     share = job.config.label_share if isinstance(job, ClassifyJob) else None
     return index if share is None else index.take_share(open_storage(data.uri), share, seed=seed)
+
+
+def _labelled_index(job: Job, manifest: Manifest, split: str) -> Index:
+    """Index a split; for a classifier only its labelled images, if the manifest says that others have no label."""
+    index = Index.from_manifest(manifest, split)
+    if isinstance(job, PretrainJob) or not manifest.num_unlabelled.get(split):
+        return index
+    return index.take_labelled(open_storage(job.config.data.uri))
 
 
 def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:

@@ -3,32 +3,41 @@
 A source lists its images as entries. An entry locates its bytes, so that any task can read them.
 """
 
-import logging
 import os
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from typing import Protocol
 
 from mae_core.errors import UserError
-from pipelines.images.decode import SUFFIXES
+from pipelines.config import SourceConfig
 from pipelines.sources import folders, imagenet, lists, tables, tars
+from pipelines.sources.candidates import Candidates
 from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.listing import COMPRESSED, UNPACK, Listing
+from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
 from pipelines.storage import ListedFile, Storage, open_storage
-from pipelines.storage.listing import FOLDER_LINK, LEAVES
+from pipelines.storage.listing import LEAVES
 
 __all__ = ["SPLITS", "Entry", "Place", "Source", "open_source"]
-
-log = logging.getLogger(__name__)
-
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
-# To reach one image, every task would have to unpack everything before it.
-_UNPACK = "which cannot be read in place; unpack it, or convert it to .tar (gunzip does so with a .tar.gz)"
-_KINDS = {"images": SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
 
 
 class Source(Protocol):
     """Input of `mae prepare`."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """What it holds beside its images. Known once entries have been read."""
+        ...
+
+    @property
+    def candidates(self) -> Candidates:
+        """Labels that it may hold and that are not used. Known once entries have been read."""
+        ...
 
     @property
     def place(self) -> Place:
@@ -45,29 +54,43 @@ class Source(Protocol):
         """Class names in the order that the source defines; empty if it defines none."""
         ...
 
+    @property
+    def allows_missing(self) -> bool:
+        """Whether a missing label means that the image has none, rather than that the source is incomplete."""
+        ...
+
     def entries(self) -> Iterator[Entry]:
         """Yield every image, in no particular order; memory does not grow with their number."""
         ...
 
 
-def open_source(uri: str) -> Source:
-    """Open the source that a URI names.
+def open_source(uri: str, config: SourceConfig | None = None, group_column: str = "") -> Source:
+    """Open the source that a URI names; `group_column` of a table or list is read as the bundle of its entries.
 
-    Raises FileNotFoundError if there is nothing, and UserError if it is of no supported kind.
+    Raises FileNotFoundError if there is nothing, and UserError if it is of no supported kind, or lacks what the
+    config names.
     """
+    config = config or SourceConfig()
     name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
-    if name.endswith(_COMPRESSED):
-        raise UserError(f"{uri} is a compressed archive, {_UNPACK}")
+    if name.endswith(COMPRESSED):
+        raise UserError(f"{uri} is a compressed archive, {UNPACK}")
     if name.endswith((".csv", ".parquet", ".tar")):
         folder, file = _split(open_storage(uri))
         if folder.exists(file) and not folder.is_folder(file):
-            return _of_file(folder, file)
+            return _of_file(folder, file, config, group_column)
     storage = open_storage(uri)
     if not storage.exists():
         raise FileNotFoundError(f"{storage.uri} does not exist; give a folder of images, tar or Parquet files")
     if storage.exists(imagenet.SYNSETS):
-        return imagenet.ImageNet(storage)
-    return _of_folder(storage)
+        source = imagenet.ImageNet(storage, config)
+    else:
+        source = _of_folder(storage, config, group_column)
+    if group_column and not isinstance(source, lists.CsvList | lists.ParquetList | tables.Tables):
+        raise UserError(
+            f"group_by column:{group_column} is for tables and lists, and {uri} is a {source.kind}; give a regular "
+            "expression of its images' names"
+        )
+    return source
 
 
 def _split(storage: Storage) -> tuple[Storage, str]:
@@ -75,20 +98,22 @@ def _split(storage: Storage) -> tuple[Storage, str]:
     return open_storage(folder or "/"), file
 
 
-def _of_file(folder: Storage, file: str) -> Source:
+def _of_file(folder: Storage, file: str, config: SourceConfig, group_column: str) -> Source:
     if file.lower().endswith(".csv"):
-        return lists.CsvList(folder, file)
+        return lists.CsvList(folder, file, config, group_column)
     found = _only_file(folder, file)
     if file.lower().endswith(".tar"):
-        return tars.Tars(folder, [found])
-    return _of_tables(folder, [found])
+        return tars.Tars(folder, [found], config)
+    return _of_tables(folder, [found], config, PassedOver(), group_column)
 
 
-def _of_tables(storage: Storage, files: list[ListedFile]) -> Source:
+def _of_tables(
+    storage: Storage, files: list[ListedFile], config: SourceConfig, passed: PassedOver, group_column: str
+) -> Source:
     """Open Parquet files that hold images, or their URIs."""
-    if lists.is_list(storage, files[0].path):
-        return lists.ParquetList(storage, [found.path for found in files])
-    return tables.Tables(storage, files)
+    if lists.is_list(storage, files[0].path, config):
+        return lists.ParquetList(storage, [found.path for found in files], config, passed, group_column)
+    return tables.Tables(storage, files, config, passed, group_column)
 
 
 def _only_file(folder: Storage, file: str) -> ListedFile:
@@ -102,55 +127,15 @@ def _only_file(folder: Storage, file: str) -> ListedFile:
     return found
 
 
-def _of_folder(storage: Storage) -> Source:
-    """Open a folder as the kind of its first file of a known kind. Raises UserError for a mixture of kinds."""
-    files = _known(storage)
-    first = next(files, None)
-    if first is None:
-        archive = next((found.path for found in storage.files() if found.path.lower().endswith(_COMPRESSED)), "")
-        if archive:
-            raise UserError(f"{storage.join(archive)} is a compressed archive, {_UNPACK}")
-        raise UserError(
-            f"no image in {storage.uri}; give a folder that has files ending in {' '.join(SUFFIXES)}, .tar or .parquet"
-        )
-    kind = _kind(first.path)
-    found = _only(kind, first.path, chain([first], files), storage)
+def _of_folder(storage: Storage, config: SourceConfig, group_column: str) -> Source:
+    """Open a folder as the kind of the files in it. Raises UserError for a mixture of kinds."""
+    listing = Listing(storage, config)
+    kind, found = listing.split()
     if kind == "images":
-        return folders.Folder(storage, found)
+        return folders.Folder(storage, found, config, listing.passed_over, listing.candidates)
+    files = sorted(found)
     if kind == "tar files":
-        return tars.Tars(storage, sorted(found))
+        return tars.Tars(storage, files, config, listing.passed_over)
     if storage.exists("manifest.json"):
         raise UserError(f"{storage.uri} is already a prepared dataset; give the source that it was made from")
-    return _of_tables(storage, sorted(found))
-
-
-def _known(storage: Storage) -> Iterator[ListedFile]:
-    """Yield files of known kinds. Log how many compressed archives and links to folders are skipped."""
-    num_links, link, num_archives, archive = 0, "", 0, ""
-    for found in storage.files():
-        if found.path.lower().endswith(_COMPRESSED):
-            num_archives, archive = num_archives + 1, found.path
-        if found.fault == FOLDER_LINK:
-            num_links, link = num_links + 1, found.path
-        elif _kind(found.path):
-            yield found
-    if num_archives:
-        log.warning("%s: skipping compressed archives (%d, such as %r)", storage.uri, num_archives, archive)
-    if num_links:
-        log.warning("%s: not following links to folders (%d, such as %r)", storage.uri, num_links, link)
-
-
-def _kind(path: str) -> str:
-    return next((kind for kind, suffixes in _KINDS.items() if path.lower().endswith(suffixes)), "")
-
-
-def _only(kind: str, first: str, files: Iterable[ListedFile], storage: Storage) -> Iterator[ListedFile]:
-    for found in files:
-        other = _kind(found.path)
-        if other != kind:
-            raise UserError(
-                f"{storage.uri} has {kind} such as {first} and {other} such as {found.path}; prepare one kind at a time"
-            )
-        if found.fault and kind != "images":
-            raise UserError(f"{storage.join(found.path)} cannot be read ({found.fault}); replace it by the file itself")
-        yield found
+    return _of_tables(storage, files, config, listing.passed_over, group_column)

@@ -2,11 +2,14 @@
 
 import dataclasses
 import operator
-import re
 from dataclasses import dataclass
 
 SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What a source may call a split, in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +38,20 @@ class Entry:
     """Changes with the file that contains it; not part of the dataset's identity. Empty if the listing has none."""
     fault: str = ""
     """Why it must not be read; usually empty."""
+    bundle: str = ""
+    """Patient, slide or scene: all images of one are kept in one split. Empty if the source or the user names none."""
 
 
 fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Entry)))
 """Equivalent of dataclasses.astuple for an entry, ten times faster because it does not copy."""
 
 
-def split_by_name(path: str) -> str:
-    """Return the split that a file's path names, such as train-00000-of-00008.parquet or val/000.tar; may be empty."""
-    for part in path.split("/"):
-        for word in re.split(r"[-_.]", part.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
-    return ""
-
-
 def by_folder(path: str) -> tuple[str, str, bool]:
     """Return split, label, and whether the label is certain, of an image at [split/][class/[deeper/]]name."""
     parts = path.split("/")
-    split = parts.pop(0) if parts[0] in SPLITS and len(parts) > 1 else ""
+    split = SPLIT_WORDS.get(parts[0].lower(), "") if len(parts) > 1 else ""
+    if split:
+        parts.pop(0)
     # JSON cannot hold a class name that is not valid UTF-8.
     label = parts[0].encode("utf-8", "backslashreplace").decode() if len(parts) > 1 else ""
     return split, label, len(parts) == 2

@@ -1,25 +1,143 @@
 """Image files in folders of any depth: one folder per class, optionally within train/, val/ and test/."""
 
+import dataclasses
+import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
-from pipelines.sources.entry import Entry, by_folder
+from mae_core.errors import UserError
+from pipelines.config import SourceConfig
+from pipelines.images.decode import SUFFIXES
+from pipelines.sources.candidates import Candidates, refuse_labels
+from pipelines.sources.entry import SPLIT_WORDS, Entry, by_folder
+from pipelines.sources.label_file import LabelFile
+from pipelines.sources.labels import class_in_json, class_of_member
+from pipelines.sources.masks import MaskFolders, Twins, masked_stem, stem_of
+from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
-from pipelines.storage import Storage
+from pipelines.sources.splits import refuse_inner_split
+from pipelines.storage import Storage, stays_inside
 from pipelines.storage.listing import ListedFile
+
+# Folders such as train2017 and test_set, which are no split by the rule and hardly a class.
+_LIKE_A_SPLIT = re.compile(
+    rf"({'|'.join(SPLIT_WORDS)})[-_ ]?(?:set|split|data|images?|imgs?|\d+|[-_ ])+", re.IGNORECASE
+)
+_ANY_SUFFIX = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
+_THREADS = 16
+_CHUNK = 256
+_MAX_SIDECAR_BYTES = 2**20
 
 
 class Folder:
     """A source in which every file is an image."""
 
-    has_explicit_labels = False
+    kind = "folder of images"
 
-    def __init__(self, storage: Storage, files: Iterable[ListedFile]) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        files: Iterable[ListedFile],
+        config: SourceConfig,
+        passed: PassedOver,
+        candidates: Candidates,
+    ) -> None:
+        refuse_labels(config, "a folder of images", ("auto", "folder", "none", "json", "member", "file"))
         self.place = Place(storage)
         self.classes: list[str] = []
-        self._files = files
+        self.has_explicit_labels = config.label_kind in ("json", "member", "file")
+        self.allows_missing = True
+        self.passed_over, self.candidates = passed, candidates
+        self._storage, self._files, self._config = storage, files, config
+        self._label_file = LabelFile(storage, config) if config.label_kind == "file" else None
+        self._mask_folders, self._twins = MaskFolders(), Twins(storage)
 
     def entries(self) -> Iterator[Entry]:
         """Yield every image. Can be called once, because the listing is not kept."""
+        entries = self._by_folder()
+        if self._label_file:
+            yield from self._by_file(self._label_file, entries)
+        elif self.has_explicit_labels:
+            yield from self._by_sidecar(entries)
+        else:
+            yield from entries
+        if self._config.image_member != "any":
+            self._mask_folders.refuse_pairs(self._storage.uri)
+            self._twins.refuse()
+
+    def _by_folder(self) -> Iterator[Entry]:
+        num_taken, checked = 0, None
         for path, size, version, fault in self._files:
+            if not self._is_wanted(path):
+                continue
+            num_taken += 1
+            if not self._config.image_member:
+                self._twins.note(path)
+            # Neighbours in a listing lie in the same folder, which is checked once.
+            if (folder := path.rpartition("/")[0]) != checked:
+                checked = folder
+                self._mask_folders.note(path)
+                self._refuse_unclear_split(path)
             split, label, is_flat = by_folder(path)
             yield Entry(path, path, -1, -1, -1, size, split, label, is_flat, version, fault)
+        if not num_taken and self._config.image_member:
+            raise UserError(f"no image of {self._storage.uri} ends in {self._config.image_member}; try another end")
+
+    def _is_wanted(self, path: str) -> bool:
+        """Return whether the image is to be taken; count it if not."""
+        member = self._config.image_member
+        if member not in ("", "any") and not path.lower().endswith(member.lower()):
+            self.passed_over.add(f"images that do not end in {member}", path, beside=True)
+            return False
+        stem = masked_stem(path) if not member and stays_inside(path) else ""
+        if stem and any(self._storage.exists(stem + suffix) for suffix in _ANY_SUFFIX):
+            self.passed_over.add("masks beside images (--image-member any takes them)", path, beside=True)
+            return False
+        return True
+
+    def _refuse_unclear_split(self, path: str) -> None:
+        top, slash, _ = path.partition("/")
+        refuse_inner_split(path, self._storage.uri)
+        if slash and self._config.labels != "folder" and (found := _LIKE_A_SPLIT.fullmatch(top)):
+            raise UserError(
+                f"{self._storage.uri} has a folder {top}/, which is no split and looks like one; name it "
+                f"{SPLIT_WORDS[found[1].lower()]}/, move it away, or use --labels folder if it is a class"
+            )
+
+    def _by_file(self, labels: LabelFile, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            label, split = labels.find(entry.path)
+            if split and entry.split and split != entry.split:
+                raise UserError(f"{entry.path} is in split {entry.split}, and the label file says {split}; keep one")
+            yield _labelled(entry, label, split or entry.split)
+        labels.report(self.passed_over)
+
+    def _by_sidecar(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        num_labelled, entries = 0, iter(entries)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            while chunk := list(islice(entries, _CHUNK)):
+                for entry, label in zip(chunk, pool.map(self._sidecar, chunk)):
+                    num_labelled += bool(label)
+                    yield _labelled(entry, label, entry.split)
+        if not num_labelled:
+            raise UserError(f"no image of {self._storage.uri} has a label by --labels {self._config.labels}")
+
+    def _sidecar(self, entry: Entry) -> str:
+        """Return the label in the file beside an image; empty if there is none."""
+        name = self._config.label_name
+        path = f"{stem_of(entry.path)}.{'json' if self._config.label_kind == 'json' else name}"
+        try:
+            content = self._storage.read(path, _MAX_SIDECAR_BYTES)
+        except FileNotFoundError:
+            return ""
+        where = self._storage.join(path)
+        return (
+            class_in_json(content, name, where)
+            if self._config.label_kind == "json"
+            else class_of_member(content, where)
+        )
+
+
+def _labelled(entry: Entry, label: str, split: str) -> Entry:
+    return dataclasses.replace(entry, label=label, split=split, is_flat=bool(label))

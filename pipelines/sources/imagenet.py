@@ -10,9 +10,12 @@ import io
 from collections.abc import Iterator
 
 from mae_core.errors import UserError
+from pipelines.config import SourceConfig
 from pipelines.images.decode import SUFFIXES
+from pipelines.sources.candidates import Candidates, refuse_labels
 from pipelines.sources.devkit import validation_synsets
 from pipelines.sources.entry import SPLITS, Entry
+from pipelines.sources.passed_over import PassedOver, kind_of_name
 from pipelines.sources.reading import Place
 from pipelines.storage import Storage
 
@@ -24,10 +27,14 @@ _IMAGES = "ILSVRC/Data/CLS-LOC"
 class ImageNet:
     """The competition's folder, unpacked."""
 
+    kind = "ImageNet-1K as Kaggle distributes it"
     has_explicit_labels = True
+    allows_missing = False
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, config: SourceConfig) -> None:
+        refuse_labels(config, self.kind, ("auto", "folder", "none"))
         self.place = Place(storage)
+        self.passed_over, self.candidates = PassedOver(), Candidates()
         self._storage = storage
         self._names = self._read_names()
         self.classes = list(self._names.values())
@@ -37,6 +44,7 @@ class ImageNet:
         solution: dict[str, str] | None = None
         for path, size, version, _ in self._storage.files(root):
             if not path.lower().endswith(SUFFIXES):
+                self.passed_over.add(kind_of_name(path), path)
                 continue
             parts = path.removeprefix(f"{root}/").split("/")
             split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""

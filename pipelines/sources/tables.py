@@ -12,29 +12,68 @@ import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from mae_core.errors import UserError
-from pipelines.sources.entry import Entry, split_by_name
+from pipelines.config import SourceConfig
+from pipelines.sources.candidates import Candidates, refuse_labels
+from pipelines.sources.entry import SPLIT_WORDS, Entry
+from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, takes
 from pipelines.sources.parquet import open_table
+from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
+from pipelines.sources.splits import splits_by_name
 from pipelines.storage import Storage
 from pipelines.storage.listing import ListedFile
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
-_LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "category")
 _INDEX_THREADS = 4
 _MAX_EMPTY_ROWS = 2**20
+_REMEDY = "name another by --labels column:NAME, or use --labels none"
 
 
 class Tables:
-    """Images in Parquet files. A file whose name contains a split (data/train-00000.parquet) belongs to it."""
+    """Images in Parquet files. A file whose name ends in a split but for its number belongs to it."""
 
-    def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
-        self._storage, self._files = storage, files
+    kind = "Parquet files with images"
+    allows_missing = True
+
+    def __init__(
+        self,
+        storage: Storage,
+        files: Sequence[ListedFile],
+        config: SourceConfig,
+        passed: PassedOver,
+        group_column: str = "",
+    ) -> None:
+        refuse_labels(config, self.kind, ("auto", "none", "column"))
+        self._storage, self._files, self._group_column = storage, files, group_column
+        uri = storage.join(files[0].path)
         with open_table(storage, files[0].path) as file:
             schema = file.schema_arrow
-        self.place = Place(storage, image_column=_image_column(schema, storage.join(files[0].path)))
-        self._label_column = label_column(schema)
+        self.passed_over, self.candidates = passed, Candidates()
+        self.place = Place(storage, image_column=_image_column(schema, uri, config))
+        self._label_column = label_column(schema, uri, config, self.place.image_column.split(".")[0])
         self.classes = _names(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
+        self._split_column = _split_column(schema, config, uri)
+        self._splits = splits_by_name((found.path for found in files), storage.uri)
+        used = {self.place.image_column.split(".")[0], self._label_column, self._split_column, group_column}
+        self._note_unused(schema, used, config)
+
+    def _note_unused(self, schema: pa.Schema, used: set[str], config: SourceConfig) -> None:
+        """Note columns that may hold labels or other images."""
+        for name in schema.names:
+            if name in used:
+                continue
+            if _names(schema, name):
+                self.candidates.add(f"column:{name}", f"{len(_names(schema, name))} class names")
+            elif takes(schema.field(name).type) and (is_likely(name) or pat.is_dictionary(schema.field(name).type)):
+                self.candidates.add(f"column:{name}", str(schema.field(name).type))
+            elif _bytes_of(schema.field(name)):
+                self.passed_over.add("columns of images that are not taken (--image-column)", name, beside=True)
+                continue
+            else:
+                continue
+            if config.labels == "auto":
+                self.passed_over.add("columns that may be labels (--labels)", name, beside=True)
 
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
@@ -45,14 +84,25 @@ class Tables:
     def _index(self, found: ListedFile) -> list[Entry]:
         path = found.path
         with open_table(self._storage, path) as file:
-            top = [column.split(".")[0] for column in (self.place.image_column, self._label_column) if column]
-            missing = [column for column in top if column not in file.schema_arrow.names]
+            schema = file.schema_arrow
+            top = [self.place.image_column.split(".")[0], *self._columns]
+            missing = [column for column in top if column not in schema.names]
             if missing:
                 raise UserError(
                     f"{self._storage.join(path)} has no column {missing[0]!r}, unlike {self._files[0].path}; "
                     "prepare files of one kind at a time"
                 )
+            if self._label_column and _names(schema, self._label_column) != self.classes:
+                raise UserError(
+                    f"{self._storage.join(path)} has other class names than {self._files[0].path}, so that the same "
+                    "number means two classes; prepare them one at a time"
+                )
             return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
+
+    @property
+    def _columns(self) -> list[str]:
+        """Columns that are read beside the images."""
+        return list(dict.fromkeys(c for c in (self._label_column, self._split_column, self._group_column) if c))
 
     def _group(self, file: pq.ParquetFile, found: ListedFile, group: int) -> Iterator[Entry]:
         path = found.path
@@ -63,44 +113,95 @@ class Tables:
         if image is None or metadata.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
             raise UserError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
         num_bytes = image.total_uncompressed_size // max(1, metadata.num_rows)
-        labels = [""] * metadata.num_rows
-        if self._label_column:
-            values = file.read_row_group(group, columns=[self._label_column])[self._label_column].to_pylist()
-            labels = ["" if value is None else self._class(value, path) for value in values]
+        labels = bundles = [""] * metadata.num_rows
+        splits = [self._splits.get(path, "")] * metadata.num_rows
+        if self._columns:
+            table = file.read_row_group(group, columns=self._columns)
+            uri = self._storage.join(path)
+            if self._label_column:
+                labels = classes_of_column(table[self._label_column], self.classes, uri, _REMEDY)
+            if self._split_column:
+                splits = [self._split(value, path) for value in table[self._split_column].to_pylist()]
+            if self._group_column:
+                bundles = ["" if value is None else str(value) for value in table[self._group_column].to_pylist()]
         first = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        split = split_by_name(path)
-        for row, label in enumerate(labels):
+        for row, (label, split, bundle) in enumerate(zip(labels, splits, bundles)):
             name = f"{path}/{first + row:09d}"
-            yield Entry(name, path, -1, group, row, num_bytes, split, label, bool(label), found.version)
+            is_flat = bool(label)
+            yield Entry(name, path, -1, group, row, num_bytes, split, label, is_flat, found.version, bundle=bundle)
 
-    def _class(self, value: int | str, path: str) -> str:
-        if not self.classes or isinstance(value, str):
-            return str(value)
-        if not 0 <= value < len(self.classes):
+    def _split(self, value: object, path: str) -> str:
+        split = SPLIT_WORDS.get(str(value).strip().lower(), "")
+        if not split:
             raise UserError(
-                f"{self._storage.join(path)} has label {value}, but {len(self.classes)} class names; fix its schema"
+                f"column {self._split_column} of {self._storage.join(path)} has {value!r}, which is no split; it must "
+                "be train, val or test: name another by --split-column"
             )
-        return self.classes[value]
+        by_name = self._splits.get(path, split)
+        if by_name != split:
+            raise UserError(
+                f"{self._storage.join(path)} is of split {by_name} by its name, and its column {self._split_column} "
+                f"has {value!r}; rename the file or the column"
+            )
+        return split
 
 
-def label_column(schema: pa.Schema) -> str:
-    """Return the name of the integer or string column with the classes; empty if there is none."""
-    for name in _LABEL_COLUMNS:
-        if name in schema.names:
-            kind = schema.field(name).type
-            if pat.is_integer(kind) or pat.is_string(kind) or pat.is_large_string(kind):
-                return name
-    return ""
+def label_column(schema: pa.Schema, uri: str, config: SourceConfig, image: str) -> str:
+    """Return the name of the column with the classes; empty if there is none or none is wanted.
+
+    Without a name that is the first of the usual names, else the only one to which the Hub's schema gives class names.
+    Raises UserError for a column that is missing or cannot hold a class, with those that can.
+    """
+    if config.label_kind == "none":
+        return ""
+    others = [name for name in schema.names if name not in (image, config.image_column)]
+    name = config.label_name if config.label_kind == "column" else ""
+    if not name:
+        usual = [known for known in LABEL_NAMES if known in others and not _bytes_of(schema.field(known))]
+        named = [column for column in others if _names(schema, column)]
+        name = usual[0] if usual else named[0] if len(named) == 1 else ""
+    if not name:
+        return ""
+    can = [column for column in others if takes(schema.field(column).type)]
+    remedy = (
+        f"name one of {', '.join(can)} by --labels column:NAME, or use --labels none" if can else "use --labels none"
+    )
+    if name not in schema.names:
+        raise UserError(f"{uri} has no column {name!r}; {remedy}")
+    kind = schema.field(name).type
+    if not takes(kind):
+        what = "lists" if pat.is_list(kind) or pat.is_large_list(kind) or pat.is_fixed_size_list(kind) else str(kind)
+        raise UserError(f"column {name} of {uri} has {what}, but an image has one class; {remedy}")
+    return name
 
 
-def _image_column(schema: pa.Schema, uri: str) -> str:
+def _split_column(schema: pa.Schema, config: SourceConfig, uri: str) -> str:
+    """Return the column with the splits: the one that is named, or one of strings called `split`; else empty."""
+    name = config.split_column
+    if name and name not in schema.names:
+        raise UserError(f"{uri} has no column {name!r}; its columns are {', '.join(schema.names)}")
+    if name or "split" not in schema.names:
+        return name
+    kind = schema.field("split").type
+    kind = kind.value_type if pat.is_dictionary(kind) else kind
+    return "split" if pat.is_string(kind) or pat.is_large_string(kind) else ""
+
+
+def _image_column(schema: pa.Schema, uri: str, config: SourceConfig) -> str:
     """Return the path of the column with the image bytes, such as `image` or `image.bytes`."""
     binary = {name: path for name in schema.names if (path := _bytes_of(schema.field(name)))}
+    if wanted := config.image_column.removesuffix(".bytes"):
+        if wanted not in binary:
+            raise UserError(
+                f"{uri} has no column {wanted!r} of images; those of type binary or struct<bytes, path> are "
+                f"{', '.join(binary) or 'none'}"
+            )
+        return binary[wanted]
     named = [path for name, path in binary.items() if name in _IMAGE_COLUMNS]
     if len(named or binary) != 1:
         raise UserError(
             f"{uri} has no unambiguous column of images (columns: {', '.join(schema.names)}); "
-            "name one `image`, of type binary or struct<bytes, path>"
+            "name one `image`, of type binary or struct<bytes, path>, or choose it by --image-column"
         )
     return named[0] if named else next(iter(binary.values()))
 

@@ -1,6 +1,7 @@
-"""Tar files of images in WebDataset's layout: `x.jpg` with `x.cls`, or one folder per class.
+"""Tar files of images in WebDataset's layout, `x.jpg` with `x.cls`, or one folder per class.
 
-Headers are read once, when listing. After that an image is a byte range of its file.
+Headers are read once, when listing. After that an image is a byte range of its file. A sample is all members with the
+same key: the path up to the first dot of the name, as WebDataset has it, or up to the last one if asked for.
 """
 
 import io
@@ -11,16 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from mae_core.errors import UserError
+from pipelines.config import SourceConfig
 from pipelines.images.decode import SUFFIXES
-from pipelines.sources.entry import Entry, by_folder, split_by_name
+from pipelines.sources.candidates import Candidates, refuse_labels
+from pipelines.sources.content import HEAD_BYTES, is_camera_raw, is_image
+from pipelines.sources.entry import Entry, by_folder
+from pipelines.sources.label_file import LabelFile
+from pipelines.sources.labels import LABEL_MEMBERS, class_in_json, class_of_member
+from pipelines.sources.masks import MaskFolders
+from pipelines.sources.passed_over import PassedOver, kind_of_name
 from pipelines.sources.reading import Place
+from pipelines.sources.samples import Samples, key_of, suffix_of
+from pipelines.sources.splits import refuse_inner_split, splits_by_name
 from pipelines.storage import Storage
 from pipelines.storage.listing import ListedFile
 
 _INDEX_THREADS = 4
 # In tars of small images, one request of this size covers many headers.
 _READ_AHEAD_BYTES = 2**20
-_MAX_LABEL_BYTES = 1024
+_MAX_LABEL_BYTES = 2**20
 _MAX_EXTENSION_BYTES = 2**20
 _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
@@ -28,64 +38,165 @@ _EXTENSIONS = (
 
 
 class Tars:
-    """Images in tar files. A file whose name contains a split (train-000.tar, val/000.tar) belongs to it."""
+    """Images in tar files. A file whose name ends in a split but for its number (train-000.tar) belongs to it."""
 
-    def __init__(self, storage: Storage, files: Sequence[ListedFile]) -> None:
+    kind = "tar files"
+
+    def __init__(
+        self, storage: Storage, files: Sequence[ListedFile], config: SourceConfig, passed: PassedOver | None = None
+    ) -> None:
+        refuse_labels(config, self.kind, ("auto", "folder", "none", "json", "member", "file"))
         self.place = Place(storage)
         self.classes: list[str] = []
-        self.has_explicit_labels = False
-        self._storage, self._files = storage, files
+        self.has_explicit_labels = config.label_kind in ("json", "member", "file")
+        self.allows_missing = self.has_explicit_labels
+        self.passed_over, self.candidates = passed or PassedOver(), Candidates()
+        self._storage, self._files, self._config = storage, files, config
+        self._splits = splits_by_name((found.path for found in files), storage.uri)
+        self._label_file = LabelFile(storage, config) if config.label_kind == "file" else None
+        self._mask_folders = MaskFolders()
 
     def entries(self) -> Iterator[Entry]:
+        is_any_labelled, by_folder_alone = False, ""
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             for start in range(0, len(self._files), _INDEX_THREADS):
-                for entries, has_labels in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
-                    self.has_explicit_labels |= has_labels
-                    yield from entries
-
-    def _index(self, found: ListedFile) -> tuple[list[Entry], bool]:
-        """Return the images of one tar file, and whether it has labels."""
-        images: list[_Image] = []
-        labels: dict[str, str] = {}
-        with self._storage.open_input(found.path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
-            for member, tar in _members(buffered, self._storage.join(found.path)):
-                if member.name.lower().endswith(SUFFIXES):
-                    images.append(_image(member))
-                elif member.name.lower().endswith(".cls"):
-                    labels[_key(member.name)] = self._label(tar, member, found.path)
-        linked = {image.name: image for image in images if not image.link} if any(i.link for i in images) else {}
-        followed = (image if not image.link else image.at(linked.get(image.link)) for image in images)
-        return [self._entry(found, image, labels) for image in followed], bool(labels)
-
-    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> str:
-        content = tar.extractfile(member) if member.isreg() and 0 < member.size <= _MAX_LABEL_BYTES else None
-        try:
-            label = content.read().decode().strip() if content else ""
-        except UnicodeDecodeError:
-            label = ""
-        if not label:
+                for index in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
+                    self.has_explicit_labels |= bool(index.labels)
+                    self.passed_over.merge(index.passed_over)
+                    self.candidates.merge(index.candidates)
+                    for image in index.images:
+                        entry = self._entry(index, image)
+                        is_any_labelled |= bool(entry.label)
+                        by_folder_alone = by_folder_alone or ("" if index.labels or not entry.label else entry.name)
+                        yield entry
+        if self._label_file:
+            self._label_file.report(self.passed_over)
+        elif self.has_explicit_labels and by_folder_alone and not self.allows_missing:
             raise UserError(
-                f"{self._storage.join(path)}: {member.name} contains no class; it must be a number or a name in UTF-8"
+                f"some tar files of {self._storage.uri} have labels beside their images, and the one of "
+                f"{by_folder_alone} has none; label all, or use --labels folder or none"
             )
-        return label
+        elif self.allows_missing and not is_any_labelled:
+            raise UserError(f"no image of {self._storage.uri} has a label by --labels {self._config.labels}")
+        if self._config.image_member != "any":
+            self._mask_folders.refuse_pairs(self._storage.uri)
 
-    def _entry(self, found: ListedFile, image: "_Image", labels: dict[str, str]) -> Entry:
-        name = image.name.removeprefix("./")
+    def _index(self, found: ListedFile) -> "_Index":
+        """Read the headers and labels of one tar file."""
+        uri, config = self._storage.join(found.path), self._config
+        samples, candidates = Samples(uri, config), Candidates()
+        images: list[_Image] = []
+        labels: dict[str, list[tuple[str, str]]] = {}
+        with self._storage.open_input(found.path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
+            for member, tar in _members(buffered, uri):
+                name = member.name.removeprefix("./")
+                suffix = suffix_of(name, config)
+                if name.lower().endswith(SUFFIXES) or (member.isreg() and _has_image(tar, member)):
+                    images.append(_image(member))
+                    continue
+                samples.note_other(name)
+                if self._is_label(suffix):
+                    labels.setdefault(suffix, []).append((name, self._label(tar, member, uri)))
+                elif candidates.wants(suffix) and member.isreg() and member.size <= _MAX_LABEL_BYTES:
+                    candidates.look(f"{found.path}/{name}", suffix, _content(tar, member))
+        chosen, passed = samples.choose([image.name.removeprefix("./") for image in images])
+        taken = [image for image, is_taken in zip(images, chosen) if is_taken]
+        linked = {image.name: image for image in images if not image.link} if any(i.link for i in images) else {}
+        followed = [image if not image.link else image.at(linked.get(image.link)) for image in taken]
+        used = next((suffix for suffix in self._label_suffixes if suffix in labels), "")
+        keys = {key_of(image.name.removeprefix("./"), config) for image in taken if samples.others}
+        for name in samples.others:
+            suffix, is_beside = suffix_of(name, config), key_of(name, config) in keys
+            if suffix == used and is_beside:
+                continue
+            reason = f"members *.{suffix} beside images" if is_beside else kind_of_name(name)
+            passed.add(reason, f"{found.path}/{name}", beside=is_beside)
+            if is_beside:
+                candidates.note_member(suffix, f"{found.path}/{name}")
+        return _Index(found, followed, self._by_key(labels.get(used, []), uri), passed, candidates)
+
+    @property
+    def _label_suffixes(self) -> Sequence[str]:
+        kind, name = self._config.label_kind, self._config.label_name
+        return {"auto": LABEL_MEMBERS, "member": (name.lower().lstrip("."),), "json": ("json",)}.get(kind, ())
+
+    def _is_label(self, suffix: str) -> bool:
+        return suffix in self._label_suffixes
+
+    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, uri: str) -> str:
+        content = _content(tar, member) if member.isreg() and 0 < member.size <= _MAX_LABEL_BYTES else b""
+        if self._config.label_kind == "json":
+            return class_in_json(content, self._config.label_name, f"{uri}: {member.name}")
+        return class_of_member(content, f"{uri}: {member.name}")
+
+    def _by_key(self, named: list[tuple[str, str]], uri: str) -> dict[str, str]:
+        """Return the labels of the members by key. Raises UserError if two have the same key."""
+        labels: dict[str, str] = {}
+        for name, label in named:
+            key = key_of(name, self._config)
+            if key in labels:
+                raise UserError(
+                    f"{uri} has several labels for the key {key}, which ends at the "
+                    f"{self._config.sample_key.replace('-', ' ')}, such as {name}; if names have dots use --sample-key "
+                    "last-dot, else keep one, or use --labels none"
+                )
+            labels[key] = label
+        return labels
+
+    def _entry(self, index: "_Index", image: "_Image") -> Entry:
+        found, name = index.found, image.name.removeprefix("./")
         split, label, is_flat = by_folder(name)
-        if labels:
-            label = labels.get(_key(image.name), "")
-            is_flat = bool(label)
+        by_file = self._splits.get(found.path, "")
+        if split and by_file and split != by_file:
+            raise UserError(
+                f"{found.path} of {self._storage.uri} is of split {by_file} by its name, and its {name} of {split}; "
+                "rename one of them"
+            )
+        refuse_inner_split(name, self._storage.join(found.path))
+        self._mask_folders.note(name)
+        if self._label_file:
+            label, listed = self._label_file.find(name)
+            if listed and (by_file or split) not in ("", listed):
+                raise UserError(
+                    f"{name} of {found.path} is in split {by_file or split}, and the label file says {listed}"
+                )
+            split = split or listed
+        elif index.labels or self.allows_missing:
+            label = index.labels.get(key_of(name, self._config), "")
         return Entry(
             name=f"{found.path}/{name}",
             path=found.path,
             offset=image.offset,
             num_bytes=image.num_bytes,
-            split=split_by_name(found.path) or split,
+            split=by_file or split,
             label=label,
-            is_flat=is_flat,
+            is_flat=bool(label) if self.has_explicit_labels else is_flat,
             version=found.version,
             fault=image.fault,
         )
+
+
+class _Index(NamedTuple):
+    """What is known of a tar file once its headers have been read."""
+
+    found: ListedFile
+    images: "list[_Image]"
+    labels: dict[str, str]
+    """Labels by key."""
+    passed_over: PassedOver
+    candidates: Candidates
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
+
+
+def _has_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    if not member.size or is_camera_raw(member.name):
+        return False
+    file = tar.extractfile(member)
+    return file is not None and is_image(file.read(HEAD_BYTES))
 
 
 class _Image(NamedTuple):
@@ -137,14 +248,15 @@ def _members(file: io.BufferedReader, uri: str) -> Iterator[tuple[tarfile.TarInf
             end = tar.offset
     except tarfile.TarError:
         raise UserError(damaged) from None
-    # tarfile stops silently at a damaged header. A complete archive ends in zeros.
+    # tarfile stops silently at a damaged header, and at the end of the first of several archives in one file. A
+    # complete archive ends in zeros.
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if not block or block.strip(b"\0"):
         raise UserError(damaged)
-
-
-def _key(name: str) -> str:
-    """Return WebDataset's key of a sample: the path up to the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.split(".", 1)[0]
+    while rest := file.read(_READ_AHEAD_BYTES):
+        if rest.strip(b"\0"):
+            raise UserError(
+                f"{uri} continues after its end, as when tar files are joined by cat: only the first would be read; "
+                "give the files one by one, or unpack it with tar -xif"
+            )

@@ -18,6 +18,8 @@ from PIL import Image
 
 from pipelines import cli, prepare
 from pipelines.config import PrepareConfig
+from pipelines.dataset.manifest import read_manifest, write_manifest
+from pipelines.storage import open_storage
 
 NOBODY = 65534
 SMALL = ["--model.arch", "vit_pico_patch7", "--model.image-px", "28", "28", "--model.channels", "1"]
@@ -194,10 +196,43 @@ def test_more_channels_than_the_model_takes(place: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("command", ["finetune", "probe"])
 def test_labels_that_are_not_there(place: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    uri = unlabelled(place)
-    said = refusal(place, capsys, command, "--data.uri", uri, "--backbone", "random:vit_pico_patch7")
-    assert "is unlabelled" in said
-    assert said.endswith("put the images of each class in a folder of their own and prepare them again")
+    argv = [command, "--data.uri", unlabelled(place), "--backbone", "random:vit_pico_patch7"]
+    said = refusal(place, capsys, *argv)
+    assert "is unlabelled, but a classifier needs labels; prepare its source into another folder with --labels" in said
+    manifest = read_manifest(open_storage(place / "data"))
+    write_manifest(open_storage(place / "data"), manifest.noting({}, ["column:fine_label", "column:coarse_label"]))
+    said = refusal(place, capsys, *argv)
+    assert said.endswith("with --labels column:fine_label or --labels column:coarse_label")
+
+
+@pytest.mark.parametrize("command", ["finetune", "probe"])
+def test_one_class_is_nothing_to_learn(place: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    images(place / "images", *(f"cat/{i}.png" for i in range(6)))
+    prepare.prepare(str(place / "images"), str(place / "data"), PrepareConfig(labels="folder", val_fraction=0.3))
+    said = refusal(place, capsys, command, "--data.uri", str(place / "data"), "--backbone", "random:vit_pico_patch7")
+    assert "has one class, cat: any classifier would be right on every image; prepare a source" in said
+
+
+def test_a_split_without_labels_is_not_evaluated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [*(f"{split}/{c}/{i}.png" for split in ("train", "val") for c in "ab" for i in range(2)), "test/x.png"]
+    images(place / "images", *names)
+    prepare.prepare(str(place / "images"), str(place / "data"), PrepareConfig(labels="folder"))
+    argv = ["--data.uri", str(place / "data"), "--backbone", "random:vit_pico_patch7", "--eval-split", "test"]
+    said = refusal(place, capsys, "probe", *argv)
+    assert said.endswith(
+        "the 1 images of split 'test' of " + str(place / "data") + " are unlabelled; try --eval-split val"
+    )
+
+
+def test_no_split_to_evaluate_on_comes_with_a_way_to_make_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(place / "images", *(f"{c}/{i}.png" for c in "ab" for i in range(5)))
+    prepare.prepare(str(place / "images"), str(place / "data"), PrepareConfig(val_fraction=0))
+    said = refusal(place, capsys, "probe", "--data.uri", str(place / "data"), "--backbone", "random:vit_pico_patch7")
+    assert (
+        "has no split 'val' to evaluate on; prepare its source into another folder with --hold-out stratified" in said
+    )
+    prepare.prepare(str(place / "images"), str(place / "held"), PrepareConfig(hold_out="stratified"))
+    assert set(read_manifest(open_storage(place / "held")).splits) == {"train", "val"}
 
 
 def test_more_labels_than_there_are(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

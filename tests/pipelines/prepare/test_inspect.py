@@ -1,6 +1,7 @@
 """`mae inspect` counts what is there and draws it, whole or broken, before and after preparation."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipelines import prepare as module
 from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.prepare.inspect import inspect_uri
 from pipelines.storage import storage_of
+from tests.pipelines.sources.packing import fill
 
 
 @pytest.fixture
@@ -73,6 +75,41 @@ def test_a_sample_is_the_same_for_the_same_seed_and_spread_over_the_source(tmp_p
     assert drawn(0) == drawn(0) != drawn(1)
     assert len(set(drawn(0))) == 50
     assert 350 < sum(drawn(0)) / 50 < 650
+
+
+def test_a_source_shows_labels_splits_ranges_and_what_would_be_passed_over(
+    png: Callable[[int], bytes], tmp_path: Path
+) -> None:
+    sizes = {"train/cat": 3, "train/dog": 2, "test/cat": 1}
+    images = {f"{folder}/{i}.png": png(i + 10 * n) for n, folder in enumerate(sizes) for i in range(sizes[folder])}
+    source = fill(tmp_path / "s", images | {"labels.csv": b"image,label\ncat,1\n", "film.mp4": b"x"})
+    found, sheet = looked_at(source, tmp_path)
+    assert (found["source_kind"], found["splits"]) == ("folder of images", {"train": 5, "test": 1})
+    assert (found["classes"], found["labels"]) == ({"cat": 4, "dog": 2}, "auto")
+    assert found["label_candidates"] == {"file:labels.csv": "table with columns image, label"}
+    assert found["passed_over"] == {"no image (*.csv)": 1, "no image (*.mp4)": 1}
+    assert found["passed_over_examples"]["no image (*.mp4)"] == "film.mp4"
+    assert (found["num_found"], found["num_images"], found["num_unlabelled"]) == (8, 6, 0)
+    (gray,) = found["value_ranges"]
+    assert 0 <= gray["min"] <= gray["p1"] < 30 < 220 < gray["p99"] <= gray["max"] <= 255
+    assert not (source / "manifest.json").exists()
+    unlabelled, other = looked_at(source, tmp_path, labels="none")
+    assert (unlabelled["classes"], unlabelled["num_unlabelled"]) == ({}, 6)
+    assert sheet.tobytes() != other.tobytes(), "labels are printed below the images"
+
+
+def test_value_ranges_are_those_of_each_channel(tmp_path: Path) -> None:
+    for number, colour in enumerate(((10, 20, 30), (50, 20, 90))):
+        Image.new("RGB", (10, 10), colour).save(tmp_path / f"{number}.png")
+    Image.new("L", (1, 1), 60).save(tmp_path / "gray.png")
+    found, _ = looked_at(tmp_path, tmp_path)
+    assert [(c["min"], c["max"]) for c in found["value_ranges"]] == [(10, 60), (20, 60), (30, 90)]
+    assert found["value_ranges"][1] == {"min": 20, "p1": 20, "p99": 20, "max": 60}
+
+
+def test_what_would_be_refused_is_refused_by_inspect_too(png: Callable[[int], bytes], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is in a folder test/, but not at the top"):
+        inspect_uri(str(fill(tmp_path / "s", {"data/test/a.png": png(0)})), InspectConfig(out=str(tmp_path / "s.png")))
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:

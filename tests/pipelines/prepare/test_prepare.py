@@ -145,10 +145,11 @@ def test_the_zoo_is_accounted_for(zoo: list, tmp_path: Path) -> None:
     source = fill(tmp_path / "zoo", contents)
     manifest = prepare(str(source), str(tmp_path / "out"), PrepareConfig(rows_per_shard=7, rows_per_group=3, max_bad=1))
     whole = {f"folder{i % 3}/deeper/{a.name}": a for i, a in enumerate(zoo) if not a.reason}
-    assert manifest.num_found == len(zoo) + 2
+    assert manifest.num_found == len(zoo) + 3
     assert manifest.num_ok == len(whole)
     assert manifest.num_duplicates == 1
-    assert manifest.num_found == manifest.num_ok + manifest.num_quarantined + manifest.num_duplicates
+    assert manifest.passed_over == {"no image (*.txt)": 1}
+    assert manifest.num_found == manifest.num_ok + manifest.num_quarantined + manifest.num_duplicates + 1
     refused = quarantined(tmp_path / "out")
     assert sum(manifest.quarantine_reasons.values()) == manifest.num_quarantined == len(refused)
     assert manifest.quarantine_reasons == dict(sorted(Counter(r["reason"].split(":")[0] for r in refused).items()))

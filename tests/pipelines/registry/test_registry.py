@@ -462,6 +462,13 @@ images = [open(path, "rb").read() for path in sys.argv[2:]]
 table = model.predict(pd.DataFrame({"image": images}))
 for other in (images, np.array(images, dtype=object)):
     assert model.predict(other).equals(table)
+for path in (sys.argv[2:3], pd.DataFrame({"image": sys.argv[2:3]})):
+    try:
+        model.predict(path)
+    except Exception as error:
+        assert "the text '0.png', but the model takes the bytes of an image file" in str(error), error
+    else:
+        raise AssertionError("a path is no image")
 print(table.to_json())
 assert not {"ray", "pipelines"} & set(sys.modules)
 """

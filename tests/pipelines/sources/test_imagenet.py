@@ -87,6 +87,8 @@ def test_compressed_archives_are_refused_and_beside_images_said_to_be_left_out(
         with pytest.raises(ValueError, match=rf"{name} is a compressed archive, .*gunzip"):
             prepared(source)
     (tmp_path / "s/a.png").write_bytes(png(0))
-    manifest, _ = prepared(tmp_path / "s")
-    assert manifest.num_found == 1
+    with pytest.raises(ValueError, match=r"1 of 2 in .* would be passed over, .* 1 compressed archives, such as"):
+        prepared(tmp_path / "s")
+    manifest, _ = prepared(tmp_path / "s", max_skipped=1)
+    assert (manifest.num_found, manifest.passed_over) == (2, {"compressed archives": 1})
     assert f"skipping compressed archives (1, such as '{name}')" in caplog.text

@@ -259,7 +259,7 @@ def parquet(tmp_path: Path, columns: dict[str, list]) -> Path:
         (lambda t, png: fill(t, {"l.csv": b"name,age\na,1\n"}) / "l.csv", "names no column of images; make it uri"),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\na.png\n"}) / "l.csv", "line 2 of .* has 1 fields where"),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\n,cat\n"}) / "l.csv", "line 2 of .* names no image"),
-        (lambda t, png: fill(t, {"l.csv": b"uri,split\na.png,dev\n"}) / "l.csv", "has split 'dev'; it must be train"),
+        (lambda t, png: fill(t, {"l.csv": b"uri,split\na.png,fold\n"}) / "l.csv", "has split 'fold'; it must be train"),
         (lambda t, png: fill(t, {"l.csv": b"uri\nhttp://h/a.png\n"}) / "l.csv", "names http://h/a.png, which cannot"),
         (lambda t, png: fill(t, {"l.csv": b"uri\n\xff\xfe\n"}) / "l.csv", "is not a CSV file in UTF-8"),
         (lambda t, png: fill(t / "s", {"a.png": png(1), "b.tar": b""}), "has .* such as .* prepare one kind"),

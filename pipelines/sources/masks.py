@@ -1,0 +1,101 @@
+"""Masks beside images: `x_mask.png` beside `x.jpg`, and a folder masks/ beside images/. They are no training images."""
+
+import re
+from collections.abc import Iterator
+
+from mae_core.errors import UserError
+from pipelines.storage import Storage, stays_inside
+
+_MASK = re.compile(
+    r"(?P<base>.+?)[-_. ](?:"
+    r"(?:masks?|seg|segm|segmentations?|segmask|gt|groundtruth|ground_truth|trimap)\d*\.[^.]+"
+    # Words that photographs have in their names, too: their labels have no loss.
+    r"|(?:labels?|labelids|matte|annotations?|anno|instances?|instanceids)\d*\.(?:png|gif|bmp|tiff?))",
+    re.IGNORECASE,
+)
+_MASK_FOLDERS = frozenset((
+    "mask", "masks", "label", "labels", "seg", "segs", "segmentation", "segmentations", "annotation", "annotations",
+    "gt", "ground_truth", "groundtruth", "segmentationclass", "segmentationobject", "trimaps", "gtfine", "labelstr",
+    "labelsts",
+))  # fmt: skip
+_IMAGE_FOLDERS = frozenset(("image", "images", "img", "imgs", "jpegimages", "leftimg8bit", "imagestr", "imagests"))
+
+
+def masked_stem(path: str) -> str:
+    """Return the path, without its suffix, of the image that a mask by this name belongs to; empty for another name."""
+    folder, slash, name = path.rpartition("/")
+    found = _MASK.fullmatch(name)
+    return f"{folder}{slash}{found['base']}" if found else ""
+
+
+def stem_of(path: str) -> str:
+    """Return a path without the suffix of its name."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+class Twins:
+    """Pairs such as x.jpg and x.png: a photograph and its mask, or one picture in two formats.
+
+    The first images without loss are looked up, which cost a request each in a store.
+    """
+
+    _JPEG = (".jpg", ".jpeg", ".JPG", ".JPEG")
+    _LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")
+    _MAX_LOOKUPS = 64
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._num_looked, self._pairs = 0, list[tuple[str, str]]()
+
+    def note(self, path: str) -> None:
+        """Look for a JPEG with the name of an image without loss."""
+        if self._num_looked < self._MAX_LOOKUPS and path.lower().endswith(self._LOSSLESS) and stays_inside(path):
+            self._num_looked += 1
+            jpeg = next((name for end in self._JPEG if self._storage.exists(name := stem_of(path) + end)), "")
+            self._pairs += [(jpeg, path)] if jpeg else []
+
+    def refuse(self) -> None:
+        """Raise UserError if at least half of the images without loss are one of a pair."""
+        if self._pairs and 2 * len(self._pairs) >= self._num_looked:
+            jpeg, other = self._pairs[0]
+            end = other[other.rindex(".") :]
+            raise UserError(
+                f"{self._storage.uri} has pairs such as {jpeg} and {other}, of which one may be the mask of the other; "
+                f"take one of each by --image-member {jpeg[jpeg.rindex('.') :]} or {end}, or all by --image-member any"
+            )
+
+
+class MaskFolders:
+    """Folders of images and of masks with the same parent, as they are met in a listing."""
+
+    def __init__(self) -> None:
+        self._images: dict[str, str] = {}
+        self._masks: dict[str, str] = {}
+
+    def note(self, path: str) -> None:
+        """Note the folders of an image."""
+        for parent, name in _folders(path):
+            if name.lower() in _MASK_FOLDERS:
+                self._masks.setdefault(parent, f"{parent}{name}")
+            elif name.lower() in _IMAGE_FOLDERS:
+                self._images.setdefault(parent, f"{parent}{name}")
+
+    def refuse_pairs(self, where: str) -> None:
+        """Raise UserError if a folder of masks lies beside one of images."""
+        for parent, masks in self._masks.items():
+            if parent in self._images:
+                images = self._images[parent]
+                raise UserError(
+                    f"{where} has {images}/ and beside it {masks}/, whose files look like masks of these images: they "
+                    f"would become training images, and the folders classes; prepare {images} by itself, or use "
+                    "--image-member any if all are images"
+                )
+
+
+def _folders(path: str) -> Iterator[tuple[str, str]]:
+    """Yield the path above each folder, with a slash, and the folder's name."""
+    at = 0
+    while (end := path.find("/", at)) >= 0:
+        yield path[:at], path[at:end]
+        at = end + 1

@@ -1,0 +1,81 @@
+"""Which split a file of many images belongs to, by its name, such as train-00000-of-00008.parquet or val/000.tar."""
+
+import logging
+import re
+from collections.abc import Iterable
+
+from mae_core.errors import UserError
+from pipelines.sources.entry import SPLIT_WORDS
+
+log = logging.getLogger(__name__)
+
+# What follows the split in the names of shards: numbers, `of`, and the digest of the Hub's files.
+_COUNTED = re.compile(r"\d+|of|[0-9a-f]{8,}|\{\d+\.*\d*\}")
+# The split below which no folder may have the name of another one. `dev` and `training` name other things too.
+_HELD_OUT = ("val", "valid", "validation", "test", "testing")
+
+
+def splits_by_name(paths: Iterable[str], where: str) -> dict[str, str]:
+    """Return the split of each file that names one; it may name none.
+
+    A folder, or a file but for its number, names a split with its last word: `data/validation-00000.parquet`,
+    `Val/0.tar`. A word within, as in `test_images_0.tar`, counts if every file has one and they name several splits.
+    Raises UserError where a name could mean a split or not, or means two.
+    """
+    found = {path: _last_words(path) for path in paths}
+    for path, words in found.items():
+        if len(set(words)) > 1:
+            raise UserError(f"{path} of {where} names the splits {' and '.join(sorted(set(words)))}; rename it")
+    known = {path: words[0] for path, words in found.items() if words}
+    within = {path: _words_within(path) for path in found if path not in known}
+    unclear = {path: words for path, words in within.items() if words}
+    if not unclear:
+        return known
+    splits = {word for words in unclear.values() for word in words} | set(known.values())
+    if all(len(set(words)) == 1 for words in within.values()) and len(splits) > 1:
+        return known | {path: words[0] for path, words in unclear.items()}
+    if known or len(unclear) < len(found) or len(splits) > 1:
+        path, words = next(iter(unclear.items()))
+        raise UserError(
+            f"{path} of {where} may be of split {words[0]} or only have the word in its name; put the files of a split "
+            f"in a folder {words[0]}/, or rename it"
+        )
+    path, words = next(iter(unclear.items()))
+    log.warning(
+        "%s: the word in names such as %s is not taken as split %s; a folder %s/ is", where, path, *words[:1] * 2
+    )
+    return known
+
+
+def refuse_inner_split(path: str, where: str) -> None:
+    """Raise UserError if a folder below the top of the image's path has the name of a split that is held out."""
+    parts = path.split("/")
+    at = next((i for i, part in enumerate(parts[:-1]) if i and part.lower() in _HELD_OUT), 0)
+    if at and SPLIT_WORDS.get(parts[0].lower()) != SPLIT_WORDS[parts[at].lower()]:
+        above = "/".join(parts[:at])
+        raise UserError(
+            f"{path} of {where} is in a folder {parts[at]}/, but not at the top, where folders are splits: its images "
+            f"would be used for training; prepare {above} by itself, move {parts[at]}/ to the top, or rename it"
+        )
+
+
+def _last_words(path: str) -> list[str]:
+    """Return the splits that folders and the file name with their last word."""
+    found = []
+    for part in _parts(path):
+        words = [word for word in re.split(r"[-_.]", part) if word]
+        while len(words) > 1 and _COUNTED.fullmatch(words[-1]):
+            words.pop()
+        if words and words[-1] in SPLIT_WORDS:
+            found.append(SPLIT_WORDS[words[-1]])
+    return found
+
+
+def _words_within(path: str) -> list[str]:
+    return [SPLIT_WORDS[w] for part in _parts(path) for w in re.split(r"[-_.]", part) if w in SPLIT_WORDS]
+
+
+def _parts(path: str) -> list[str]:
+    """Return the folders and the name without its suffix, in lower case."""
+    *folders, name = path.lower().split("/")
+    return [*folders, name.rpartition(".")[0] or name]
