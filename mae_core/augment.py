@@ -189,13 +189,16 @@ def mixup(
     seed: int,
     step: int,
     micro: int,
+    targets: Float[Tensor, "batch classes"] | None = None,
 ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
     """Mix image i with image n - 1 - i of the micro-batch by mixup or CutMix, and their targets by the same share.
 
     Method and share are drawn once per micro-batch, keyed by (seed, step, micro); if both methods are enabled, each
-    has probability one half. A sample whose partner is a placeholder (label -1) stays unmixed.
+    has probability one half. A sample whose partner is a placeholder (label -1) stays unmixed. Without `targets` they
+    are those of the labels, smoothed.
     """
-    targets = soft_targets(labels, num_classes, config.label_smoothing)
+    if targets is None:
+        targets = soft_targets(labels, num_classes, config.label_smoothing)
     if config.mixup == config.cutmix == 0:
         return images, targets
     rng = np.random.default_rng(seed_of(seed, Purpose.MIXUP, step, micro))

@@ -78,10 +78,17 @@ class Classifier(nn.Module):
     """A fine-tuned classifier with its class names and the normalization of its training images."""
 
     def __init__(
-        self, vit: VisionTransformer, classes: tuple[str, ...], image_px: Size, normalization: Normalization
+        self,
+        vit: VisionTransformer,
+        classes: tuple[str, ...],
+        image_px: Size,
+        normalization: Normalization,
+        *,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         self.vit, self.classes, self.image_px, self.normalization = vit, classes, image_px, normalization
+        self.multi_label = multi_label
 
     @property
     def channels(self) -> int:
@@ -89,11 +96,12 @@ class Classifier(nn.Module):
         return self.vit.patch_embed.proj.in_channels
 
     def forward(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
-        """Return the probability of each class, in the order of `classes`.
+        """Return the probability of each class, in the order of `classes`. With `multi_label` they do not sum to 1.
 
         Raises UserError if the images do not have the model's size and channels.
         """
-        return self.vit(_inputs(self, images)).softmax(1)
+        logits = self.vit(_inputs(self, images))
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
 def load_encoder(folder: str | Path) -> Encoder:
@@ -150,7 +158,8 @@ def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
         config.get("norm_eps", LAYER_NORM_EPS),
     )
     vit.load_state_dict(dict(tensors))
-    return Classifier(vit, classes, image_px, _normalization(config)).eval()
+    multi_label = bool(config.get("multi_label", False))
+    return Classifier(vit, classes, image_px, _normalization(config), multi_label=multi_label).eval()
 
 
 def _inputs(

@@ -136,8 +136,8 @@ def settled(config: SweepConfig) -> tuple[SweepConfig, Manifest]:
     base, manifest = with_dataset(config.pretrain)
     if manifest.is_labelled and "val" not in manifest.splits:
         raise UserError(
-            f"dataset {config.pretrain.data.uri} has no split 'val' to select the best trial on; prepare it again "
-            "with --val-fraction 0.1, or with a val/ folder"
+            f"dataset {config.pretrain.data.uri} has no split 'val' to select the best trial on; prepare its "
+            "source into another folder with --hold-out stratified, or with a folder val/"
         )
     config = dataclasses.replace(config, pretrain=base)
     for classify in (config.probe, config.finetune):

@@ -38,6 +38,9 @@ class SourceConfig:
     """folder: the first folder below a split is the class; none; column:NAME of a table or list; json:KEY of the .json
     beside an image; member:SUFFIX, such as member:cls.txt beside an image; file:labels.csv with names and labels; auto:
     what the kind of source stores by convention, else the folders if all images lie one folder deep."""
+    multi_label: bool = field(default=False, metadata=ADDED)
+    """An image may have several classes, or none: a list in a column or a JSON array, or names in a text, separated by
+    | or ;. Otherwise lists are refused."""
     image_column: str = field(default="", metadata=ADDED)
     """Column of a table with the images, or of a list with their URIs; if empty, found by type and name."""
     image_member: str = field(default="", metadata=ADDED)
@@ -55,6 +58,8 @@ class SourceConfig:
                 f"labels {self.labels!r} is none of auto, folder, none, column:NAME, json:KEY, member:SUFFIX and "
                 "file:labels.csv; try --labels folder"
             )
+        if self.multi_label and self.labels in ("folder", "none"):
+            raise UserError(f"multi_label needs labels that are stored, not {self.labels}; try --labels column:NAME")
 
     @property
     def label_kind(self) -> str:

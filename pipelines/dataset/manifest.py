@@ -67,6 +67,8 @@ class Manifest:
     """sha256 over the paths and sizes of all images found."""
     schema: int = SCHEMA
     digest: str = field(default="")
+    label_sets: list[list[int]] = field(default_factory=list)
+    """With several classes an image, the classes that each stored label means; empty if it is the class itself."""
     passed_over: dict[str, int] = field(default_factory=dict)
     """What the source holds beside its images, by reason; not part of the identity, since no image depends on it."""
     label_candidates: list[str] = field(default_factory=list)
@@ -99,6 +101,12 @@ class Manifest:
             "classes": list(self.classes),
         }
 
+    def label_name(self, label: int | None) -> str | None:
+        """Return the name of a stored label, or the names of its classes; None for an image without one."""
+        if label is None:
+            return None
+        return "; ".join(self.classes[i] for i in self.label_sets[label]) if self.label_sets else self.classes[label]
+
     @property
     def how_to_label(self) -> str:
         """Say how to prepare the dataset with labels, if it has none."""
@@ -125,12 +133,12 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain dicts, without empty notes: manifests of earlier versions have none."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value or key not in _NOTES}
+        return {key: value for key, value in values.items() if value or key not in (*_NOTES, "label_sets")}
 
     def computed_digest(self) -> str:
         """Compute the sha256 over canonical JSON of every field, without `digest`, notes and what was passed over."""
         values = dataclasses.asdict(self)
-        for name in ("digest", *_NOTES):
+        for name in ("digest", *_NOTES, *([] if self.label_sets else ["label_sets"])):
             del values[name]
         values["num_found"] -= sum(self.passed_over.values())
         return hashlib.sha256(_canonical(values)).hexdigest()

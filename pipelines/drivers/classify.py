@@ -91,7 +91,12 @@ def with_labelled_dataset(config: ClassifyConfig) -> tuple[ClassifyConfig, Manif
         raise UserError(
             f"dataset {config.data.uri} is unlabelled, but a classifier needs labels; {manifest.how_to_label}"
         )
-    if len(manifest.classes) == 1:
+    if manifest.label_sets and config.classifier.command != "finetune":
+        raise UserError(
+            f"dataset {config.data.uri} has several classes an image, which only `mae finetune` trains on; fine-tune "
+            "with --classifier.train-blocks 0 for a linear head, or prepare its source without --multi-label"
+        )
+    if len(manifest.classes) == 1 and not manifest.label_sets:
         raise UserError(
             f"dataset {config.data.uri} has one class, {manifest.classes[0]}: any classifier would be right on every "
             f"image; prepare a source that has images of other classes too"
@@ -193,6 +198,7 @@ def published_classify_job(
         backbone=storage.join("backbone") if start.encoder else "",
         backbone_px=start.backbone_px,
         norm_eps=start.norm_eps,
+        label_sets=tuple(map(tuple, manifest.label_sets)),
     )
     dataset, command = index_dataset(job, manifest), config.classifier.command
     publish = _register(config, start) if command == "finetune" and config.tracking.register else _publish_nothing
@@ -228,11 +234,15 @@ def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:
             read_export(folder, "classifier.safetensors", "config.json"),
             start.ref,
             name,
-            description=f"top-1 {result.get('top1')} % on {result.get('split')}",
+            description=f"{_measured(result)} on {result.get('split')}",
         )
         return {"model": ref.uri, "backbone": config.backbone}
 
     return publish
+
+
+def _measured(result: dict[str, Any]) -> str:
+    return f"mAP {result['map']} %" if "map" in result else f"top-1 {result.get('top1')} %"
 
 
 def _publish_nothing(run: registry.Run, folder: RunFolder) -> dict[str, Any]:

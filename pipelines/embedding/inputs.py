@@ -148,7 +148,7 @@ class _Dataset:
         self._manifest = manifest
         self.num_found = sum(split.num_rows for split in manifest.splits.values())
         self.identity = {"kind": "prepared dataset", "digest": manifest.digest}
-        self.reader = _ShardReader(RowGroups(uri), manifest.classes)
+        self.reader = _ShardReader(RowGroups(uri), manifest)
 
     def parts(self, rows_per_part: int, batch: int) -> Iterator[Part]:
         rows, number = rows_of_part(self.num_found, rows_per_part, batch), 0
@@ -170,7 +170,7 @@ class _Dataset:
 @dataclass(frozen=True)
 class _ShardReader:
     row_groups: RowGroups
-    classes: list[str]
+    manifest: Manifest
 
     def records(self, part: Part) -> Iterator[Record]:
         size, stop, number = part.rows_per_group, part.first_row + part.num_rows, part.first_id
@@ -178,7 +178,7 @@ class _ShardReader:
             table: pa.Table = self.row_groups.read(part.shard, group, _COLUMNS)
             first = max(part.first_row - group * size, 0)
             for row in table.slice(first, min(stop - group * size, size) - first).to_pylist():
-                label = None if row["label"] is None else self.classes[row["label"]]
+                label = self.manifest.label_name(row["label"])
                 yield Record(number, row["source"], label, row["image"], row["orientation"])
                 number += 1
 

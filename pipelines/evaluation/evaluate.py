@@ -99,6 +99,11 @@ def _labelled(config: EvaluateConfig) -> tuple[str, Manifest]:
     manifest = read_manifest(storage)
     if not manifest.is_labelled:
         raise UserError(f"dataset {config.data} is unlabelled, but an evaluation needs labels; {manifest.how_to_label}")
+    if manifest.label_sets:
+        raise UserError(
+            f"dataset {config.data} has several classes an image, and `mae evaluate` measures classifiers of one; "
+            "`mae finetune` reports the mean average precision"
+        )
     num_rows = manifest.split(config.split).num_rows
     if not num_rows:
         raise UserError(f"split {config.split!r} of {config.data} has no image; try another --split")

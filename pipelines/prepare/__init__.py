@@ -3,6 +3,7 @@
 A killed preparation can be resumed: the same command processes only the slices that have no summary yet.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,15 @@ from pipelines.prepare.exclusions import Exclusions
 from pipelines.prepare.holdout import bundled, with_held_out
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.shards import write_slice
-from pipelines.prepare.slices import Tally, check_splits, class_names, cut, listing_digest, log_labels
+from pipelines.prepare.slices import (
+    Tally,
+    check_splits,
+    class_names,
+    cut,
+    listing_digest,
+    log_labels,
+    numbers_of_labels,
+)
 from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, Source, open_source
 from pipelines.sources.sorting import SortedEntries
@@ -50,12 +59,13 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         check_splits(tally, source)
         classes = class_names(tally, origin, config)
         log_labels(tally, origin, classes, config)
+        number_of, label_sets = numbers_of_labels(tally, classes, config)
         identity = {"source_digest": listing_digest(entries), "config": _identity(config, exclusions)}
         work = WorkFolder(target)
         if is_prepared(target):
             return _existing(target, identity, work)
         work.claim(identity)
-        num_slices = work.put_slices(cut(entries, tally, classes, config))
+        num_slices = work.put_slices(cut(entries, tally, number_of, config))
     job = _Job(work, target, origin.place, config, tally.num_entries)
     # Start Ray only when there is work: it takes seconds.
     from pipelines.cluster import ray_session
@@ -71,6 +81,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     if manifest.num_quarantined:
         log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
     _warn_of_splits(manifest, config)
+    manifest = dataclasses.replace(manifest, label_sets=label_sets)
     written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
     work.remove()
     return written

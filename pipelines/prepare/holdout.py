@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from mae_core.errors import UserError
 from pipelines.config import PrepareConfig
 from pipelines.sources import Entry
+from pipelines.sources.labels import members
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def with_held_out(entries: Iterable[Entry], config: PrepareConfig) -> Iterator[E
                 f"{entry.name}; move them to one split, or group by something else"
             )
         if entry.split in ("", "train"):
-            groups.setdefault(entry.bundle or entry.name, Counter())[entry.label] += 1
+            groups.setdefault(entry.bundle or entry.name, Counter()).update(members(entry.label) or [""])
     chosen = frozenset() if has_val else chosen_groups(groups, config.val_fraction, config.seed)
     if not has_val and config.val_fraction and not chosen:
         log.warning("no group is held out as val: there are %d", len(groups))

@@ -17,8 +17,9 @@ from pipelines.dataset.row_groups import RowGroups
 from pipelines.images.decode import decode, inspect
 from pipelines.pictures.contact_sheet import Tile, contact_sheet
 from pipelines.prepare.quarantine import quarantined
-from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels
+from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels, numbers_of_labels
 from pipelines.sources import Entry, open_source
+from pipelines.sources.labels import members
 from pipelines.sources.reading import Content
 from pipelines.storage import Storage, open_storage, storage_of
 
@@ -67,7 +68,9 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
     log_labels(tally, source, classes, config)
     chosen = sorted(sample.entries, key=lambda entry: entry.name)
     tiles, bad, ranges = _looked_at(chosen, list(source.place.contents(chosen)), frozenset(classes))
-    passed = source.passed_over
+    passed, numbers = source.passed_over, numbers_of_labels(tally, classes, config)[0]
+    labels = sum((folder.labels for folder in tally.folders.values()), Counter())
+    num_labelled = sum(count for label, count in labels.items() if label in numbers)
     facts = {
         "kind": "source",
         "source_kind": source.kind,
@@ -78,7 +81,7 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
         "num_classes": len(classes),
         "classes": _counted(tally, classes),
         "labels": config.labels if classes else "",
-        "num_unlabelled": tally.num_entries - sum(_counted(tally, classes, None).values()),
+        "num_unlabelled": tally.num_entries - num_labelled,
         "label_candidates": dict(source.candidates.found),
         "passed_over": passed.counts,
         "passed_over_examples": {reason: passed.groups[reason].example for reason in sorted(passed.groups)},
@@ -88,10 +91,13 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
     return facts, tiles, bad
 
 
-def _counted(tally: Tally, classes: list[str], most: int | None = _NUM_SHOWN_CLASSES) -> dict[str, int]:
+def _counted(tally: Tally, classes: list[str]) -> dict[str, int]:
     """Return the number of images of each class, over all splits."""
-    counts = sum((folder.labels for folder in tally.folders.values()), Counter())
-    return {name: counts[name] for name in classes[:most]}
+    counts = Counter[str]()
+    for folder in tally.folders.values():
+        for label, count in folder.labels.items():
+            counts.update(dict.fromkeys(members(label), count))
+    return {name: counts[name] for name in classes[:_NUM_SHOWN_CLASSES]}
 
 
 def _looked_at(
@@ -107,7 +113,7 @@ def _looked_at(
                 raise content
             header = inspect(content)
             values.append(decode(content, header.channels, header.orientation))
-            tiles.append(Tile(entry.name, entry.label if entry.label in classes else "", content))
+            tiles.append(Tile(entry.name, "; ".join(c for c in members(entry.label) if c in classes), content))
         except ValueError as error:
             bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
     return tiles, bad, _ranges(values)
@@ -164,5 +170,5 @@ def _rows(storage: Storage, manifest: Manifest, wanted: Sequence[int]) -> Iterat
         for row in rows:
             group, offset = divmod(row, shard.rows_per_group)
             values = row_groups.read(shard.path, group, columns).slice(offset, 1).to_pylist()[0]
-            label = "" if values["label"] is None else manifest.classes[values["label"]]
-            yield Tile(values["source"], label, values["image"], values["orientation"])
+            label = manifest.label_name(values["label"])
+            yield Tile(values["source"], label or "", values["image"], values["orientation"])

@@ -5,14 +5,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mae_core.errors import UserError
 from pipelines.config import PrepareConfig, SourceConfig
 from pipelines.sources import Entry, Source
 from pipelines.sources.entry import fields_of
-from pipelines.sources.labels import numbers_or_names
+from pipelines.sources.labels import members, numbers_or_names
 from pipelines.sources.passed_over import printable
 from pipelines.sources.reading import MAX_IMAGE_BYTES
 
@@ -126,6 +126,11 @@ def class_names(tally: Tally, source: Source, config: SourceConfig) -> list[str]
         _refuse_unlabelled(tally)
     if config.labels == "none" or not tally.labels:
         return []
+    if config.multi_label and not source.has_explicit_labels:
+        raise UserError(
+            f"multi_label needs labels that are stored, and the {source.kind} has folders; name them by --labels, such "
+            "as column:NAME, json:KEY or file:labels.csv"
+        )
     if source.has_explicit_labels:
         for folder in tally.folders.values():
             if folder.labelled and folder.unlabelled and not source.allows_missing:
@@ -133,10 +138,22 @@ def class_names(tally: Tally, source: Source, config: SourceConfig) -> list[str]
                     f"{folder.labelled} has a label and {folder.unlabelled} has none; label all, set labels to none, "
                     "or name the labels (--labels member:cls, for example), which leaves such images unlabelled"
                 )
-        return source.classes or numbers_or_names(tally.labels, _MAX_NUMBERED_CLASSES)
+        single = {name for label in tally.labels for name in members(label)}
+        return source.classes or numbers_or_names(single, _MAX_NUMBERED_CLASSES)
     if config.labels == "folder":
         return sorted(tally.labels)
     return sorted(tally.labels) if _is_sure(tally) and len(tally.labels) > 1 else []
+
+
+def numbers_of_labels(tally: Tally, classes: list[str], config: SourceConfig) -> tuple[dict[str, int], list[list[int]]]:
+    """Return the number of each label, and with `multi_label` the classes that each number means."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    if not config.multi_label or not classes:
+        return number_of, []
+    sets = {label: sorted(number_of[name] for name in members(label) if name in number_of) for label in tally.labels}
+    ordered = sorted(map(list, set(map(tuple, sets.values()))))
+    position = {tuple(found): number for number, found in enumerate(ordered)}
+    return {label: position[tuple(found)] for label, found in sets.items()}, ordered
 
 
 def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceConfig) -> None:
@@ -144,7 +161,7 @@ def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceC
     others = source.candidates.advice
     if classes:
         origin = config.labels if config.label_name else "stored" if source.has_explicit_labels else "folders"
-        named = set(classes)
+        named = numbers_of_labels(tally, classes, config)[0]
         num = sum(
             count for folder in tally.folders.values() for label, count in folder.labels.items() if label in named
         )
@@ -195,9 +212,11 @@ def listing_digest(entries: Iterable[Entry]) -> str:
     return digest.hexdigest()
 
 
-def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: PrepareConfig) -> Iterator[Slice]:
-    """Cut the entries into slices of even size: per folder, the fewest slices that respect both limits."""
-    label_of = {name: label for label, name in enumerate(classes)}
+def cut(entries: Iterable[Entry], tally: Tally, number_of: Mapping[str, int], config: PrepareConfig) -> Iterator[Slice]:
+    """Cut the entries into slices of even size: per folder, the fewest slices that respect both limits.
+
+    `number_of` maps labels to what is stored.
+    """
     by_content = config.hold_out == "content" and not config.group_by
     holds_out_by_content = by_content and "val" not in tally.folders and config.val_fraction > 0
     number = part = num_bytes = 0
@@ -211,7 +230,7 @@ def cut(entries: Iterable[Entry], tally: Tally, classes: list[str], config: Prep
             folder=folder,
             holds_out=folder in ("", "train") and holds_out_by_content,
             entries=waiting,
-            labels=[label_of.get(entry.label, -1) for entry in waiting],
+            labels=[number_of.get(entry.label, -1) for entry in waiting],
         )
 
     for entry in entries:

@@ -19,6 +19,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
     """Map encoded images (bytes of JPEG, PNG, WebP, ...) to one table row each.
 
     A backbone returns columns 0, 1, ... with the mean of the patch tokens; a classifier returns `label` and `score`.
+    One with several classes an image returns `labels`, those of probability 0.5 or more, and a column for each class.
     """
 
     def load_context(self, context: Any) -> None:
@@ -51,6 +52,9 @@ class Embedder(mlflow.pyfunc.PythonModel):
         outputs = np.concatenate(rows)
         if not self.classes:
             return pd.DataFrame(outputs)
+        if self.network.multi_label:
+            labels = [[c for c, p in zip(self.classes, row) if p >= 0.5] for row in outputs]
+            return pd.DataFrame({"labels": labels, **{c: outputs[:, i] for i, c in enumerate(self.classes)}})
         best = outputs.argmax(1) if len(outputs) else []
         return pd.DataFrame({"label": [self.classes[i] for i in best], "score": [r[i] for r, i in zip(outputs, best)]})
 

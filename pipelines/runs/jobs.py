@@ -86,6 +86,8 @@ class ClassifyJob:
     """Image size of the backbone, whose positions are resized to `image_px`."""
     norm_eps: float = field(default=LAYER_NORM_EPS, metadata=ADDED)
     """Epsilon of the backbone's layer norms."""
+    label_sets: tuple[tuple[int, ...], ...] = field(default=(), metadata=ADDED)
+    """With several classes an image, the classes that each stored label means."""
     kind: Literal["classify"] = "classify"
 
     @property

@@ -131,12 +131,10 @@ class Folder:
             content = self._storage.read(path, _MAX_SIDECAR_BYTES)
         except FileNotFoundError:
             return ""
-        where = self._storage.join(path)
-        return (
-            class_in_json(content, name, where)
-            if self._config.label_kind == "json"
-            else class_of_member(content, where)
-        )
+        where, multi_label = self._storage.join(path), self._config.multi_label
+        if self._config.label_kind == "json":
+            return class_in_json(content, name, where, multi_label=multi_label)
+        return class_of_member(content, where, multi_label=multi_label)
 
 
 def _labelled(entry: Entry, label: str, split: str) -> Entry:

@@ -38,10 +38,14 @@ class LabelFile:
 
     def _read(self, rows: Iterator[tuple[int, dict[str, str]]], config: SourceConfig) -> None:
         image = label = split = ""
+        multi = config.multi_label
         for number, row in rows:
             if not image:
                 image, label, split = self._columns(list(row), config)
-            key, found = row.get(image, "").strip().removeprefix("./"), class_of_text(row.get(label) or "")
+            key, found = (
+                row.get(image, "").strip().removeprefix("./"),
+                class_of_text(row.get(label) or "", multi_label=multi),
+            )
             word = (row.get(split) or "").strip().lower() if split else ""
             if not key:
                 raise UserError(f"line {number} of {self._uri} names no image; fix it")

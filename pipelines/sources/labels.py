@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -21,44 +21,72 @@ _LIKELY = re.compile(
 )
 _WHOLE = re.compile(r"(-?\d+)\.0*")
 _MAX_LABEL_BYTES = 1024
+# Between the classes of a set, and before the first; an empty set is an image that has none of the classes.
+_SEPARATOR = "\x1f"
 
 
-def class_of(value: Any, where: str, remedy: str) -> str:
+def class_of(value: Any, where: str, remedy: str, *, multi_label: bool = False) -> str:
     """Return the name of the class that a value means; empty for a missing one.
 
-    Whole numbers of any type are integers. Raises UserError for a list, a fraction, or any other type.
+    Whole numbers of any type are integers. With `multi_label`, a list is a set of classes. Raises UserError for any
+    other list, a fraction, or another type.
     """
+    if multi_label and isinstance(value, list):
+        return set_of(class_of(element, where, remedy) for element in value)
     if value is None or (isinstance(value, float) and value != value):  # NaN
         return ""
-    if isinstance(value, bool | str | int):
-        return str(value).strip()
+    if isinstance(value, str):
+        return class_of_text(value, multi_label=True) if multi_label else value.strip()
+    if isinstance(value, bool | int):
+        return set_of([str(value)]) if multi_label else str(value)
     if isinstance(value, float | Decimal) and value == int(value):
-        return str(int(value))
+        return set_of([str(int(value))]) if multi_label else str(int(value))
     if isinstance(value, float | Decimal):
         raise UserError(f"{where} has label {value}, but a class is a name or a whole number; {remedy}")
     what = "a list" if isinstance(value, list) else f"of type {type(value).__name__}"
-    raise UserError(f"{where} has a label that is {what}, but an image has one class; {remedy}")
+    several = " unless --multi-label is given" if isinstance(value, list) else ""
+    raise UserError(f"{where} has a label that is {what}, but an image has one class{several}; {remedy}")
 
 
-def class_of_text(text: str) -> str:
-    """Return the class that a text names, in which pandas may have written an integer as 3.0."""
+def set_of(names: Iterable[str]) -> str:
+    """Return a label that means several classes, or none; see `members`."""
+    return _SEPARATOR + _SEPARATOR.join(sorted({name for name in names if name}))
+
+
+def members(label: str) -> list[str]:
+    """Return the classes that a label means: itself, or those of a set."""
+    return [name for name in label.split(_SEPARATOR) if name]
+
+
+def class_of_text(text: str, *, multi_label: bool = False) -> str:
+    """Return the class that a text names, in which pandas may have written an integer as 3.0; empty for a missing one.
+
+    With `multi_label`, names are separated by | or ;.
+    """
     found = text.strip()
+    if not found or found.lower() in ("nan", "null", "<na>"):
+        return ""
+    if multi_label:
+        return set_of(class_of_text(name) for name in re.split(r"[|;]", found))
     whole = _WHOLE.fullmatch(found)
-    return whole[1] if whole else "" if found.lower() in ("nan", "null", "<na>") else found
+    return whole[1] if whole else found
 
 
-def class_of_member(content: bytes, where: str) -> str:
+def class_of_member(content: bytes, where: str, *, multi_label: bool = False) -> str:
     """Return the class in a small text file. Raises UserError if it is none."""
     try:
-        label = class_of_text(content.decode()) if len(content) <= _MAX_LABEL_BYTES else ""
+        text = content.decode() if len(content) <= _MAX_LABEL_BYTES else ""
     except UnicodeDecodeError:
-        label = ""
+        text = ""
+    label = class_of_text(text, multi_label=multi_label)
     if not label or "\n" in label:
-        raise UserError(f"{where} contains no class; it must be a number or a name in UTF-8, on one line")
+        raise UserError(
+            f"{where} contains no class; it must be a number or a name in UTF-8, on one line, or use --labels none"
+        )
     return label
 
 
-def class_in_json(content: bytes, key: str, where: str) -> str:
+def class_in_json(content: bytes, key: str, where: str, *, multi_label: bool = False) -> str:
     """Return the class under a key, which dots may lead into; empty if it is missing. Raises UserError."""
     try:
         value = json.loads(content)
@@ -66,7 +94,8 @@ def class_in_json(content: bytes, key: str, where: str) -> str:
         raise UserError(f"{where} is not JSON; copy it again, or choose other --labels") from None
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return class_of(value, f"key {key} of {where}", "name another key by --labels json:KEY, or use --labels none")
+    remedy = "name another key by --labels json:KEY, or use --labels none"
+    return class_of(value, f"key {key} of {where}", remedy, multi_label=multi_label)
 
 
 def label_keys(content: bytes) -> list[str]:
@@ -84,10 +113,12 @@ def is_likely(name: str) -> bool:
     return _LIKELY.search(name.lower()) is not None
 
 
-def takes(kind: pa.DataType) -> bool:
+def takes(kind: pa.DataType, *, multi_label: bool = False) -> bool:
     """Return whether a column of this type can hold classes, if its values are whole."""
     if pat.is_dictionary(kind):
         return takes(kind.value_type)
+    if is_list(kind):
+        return multi_label and takes(kind.value_type)
     return (
         pat.is_integer(kind)
         or pat.is_floating(kind)
@@ -100,22 +131,34 @@ def takes(kind: pa.DataType) -> bool:
     )
 
 
-def classes_of_column(column: pa.ChunkedArray, names: Sequence[str], where: str, remedy: str) -> list[str]:
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether the values of a column are lists."""
+    return pat.is_list(kind) or pat.is_large_list(kind) or pat.is_fixed_size_list(kind)
+
+
+def classes_of_column(
+    column: pa.ChunkedArray, names: Sequence[str], where: str, remedy: str, *, multi_label: bool = False
+) -> list[str]:
     """Return the class of each row; empty for a missing one.
 
     With the `names` that the Hub's schema has, integers are positions in them, and -1 is missing. Raises UserError for
     what is no class.
     """
+    kind = column.type.value_type if is_list(column.type) or pat.is_dictionary(column.type) else column.type
     found = []
     for value in column.to_pylist():
-        label = class_of(value, where, remedy)
-        if names and label and not isinstance(value, str):
-            number = int(label)
-            if not -1 <= number < len(names):
-                raise UserError(f"{where} has label {number}, but {len(names)} class names; fix its schema")
-            label = "" if number < 0 else names[number]
+        label = class_of(value, where, remedy, multi_label=multi_label)
+        if names and label and not (pat.is_string(kind) or pat.is_large_string(kind)):
+            named = [_named(int(number), names, where) for number in members(label)]
+            label = set_of(named) if multi_label else named[0]
         found.append(label)
     return found
+
+
+def _named(number: int, names: Sequence[str], where: str) -> str:
+    if not -1 <= number < len(names):
+        raise UserError(f"{where} has label {number}, but {len(names)} class names; fix its schema")
+    return "" if number < 0 else names[number]
 
 
 def numbers_or_names(labels: set[str], max_numbers: int) -> list[str]:

@@ -35,6 +35,7 @@ class CsvList:
         self.classes: list[str] = []
         self.passed_over, self.candidates = PassedOver(), Candidates()
         self._storage, self._path, self._uri = storage, path, storage.join(path)
+        self._multi_label = config.multi_label
         header = next(self._rows(), (0, []))[1]
         self._columns = _columns(header, self._uri, config, group_column)
         self._width = len(header)
@@ -51,7 +52,11 @@ class CsvList:
                 raise UserError(f"{where} has {len(row)} fields where the header has {self._width}; fix it")
             if row:
                 found = {key: row[i].strip() for key, i in self._columns.items()}
-                yield _entry(self._storage, where, found | {"label": class_of_text(found.get("label", ""))})
+                yield _entry(
+                    self._storage,
+                    where,
+                    found | {"label": class_of_text(found.get("label", ""), multi_label=self._multi_label)},
+                )
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the fields of each row, with the number of its last line."""
@@ -86,7 +91,7 @@ class ParquetList:
         self.place = Place(storage, takes_uris=True)
         self.classes: list[str] = []
         self.passed_over, self.candidates = passed, Candidates()
-        self._storage, self._paths = storage, paths
+        self._storage, self._paths, self._multi_label = storage, paths, config.multi_label
         with open_table(storage, paths[0]) as file:
             names, uri = file.schema_arrow.names, _uri_column(file, config)
             label = label_column(file.schema_arrow, storage.join(paths[0]), config, uri)
@@ -111,7 +116,9 @@ class ParquetList:
                     where = f"row {number} of {self._storage.join(path)}"
                     found = {k: "" if row[c] is None else str(row[c]).strip() for k, c in self._columns.items()}
                     if "label" in self._columns:
-                        found["label"] = class_of(row[self._columns["label"]], where, _REMEDY)
+                        found["label"] = class_of(
+                            row[self._columns["label"]], where, _REMEDY, multi_label=self._multi_label
+                        )
                     yield _entry(self._storage, where, found)
 
 

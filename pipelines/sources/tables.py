@@ -15,7 +15,7 @@ from mae_core.errors import UserError
 from pipelines.config import SourceConfig
 from pipelines.sources.candidates import Candidates, refuse_labels
 from pipelines.sources.entry import SPLIT_WORDS, Entry
-from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, takes
+from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, is_list, takes
 from pipelines.sources.parquet import open_table
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
@@ -45,6 +45,7 @@ class Tables:
     ) -> None:
         refuse_labels(config, self.kind, ("auto", "none", "column"))
         self._storage, self._files, self._group_column = storage, files, group_column
+        self._multi_label = config.multi_label
         uri = storage.join(files[0].path)
         with open_table(storage, files[0].path) as file:
             schema = file.schema_arrow
@@ -119,7 +120,9 @@ class Tables:
             table = file.read_row_group(group, columns=self._columns)
             uri = self._storage.join(path)
             if self._label_column:
-                labels = classes_of_column(table[self._label_column], self.classes, uri, _REMEDY)
+                labels = classes_of_column(
+                    table[self._label_column], self.classes, uri, _REMEDY, multi_label=self._multi_label
+                )
             if self._split_column:
                 splits = [self._split(value, path) for value in table[self._split_column].to_pylist()]
             if self._group_column:
@@ -162,16 +165,18 @@ def label_column(schema: pa.Schema, uri: str, config: SourceConfig, image: str) 
         name = usual[0] if usual else named[0] if len(named) == 1 else ""
     if not name:
         return ""
-    can = [column for column in others if takes(schema.field(column).type)]
+    multi = config.multi_label
+    can = [column for column in others if takes(schema.field(column).type, multi_label=multi)]
     remedy = (
         f"name one of {', '.join(can)} by --labels column:NAME, or use --labels none" if can else "use --labels none"
     )
     if name not in schema.names:
         raise UserError(f"{uri} has no column {name!r}; {remedy}")
     kind = schema.field(name).type
-    if not takes(kind):
-        what = "lists" if pat.is_list(kind) or pat.is_large_list(kind) or pat.is_fixed_size_list(kind) else str(kind)
-        raise UserError(f"column {name} of {uri} has {what}, but an image has one class; {remedy}")
+    if not takes(kind, multi_label=multi):
+        what = "lists" if is_list(kind) else str(kind)
+        several = " unless --multi-label is given" if what == "lists" else ""
+        raise UserError(f"column {name} of {uri} has {what}, but an image has one class{several}; {remedy}")
     return name
 
 
@@ -219,7 +224,8 @@ def _names(schema: pa.Schema, column: str) -> list[str]:
     """Return the class names that Hugging Face's datasets stores in the schema, if any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"]
-    except (KeyError, TypeError, ValueError):
+        feature = features[column]
+        names = feature.get("feature", feature)["names"]
+    except (KeyError, TypeError, ValueError, AttributeError):
         return []
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

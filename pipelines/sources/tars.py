@@ -126,8 +126,10 @@ class Tars:
     def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, uri: str) -> str:
         content = _content(tar, member) if member.isreg() and 0 < member.size <= _MAX_LABEL_BYTES else b""
         if self._config.label_kind == "json":
-            return class_in_json(content, self._config.label_name, f"{uri}: {member.name}")
-        return class_of_member(content, f"{uri}: {member.name}")
+            return class_in_json(
+                content, self._config.label_name, f"{uri}: {member.name}", multi_label=self._config.multi_label
+            )
+        return class_of_member(content, f"{uri}: {member.name}", multi_label=self._config.multi_label)
 
     def _by_key(self, named: list[tuple[str, str]], uri: str) -> dict[str, str]:
         """Return the labels of the members by key. Raises UserError if two have the same key."""

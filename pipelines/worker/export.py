@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -39,9 +40,13 @@ def classifier_files(
     classes: tuple[str, ...],
     norm_eps: float,
     pixels: Normalization,
+    multi_label: bool = False,
 ) -> dict[str, bytes]:
-    """Return the files of a classifier by name: its tensors under timm's names; classes and preprocessing."""
-    values = {
+    """Return the files of a classifier by name: its tensors under timm's names; classes and preprocessing.
+
+    With `multi_label`, an image may have several classes, and probabilities do not sum to 1.
+    """
+    values: dict[str, Any] = {
         "kind": "classifier",
         "arch": arch,
         "image_px": list(image_px),
@@ -51,4 +56,6 @@ def classifier_files(
         "norm_eps": norm_eps,
         "pixels": to_dict(pixels),
     }
+    if multi_label:
+        values["multi_label"] = True
     return {"classifier.safetensors": pack(tensors), "config.json": json.dumps(values, indent=1).encode()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mae_core.augment import erase, mixup, pixels_to_input
 from mae_core.classifier import build_classifier, load_encoder_weights
 from mae_core.config import parse_arch
+from mae_core.multi_label import mean_average_precision, multi_hot, multi_label_loss, targets_of
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import model_tensors, unpack
 from mae_core.step import classify_loss
@@ -65,18 +66,20 @@ def _start(job: ClassifyJob, rank: Rank, steps_per_epoch: int) -> TrainState:
 
 def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     config, num_classes = job.config, len(job.classes)
+    hot = multi_hot(job.label_sets, num_classes).to(rank.device) if job.label_sets else None
 
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
         epoch = step // steps_per_epoch
         images = pixels_to_input(batch.images, job.pixels)
         images = erase(images, config.augment.erase, seed=config.seed, epoch=epoch, sample_ids=batch.ids)
+        targets = None if hot is None else targets_of(batch.labels, hot)
         images, targets = mixup(
-            images, batch.labels, num_classes, config.augment, seed=config.seed, step=step, micro=index
+            images, batch.labels, num_classes, config.augment, seed=config.seed, step=step, micro=index, targets=targets
         )
         torch.manual_seed(seed_of(config.seed, Purpose.DROP_PATH, step, index))
         with rank.autocast():
             logits = model(images)
-        return classify_loss(logits.float(), targets, batch.weights)
+        return (classify_loss if hot is None else multi_label_loss)(logits.float(), targets, batch.weights)
 
     return loss_of
 
@@ -87,8 +90,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Return top-1 and top-5 in percent over the phase's split, independent of the number of ranks.
 
-    The keys are SPLIT/top1 and SPLIT/top5. Every rank must call it.
+    The keys are SPLIT/top1 and SPLIT/top5; with several classes an image, SPLIT/map. Every rank must call it.
     """
+    if job.label_sets:
+        return {f"{phase.split}/map": 100 * _mean_average_precision(job, dataset, rank, feed, phase, model)}
     plan = read_plan(job, dataset, phase.split)
     counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
     training = model.training
@@ -98,6 +103,29 @@ def evaluate(
             counts += count_hits(rank, model, batch.to(rank.device), job)
     model.train(training)
     return accuracy_of(rank, counts, phase.split)
+
+
+def _mean_average_precision(
+    job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, phase: Phase, model: nn.Module
+) -> float:
+    """Return the mean average precision over the phase's split, from the logits of all ranks."""
+    plan = read_plan(job, dataset, phase.split)
+    ids, logits, labels = [], [], []
+    training = model.training
+    model.eval()
+    for step in range(plan.steps_per_epoch):
+        for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
+            found = batch.to(rank.device)
+            with rank.autocast():
+                logits.append(model(pixels_to_input(found.images, job.pixels)).float())
+            ids.append(torch.where(found.weights > 0, found.ids, -1))
+            labels.append(found.labels)
+    model.train(training)
+    all_ids, all_logits, all_labels = (torch.cat(rank.gather(torch.cat(found))) for found in (ids, logits, labels))
+    order = torch.argsort(all_ids, stable=True)
+    order = order[all_ids[order] >= 0]
+    hot = multi_hot(job.label_sets, len(job.classes)).to(rank.device)
+    return mean_average_precision(all_logits[order], targets_of(all_labels[order], hot))
 
 
 def count_hits(rank: Rank, model: nn.Module, batch: MicroBatch, job: ClassifyJob) -> Tensor:
@@ -130,6 +158,7 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
         classes=job.classes,
         norm_eps=job.norm_eps,
         pixels=job.pixels,
+        multi_label=bool(job.label_sets),
     )
     for name, content in files.items():
         folder.storage.write(f"export/{name}", content)
@@ -138,11 +167,11 @@ def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:
 def result_of(job: ClassifyJob, accuracy: dict[str, float], steps: int, num_train: int) -> dict[str, Any]:
     """Return the result of the run, with accuracies in percent."""
     split = job.config.eval_split
+    names = ("map",) if job.label_sets else ("top1", "top5")
     return {
         "kind": job.config.classifier.method,
         "split": split,
-        "top1": round(accuracy[f"{split}/top1"], 3),
-        "top5": round(accuracy[f"{split}/top5"], 3),
+        **{name: round(accuracy[f"{split}/{name}"], 3) for name in names},
         "steps": steps,
         "num_train": num_train,
     }

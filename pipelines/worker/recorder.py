@@ -149,7 +149,7 @@ class Recorder:
                 self._draw(step)
 
     def record_accuracy(self, step: int, split: str, accuracy: dict[str, float]) -> None:
-        """Log the accuracy on a split after `step` steps; store the top-1 on val as the score of the checkpoint."""
+        """Log the accuracy on a split after `step` steps; store the top-1 (or mAP) on val as the checkpoint's score."""
         if not self._rank.is_main:
             return
         self.spool.add(step, accuracy)
@@ -157,7 +157,7 @@ class Recorder:
             with self._clock.spent("checkpoint"):
                 self.writer.wait()
                 try:
-                    self._folder.checkpoints.record_score(step, accuracy["val/top1"])
+                    self._folder.checkpoints.record_score(step, accuracy.get("val/top1", accuracy.get("val/map", 0.0)))
                 except OSError as error:
                     log.warning("could not store the score of the checkpoint of step %d: %s", step, error)
 

@@ -1,5 +1,6 @@
 """Everything under a source is an image or counted by reason: found = ok + quarantined + duplicates + passed over."""
 
+import hashlib
 import io
 import json
 import os
@@ -111,13 +112,31 @@ def test_what_was_passed_over_changes_no_digest(png: Png, prepared: Callable, tm
     assert read_manifest(open_storage(tmp_path / "noted")) == noted
 
 
-def test_a_dataset_of_a_plain_folder_is_the_same_as_before(png: Png, prepared: Callable, tmp_path: Path) -> None:
-    """The digests are of commit b6eaa41."""
-    images = {f"{split}/{c}/{i}.png": png(i + 10 * ord(c) + n) for n, split in ((0, "train"), (5000, "test"))
-              for c in "ab" for i in range(5)}  # fmt: skip
-    manifest, _ = prepared(fill(tmp_path / "s", images), val_fraction=0.3)
-    assert manifest.digest == "PINNED"
-    assert manifest.source_digest == "SOURCE"
+def test_a_dataset_of_a_plain_folder_has_the_identity_that_it_always_had(
+    png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    """The fields are those of commit b6eaa41, where the digest was over all of them."""
+    images = {
+        f"{split}/{c}/{i}.png": png(i + 10 * ord(c)) for split in ("train", "test") for c in "ab" for i in range(5)
+    }
+    manifest, _ = prepared(fill(tmp_path / "s", images), drop_duplicates=False)
+    values = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert set(values) == {
+        "channels", "classes", "config", "digest", "image_px", "mean", "num_duplicates", "num_found", "num_ok",
+        "num_quarantined", "quarantine_reasons", "schema", "source_digest", "splits", "std",
+    }  # fmt: skip
+    assert set(values["config"]) == {
+        "drop_duplicates", "encode", "labels", "max_pixels", "rows_per_group", "rows_per_shard", "seed", "shard_bytes",
+        "val_fraction",
+    }  # fmt: skip
+    digest = values.pop("digest")
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert digest == manifest.digest == hashlib.sha256(canonical.encode()).hexdigest()
+    order = sorted(images, key=lambda name: (name < "train", hashlib.blake2b(name.encode(), digest_size=6).digest()))
+    lines = [
+        "\0".join(map(str, (name, name, -1, -1, -1, len(images[name]), *name.split("/")[:2], True))) for name in order
+    ]
+    assert values["source_digest"] == hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def test_members_and_files_beside_tars_are_counted(png: Png, prepared: Callable, tmp_path: Path) -> None:
