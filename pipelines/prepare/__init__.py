@@ -104,7 +104,8 @@ def _listed(
 
 def _warn_of_splits(manifest: Manifest, config: PrepareConfig) -> None:
     """Log that nothing was held out although something was to be."""
-    if config.val_fraction and "val" not in manifest.splits and "train" in manifest.splits:
+    by_content = config.hold_out == "content" and not config.group_by
+    if by_content and config.val_fraction and "val" not in manifest.splits and "train" in manifest.splits:
         num = manifest.splits["train"].num_rows
         log.warning(
             "split val is empty: of %d images, no hash of the content chose one with val_fraction %g; to measure on "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipelines.storage import Storage
+from pipelines.storage import Storage, stays_inside
 from pipelines.storage.listing import ListedFile
 
 HEAD_BYTES = 160
@@ -44,9 +44,10 @@ def images_among(storage: Storage, files: Sequence[ListedFile]) -> list[bool]:
 
 
 def _looks(storage: Storage, found: ListedFile) -> bool:
-    if found.fault or not found.num_bytes or is_camera_raw(found.path):
+    is_path = stays_inside(found.path) and not found.path.endswith("/")
+    if found.fault or not found.num_bytes or is_camera_raw(found.path) or not is_path:
         return False
     try:
         return is_image(storage.read_range(found.path, 0, HEAD_BYTES))
-    except (FileNotFoundError, PermissionError, ValueError):
+    except (FileNotFoundError, PermissionError):
         return False

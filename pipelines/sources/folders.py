@@ -27,6 +27,7 @@ _LIKE_A_SPLIT = re.compile(
 _ANY_SUFFIX = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
 _THREADS = 16
 _CHUNK = 256
+_MAX_LOOKUPS = 64
 _MAX_SIDECAR_BYTES = 2**20
 
 
@@ -52,6 +53,7 @@ class Folder:
         self._storage, self._files, self._config = storage, files, config
         self._label_file = LabelFile(storage, config) if config.label_kind == "file" else None
         self._mask_folders, self._twins = MaskFolders(), Twins(storage)
+        self._lookups: dict[str, list[bool]] = {}
 
     def entries(self) -> Iterator[Entry]:
         """Yield every image. Can be called once, because the listing is not kept."""
@@ -91,10 +93,23 @@ class Folder:
             self.passed_over.add(f"images that do not end in {member}", path, beside=True)
             return False
         stem = masked_stem(path) if not member and stays_inside(path) else ""
-        if stem and any(self._storage.exists(stem + suffix) for suffix in _ANY_SUFFIX):
+        if stem and self._has_image(stem, path[len(stem) :].lower()):
             self.passed_over.add("masks beside images (--image-member any takes them)", path, beside=True)
             return False
         return True
+
+    def _has_image(self, stem: str, end: str) -> bool:
+        """Return whether the image of a mask is there.
+
+        In a store, where that costs requests, names with the same end are taken to be alike once many were.
+        """
+        known = self._lookups.setdefault(end, [])
+        if not self._storage.is_local and len(known) >= _MAX_LOOKUPS and len(set(known)) == 1:
+            return known[0]
+        found = any(self._storage.exists(stem + suffix) for suffix in _ANY_SUFFIX)
+        if len(known) < _MAX_LOOKUPS:
+            known.append(found)
+        return found
 
     def _refuse_unclear_split(self, path: str) -> None:
         top, slash, _ = path.partition("/")

@@ -22,6 +22,8 @@ from pipelines.storage import Storage
 SYNSETS = "LOC_synset_mapping.txt"
 _SOLUTION = "LOC_val_solution.csv"
 _IMAGES = "ILSVRC/Data/CLS-LOC"
+# What the names and labels are read from, the development kit included.
+_USED = (SYNSETS, _SOLUTION, "ILSVRC2012_", "meta.mat")
 
 
 class ImageNet:
@@ -42,7 +44,11 @@ class ImageNet:
     def entries(self) -> Iterator[Entry]:
         root = _IMAGES if self._storage.exists(_IMAGES) else ""
         solution: dict[str, str] | None = None
-        for path, size, version, _ in self._storage.files(root):
+        for path, size, version, _ in self._storage.files():
+            if root and not path.startswith(f"{root}/"):
+                if not path.startswith(_USED):
+                    self.passed_over.add(f"files outside {root}/", path, beside=True)
+                continue
             if not path.lower().endswith(SUFFIXES):
                 self.passed_over.add(kind_of_name(path), path)
                 continue

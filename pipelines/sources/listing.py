@@ -1,6 +1,5 @@
 """List a folder: images by suffix or content, tar and Parquet files; everything else is counted by reason."""
 
-import logging
 from collections.abc import Iterator
 from itertools import chain
 
@@ -13,8 +12,6 @@ from pipelines.sources.masks import stem_of
 from pipelines.sources.passed_over import PassedOver, is_document, kind_of_name
 from pipelines.storage import ListedFile, Storage, stays_inside
 from pipelines.storage.listing import FOLDER_LINK
-
-log = logging.getLogger(__name__)
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 # To reach one image, every task would have to unpack everything before it.
@@ -88,7 +85,7 @@ class Listing:
             yield found
 
     def _known(self) -> Iterator[tuple[ListedFile, str]]:
-        """Yield files of known kinds with their kind. Log how many compressed archives and links are passed over."""
+        """Yield files of known kinds with their kind; count the others."""
         unknown: list[ListedFile] = []
         for found in self._storage.files():
             lower = found.path.lower()
@@ -105,9 +102,6 @@ class Listing:
                 yield from self._images_by_content(unknown)
                 unknown = []
         yield from self._images_by_content(unknown)
-        for reason, words in (("compressed archives", "skipping"), ("links to folders", "not following")):
-            if group := self.passed_over.groups.get(reason):
-                log.warning("%s: %s %s (%d, such as %r)", self._storage.uri, words, reason, group.count, group.example)
 
     def _images_by_content(self, files: list[ListedFile]) -> Iterator[tuple[ListedFile, str]]:
         for found, is_image in zip(files, images_among(self._storage, files)):

@@ -104,6 +104,8 @@ class Tars:
         linked = {image.name: image for image in images if not image.link} if any(i.link for i in images) else {}
         followed = [image if not image.link else image.at(linked.get(image.link)) for image in taken]
         used = next((suffix for suffix in self._label_suffixes if suffix in labels), "")
+        if not used:
+            self._refuse_dotted_labels(samples.others, uri)
         keys = {key_of(image.name.removeprefix("./"), config) for image in taken if samples.others}
         for name in samples.others:
             suffix, is_beside = suffix_of(name, config), key_of(name, config) in keys
@@ -130,6 +132,17 @@ class Tars:
                 content, self._config.label_name, f"{uri}: {member.name}", multi_label=self._config.multi_label
             )
         return class_of_member(content, f"{uri}: {member.name}", multi_label=self._config.multi_label)
+
+    def _refuse_dotted_labels(self, others: Sequence[str], uri: str) -> None:
+        """Raise UserError if no member is a label, but some would be if the key ended at the last dot."""
+        ends = tuple(f".{suffix}" for suffix in LABEL_MEMBERS)
+        name = next((name for name in others if suffix_of(name, self._config).endswith(ends)), "")
+        if name and self._config.label_kind == "auto":
+            raise UserError(
+                f"{uri} has {name}, which is no label of the key {key_of(name, self._config)}, since a key ends at the "
+                "first dot: use --sample-key last-dot if names have dots, --labels "
+                f"member:{suffix_of(name, self._config)} if it is a member, or --labels none"
+            )
 
     def _by_key(self, named: list[tuple[str, str]], uri: str) -> dict[str, str]:
         """Return the labels of the members by key. Raises UserError if two have the same key."""

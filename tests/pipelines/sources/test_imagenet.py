@@ -91,4 +91,4 @@ def test_compressed_archives_are_refused_and_beside_images_said_to_be_left_out(
         prepared(tmp_path / "s")
     manifest, _ = prepared(tmp_path / "s", max_skipped=1)
     assert (manifest.num_found, manifest.passed_over) == (2, {"compressed archives": 1})
-    assert f"skipping compressed archives (1, such as '{name}')" in caplog.text
+    assert f"passed over 1: 1 compressed archives, such as {name}" in caplog.text

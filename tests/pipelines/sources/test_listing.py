@@ -32,7 +32,7 @@ def assert_law(manifest: Manifest) -> None:
 
 def test_images_are_recognised_by_content(png: Png, prepared: Callable, tmp_path: Path) -> None:
     kinds = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]
-    names = ["a/x.jfif", "a/x.jpe", "b/00112233445566778899aabbccddeeff", "b/x.img", "a/y.txt", "b/noise.dat"]
+    names = ["a/0.jfif", "a/1.jpe", "b/00112233445566778899aabbccddeeff", "b/3.img", "a/4.txt", "b/5.dat"]
     contents = {name: encoded(png, i, kinds[i % len(kinds)]) for i, name in enumerate(names)}
     manifest, rows = prepared(fill(tmp_path / "s", contents))
     assert {row["source"] for row in rows["train"]} == set(names)
@@ -165,7 +165,7 @@ def test_counts_are_printed_as_json(
     png: Png, tmp_path: Path, without_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = fill(tmp_path / "s", {"a/0.png": png(0), "b/1.png": png(1), "a/0.txt": b"caption"})
-    assert cli.main(["prepare", str(source), str(tmp_path / "out"), "--json"]) in (0, None)
+    assert cli._main(["prepare", str(source), str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_found"] == found["num_ok"] + found["num_passed_over"] == 3
     assert found["passed_over"] == {"no image (*.txt)": 1}
@@ -188,10 +188,6 @@ def test_a_mask_beside_its_image_is_not_taken(
 ) -> None:
     contents = {"c/x.png": png(0), f"c/{name}": png(1), "d/oxygen_mask.png": png(2)}
     source = fill(tmp_path / "s", contents) if kind == "folder" else pack(tmp_path / "s/a.tar", contents.items())
-    if name == "x.mask.gif" and kind == "tar":
-        with pytest.raises(ValueError, match=r"2 images are one sample by the key c/x"):
-            prepared(source)
-        return
     manifest, rows = prepared(source)
     assert [row["image"] for row in rows["train"]] in ([png(0), png(2)], [png(2), png(0)])
     assert manifest.passed_over == {"masks beside images (--image-member any takes them)": 1}

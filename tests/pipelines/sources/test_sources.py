@@ -130,7 +130,9 @@ def test_the_same_images_are_the_same_dataset_however_packed(
         expected[name.split("/")[0]].append((png(i), label(name)))
     assert seen(rows, manifest.classes) == {split: sorted(found) for split, found in expected.items()}
     assert manifest.classes == ["cat", "dog"]
-    assert (manifest.num_found, manifest.num_ok, manifest.num_quarantined) == (18, 18, 0)
+    assert manifest.passed_over == ({"members *.json beside images": 18} if packed is as_webdataset else {})
+    num_images = manifest.num_found - sum(manifest.passed_over.values())
+    assert (num_images, manifest.num_ok, manifest.num_quarantined) == (18, 18, 0)
     assert [shard.num_rows for shard in manifest.splits["train"].shards] == [5, 5, 4]
 
 
@@ -152,6 +154,7 @@ def test_kaggle_imagenet_has_names_ground_truth_and_a_test_without_labels(
         },
     )
     manifest, rows = prepared(source)
+    assert manifest.passed_over == {"files outside ILSVRC/Data/CLS-LOC/": 1}
     assert manifest.classes == ["n02 crane, bird", "n01 tench, Tinca tinca", "n03 crane, machine"]
     assert seen(rows, manifest.classes) == {
         "train": sorted([(png(1), "n01 tench, Tinca tinca"), (png(2), "n02 crane, bird")]),
