@@ -86,7 +86,7 @@ class Tars:
         uri, config = self._storage.join(found.path), self._config
         samples, candidates = Samples(uri, config), Candidates()
         images: list[_Image] = []
-        labels: dict[str, list[tuple[str, str]]] = {}
+        labels: dict[str, list[tuple[str, str | None]]] = {}
         with self._storage.open_input(found.path) as file, io.BufferedReader(file, _READ_AHEAD_BYTES) as buffered:
             for member, tar in _members(buffered, uri):
                 name = member.name.removeprefix("./")
@@ -96,14 +96,19 @@ class Tars:
                     continue
                 samples.note_other(name)
                 if self._is_label(suffix):
-                    labels.setdefault(suffix, []).append((name, self._label(tar, member, uri)))
+                    label = self._label(tar, member, suffix, uri)
+                    labels.setdefault(suffix, []).append((name, label))
                 elif candidates.wants(suffix) and member.isreg() and member.size <= _MAX_LABEL_BYTES:
                     candidates.look(f"{found.path}/{name}", suffix, _content(tar, member))
         chosen, passed = samples.choose([image.name.removeprefix("./") for image in images])
         taken = [image for image, is_taken in zip(images, chosen) if is_taken]
         linked = {image.name: image for image in images if not image.link} if any(i.link for i in images) else {}
         followed = [image if not image.link else image.at(linked.get(image.link)) for image in taken]
-        used = next((suffix for suffix in self._label_suffixes if suffix in labels), "")
+        # A text by another name than .cls is the label only if every one of them is a class.
+        usable = [
+            suffix for suffix in self._label_suffixes if suffix in labels and None not in dict(labels[suffix]).values()
+        ]
+        used = usable[0] if usable else ""
         if not used:
             self._refuse_dotted_labels(samples.others, uri)
         keys = {key_of(image.name.removeprefix("./"), config) for image in taken if samples.others}
@@ -125,13 +130,19 @@ class Tars:
     def _is_label(self, suffix: str) -> bool:
         return suffix in self._label_suffixes
 
-    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, uri: str) -> str:
+    def _label(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, uri: str) -> str | None:
+        """Return the label in a member; None for what is no class, if its name alone suggested one."""
         content = _content(tar, member) if member.isreg() and 0 < member.size <= _MAX_LABEL_BYTES else b""
         if self._config.label_kind == "json":
             return class_in_json(
                 content, self._config.label_name, f"{uri}: {member.name}", multi_label=self._config.multi_label
             )
-        return class_of_member(content, f"{uri}: {member.name}", multi_label=self._config.multi_label)
+        try:
+            return class_of_member(content, f"{uri}: {member.name}", multi_label=self._config.multi_label)
+        except UserError:
+            if self._config.label_kind == "member" or suffix.startswith("cls"):
+                raise
+            return None
 
     def _refuse_dotted_labels(self, others: Sequence[str], uri: str) -> None:
         """Raise UserError if no member is a label, but some would be if the key ended at the last dot."""
@@ -144,7 +155,7 @@ class Tars:
                 f"member:{suffix_of(name, self._config)} if it is a member, or --labels none"
             )
 
-    def _by_key(self, named: list[tuple[str, str]], uri: str) -> dict[str, str]:
+    def _by_key(self, named: list[tuple[str, str | None]], uri: str) -> dict[str, str]:
         """Return the labels of the members by key. Raises UserError if two have the same key."""
         labels: dict[str, str] = {}
         for name, label in named:
@@ -155,7 +166,7 @@ class Tars:
                     f"{self._config.sample_key.replace('-', ' ')}, such as {name}; if names have dots use --sample-key "
                     "last-dot, else keep one, or use --labels none"
                 )
-            labels[key] = label
+            labels[key] = label or ""
         return labels
 
     def _entry(self, index: "_Index", image: "_Image") -> Entry:

@@ -144,6 +144,17 @@ def test_a_text_by_a_usual_name_is_the_label(suffix: str, png: Png, prepared: Ca
     assert labels_of(rows) == {png(k): k % 2 for k in range(4)}
 
 
+def test_a_text_that_is_no_class_is_no_label_unless_it_is_named_so(
+    png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    members = [("a/0.png", png(0)), ("a/0.label", b"0 0 1\n1 1 0\n"), ("b/1.png", png(1)), ("b/1.label", b"7")]
+    manifest, rows = prepared(pack(tmp_path / "s/a.tar", members))
+    assert (manifest.classes, labels_of(rows)) == (["a", "b"], {png(0): 0, png(1): 1})
+    assert manifest.passed_over == {"members *.label beside images": 2}
+    with pytest.raises(ValueError, match=r"a.tar: a/0.label contains no class; it must be a number or a name"):
+        prepared(tmp_path / "s", labels="member:label")
+
+
 def test_labels_of_the_folders_can_be_asked_for(png: Png, prepared: Callable, tmp_path: Path) -> None:
     members = [(f"{folder}/{name}", png(i) if name == "0.png" else b"7") for i, folder in enumerate("ab")
                for name in ("0.png", "0.cls")]  # fmt: skip
