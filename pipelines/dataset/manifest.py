@@ -82,6 +82,11 @@ class Manifest:
         return bool(self.classes)
 
     @property
+    def has_single_labels(self) -> bool:
+        """Whether the dataset has labels, each of which is one class."""
+        return self.is_labelled and not self.label_sets
+
+    @property
     def summary(self) -> dict[str, Any]:
         """Values that commands print with --json: found = ok + quarantined + duplicates + passed over."""
         return {

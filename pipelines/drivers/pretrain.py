@@ -125,8 +125,9 @@ def _on_dataset(config: PretrainConfig, uri: str, manifest: Manifest) -> Pretrai
 def _check_evaluation(config: PeriodicEvaluationConfig, manifest: Manifest) -> None:
     """Say what an evaluation can tell on this dataset. Raises UserError if it has more classes than images."""
     check_num_images(manifest, config.images)
-    if not manifest.is_labelled:
-        log.info("the dataset has no labels: the evaluations while pretraining compute RankMe alone")
+    if not manifest.has_single_labels:
+        found = "has several classes an image" if manifest.is_labelled else "has no labels"
+        log.info("the dataset %s: the evaluations while pretraining compute RankMe alone", found)
     elif config.knn:
         log.warning(
             "kNN says little of MAE: a ViT-B after 100 epochs has 11.2 % by kNN, 46.0 % by a linear probe and 81.3 % "

@@ -31,12 +31,12 @@ def choose_subset(manifest: Manifest, storage: Storage, num_images: int, *, seed
     """Choose at most `num_images` training images, as many of each class, and at most as many held-out ones.
 
     Held-out images are of val or, if it is absent or empty, training images that are not among the first; of a class
-    with few images half are held out. Without labels, choose training images alone. Reads the label columns. Raises
-    UserError if `num_images` is below one per class.
+    with few images half are held out. Without labels, or with several classes an image, choose training images alone.
+    Reads the label columns. Raises UserError if `num_images` is below one per class.
     """
     check_num_images(manifest, num_images)
     train = Index.from_manifest(manifest, "train")
-    if not manifest.is_labelled:
+    if not manifest.has_single_labels:
         ids = np.concatenate([first + np.arange(rows) for first, rows in zip(train.first_id, train.num_rows)])
         shuffled = _shuffled(train, ids, np.zeros_like(ids), seed)
         return Subset(fitted=train.only(shuffled[:num_images]), held_out=None, held_out_split="")
@@ -62,7 +62,7 @@ def choose_subset(manifest: Manifest, storage: Storage, num_images: int, *, seed
 
 def check_num_images(manifest: Manifest, num_images: int) -> None:
     """Raise UserError if a labelled dataset has more classes than images are asked for."""
-    num_classes = len(manifest.classes)
+    num_classes = len(manifest.classes) if manifest.has_single_labels else 1
     if num_images < num_classes:
         raise UserError(
             f"evaluate.images {num_images} is below one for each of the {num_classes} classes; try {10 * num_classes}"

@@ -67,6 +67,11 @@ def test_no_more_row_groups_are_read_than_hold_the_images(tiles: tuple[str, Mani
     assert len(set((ids_of(found.held_out) - NUM_TRAIN) // 8)) <= 3
 
 
+def test_with_several_classes_an_image_there_are_training_images_alone(tiles: tuple[str, Manifest]) -> None:
+    found = chosen(tiles, 10, label_sets=[[0], [0, 1]])
+    assert (len(ids_of(found.fitted)), found.held_out) == (10, None)
+
+
 def test_without_labels_there_are_training_images_alone(tiles: tuple[str, Manifest]) -> None:
     found = chosen(tiles, 12, classes=[])
     assert (found.held_out, found.held_out_split) == (None, "")
