@@ -1,19 +1,26 @@
-"""A whole pretraining run on one rank, without Ray, with the recipes that buy more."""
+"""A whole pretraining run on one rank, without Ray: with the recipes that buy more, and extended after its end."""
 
+import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 
 from mae_core import load_mae
 from mae_core.config import ModelConfig, OptimConfig
-from pipelines.config import ComputeConfig, DataConfig, PretrainConfig
+from mae_core.state import unpack
+from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.pretrain import pixels_of
+from pipelines.drivers.drive import claim
+from pipelines.drivers.extend import extension_of, read_finished_run
+from pipelines.drivers.pretrain import pixels_of, published_extension, published_pretrain_job
 from pipelines.feed.windows import window_micro_batches
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, index_dataset, segments
+from pipelines.runs.jobs import IndexedDataset, PretrainJob, index_dataset, segments
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
+from pipelines.worker.recorder import Stopped
+from tests.digest import tensors_digest
 
 
 def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str, Manifest], tmp_path: Path) -> None:
@@ -48,3 +55,60 @@ def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str
     mae, normalization = load_mae(tmp_path / "run" / "export")
     assert (mae.config, normalization) == (config.model, job.pixels)
     assert any(path.startswith("pictures/") for path, _ in folder.storage.list())
+
+
+def run_on(job: PretrainJob, dataset: IndexedDataset) -> dict[str, str]:
+    """Run the job from its newest checkpoint to its end; return the digest of every file of its last checkpoint."""
+    folder = RunFolder(job.folder)
+    checkpoint = folder.checkpoints.latest()
+    remaining = segments(job, dataset, checkpoint.step if checkpoint else 0)
+    windows = [(s, number + s.first_window) for s in remaining for number in range(s.num_windows)]
+    batches = [batch for segment, window in windows for batch in window_micro_batches(segment, window)]
+    rank = Rank(index=0, world=1, device=torch.device("cpu"), compute=ComputeConfig())
+    folder.mark_trained(pretraining.run(job, dataset, rank, Feed(iter(batches)), folder, checkpoint))
+    last = folder.checkpoints.latest()
+    assert last is not None
+    return {name: tensors_digest(unpack(content)) for name, content in last.files.items()}
+
+
+def test_an_extension_at_a_constant_rate_equals_one_longer_run(tiles: tuple[str, Manifest], tmp_path: Path) -> None:
+    """Two epochs, and two more of which one decays, are four of which one decays: every weight and every moment."""
+    uri, manifest = tiles
+    optim = OptimConfig(base_lr=1e-2, warmup_epochs=0.0, schedule="constant", decay_share=0.0)
+    config = PretrainConfig(
+        output=str(tmp_path),
+        epochs=2,
+        data=DataConfig(uri=uri, batch=16, micro_batch=8, window=32),
+        model=ModelConfig(arch="vit_pico_patch4", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2),
+        optim=optim,
+        checkpoint=CheckpointConfig(keep=9),
+        tracking=TrackingConfig(pictures_every_epochs=1000),
+    )
+
+    def trained(config: PretrainConfig, name: str) -> dict[str, str]:
+        published = published_pretrain_job(config, name, manifest)
+        assert isinstance(published.job, PretrainJob)
+        claim(published.job, "pretrain", manifest)
+        return run_on(published.job, published.dataset)
+
+    whole = trained(dataclasses.replace(config, epochs=4, optim=dataclasses.replace(optim, decay_share=0.25)), "whole")
+    short, folder = trained(config, "short"), RunFolder(str(tmp_path / "short"))
+    folder.mark_published({"run_id": "0" * 32, "steps": 6})
+
+    run = read_finished_run(folder.storage.uri, "")
+    extension = extension_of(folder.storage.uri, {"epochs": 2, "optim.decay_share": 0.5})
+    published = published_extension(extension, run, manifest, None)
+    assert isinstance(published.job, PretrainJob)
+    assert published.first_checkpoint is not None
+    key = claim(published.job, "pretrain", manifest)
+    longer = RunFolder(published.job.folder)
+    with pytest.raises(Stopped, match="rerun the same command to copy it again"):
+        run_on(published.job, published.dataset)
+    published.first_checkpoint.copy_to(longer, key)
+    assert longer.checkpoints.load(6).files == folder.checkpoints.load(6).files
+    assert run_on(published.job, published.dataset) == whole != short
+    for kept in (6, 9):
+        for step in longer.checkpoints.steps():
+            if step > kept:
+                longer.checkpoints.discard(step)
+        assert run_on(published.job, published.dataset) == whole, f"resumed after step {kept}"
