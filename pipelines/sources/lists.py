@@ -14,6 +14,7 @@ from pipelines.sources.labels import class_of, class_of_text, is_likely
 from pipelines.sources.parquet import open_table
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
+from pipelines.sources.splits import ListedSplits
 from pipelines.sources.tables import label_column
 from pipelines.storage import Storage
 
@@ -35,6 +36,7 @@ class CsvList:
         self.classes: list[str] = []
         self.passed_over, self.candidates = PassedOver(), Candidates()
         self._storage, self._path, self._uri = storage, path, storage.join(path)
+        self._by_path = ListedSplits(self._uri)
         self._multi_label = config.multi_label
         header = next(self._rows(), (0, []))[1]
         self._columns = _columns(header, self._uri, config, group_column)
@@ -52,11 +54,14 @@ class CsvList:
                 raise UserError(f"{where} has {len(row)} fields where the header has {self._width}; fix it")
             if row:
                 found = {key: row[i].strip() for key, i in self._columns.items()}
+                if "split" not in found:
+                    found["split"] = self._by_path.of(found["uri"])
                 yield _entry(
                     self._storage,
                     where,
                     found | {"label": class_of_text(found.get("label", ""), multi_label=self._multi_label)},
                 )
+        self._by_path.refuse_mixed()
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the fields of each row, with the number of its last line."""
@@ -92,6 +97,7 @@ class ParquetList:
         self.classes: list[str] = []
         self.passed_over, self.candidates = passed, Candidates()
         self._storage, self._paths, self._multi_label = storage, paths, config.multi_label
+        self._by_path = ListedSplits(storage.join(paths[0]))
         with open_table(storage, paths[0]) as file:
             names, uri = file.schema_arrow.names, _uri_column(file, config)
             label = label_column(file.schema_arrow, storage.join(paths[0]), config, uri)
@@ -115,11 +121,14 @@ class ParquetList:
                 for number, row in enumerate(rows):
                     where = f"row {number} of {self._storage.join(path)}"
                     found = {k: "" if row[c] is None else str(row[c]).strip() for k, c in self._columns.items()}
+                    if "split" not in found:
+                        found["split"] = self._by_path.of(found["uri"])
                     if "label" in self._columns:
                         found["label"] = class_of(
                             row[self._columns["label"]], where, _REMEDY, multi_label=self._multi_label
                         )
                     yield _entry(self._storage, where, found)
+        self._by_path.refuse_mixed()
 
 
 def is_list(storage: Storage, path: str, config: SourceConfig) -> bool:

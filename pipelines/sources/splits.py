@@ -59,6 +59,33 @@ def refuse_inner_split(path: str, where: str) -> None:
         )
 
 
+class ListedSplits:
+    """Splits of the images of a list without a column of splits, by the folders in their paths."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._examples: dict[str, str] = {}
+
+    def of(self, path: str) -> str:
+        """Return the split that the top folder of a relative path names; empty for any other."""
+        folders = [part.lower() for part in path.removeprefix("./").split("/")[:-1]]
+        if folders and folders[0] in SPLIT_WORDS:
+            return SPLIT_WORDS[folders[0]]
+        within = next((SPLIT_WORDS[folder] for folder in reversed(folders) if folder in SPLIT_WORDS), "")
+        self._examples.setdefault(within, path)
+        return ""
+
+    def refuse_mixed(self) -> None:
+        """Raise UserError if folders within paths name a split that is held out, and not all paths the same one."""
+        held_out = next((split for split in ("test", "val") if split in self._examples), "")
+        if held_out and len(self._examples) > 1:
+            other = next(path for split, path in self._examples.items() if split != held_out)
+            raise UserError(
+                f"{self._uri} has no column of splits, and names {self._examples[held_out]} and {other}: images of "
+                f"{held_out} would be used for training; add a column split, or name one by --split-column"
+            )
+
+
 def _last_words(path: str) -> list[str]:
     """Return the splits that folders and the file name with their last word."""
     found = []

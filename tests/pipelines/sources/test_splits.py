@@ -115,6 +115,23 @@ def test_a_class_called_test_tube_is_a_class(kind: str, png: Png, prepared: Call
     assert set(rows) == {"train"}
 
 
+def test_a_list_without_splits_has_those_of_the_folders(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    names = ["train/a.png", "Testing/b.png", "dev/c.png"]
+    source = fill(tmp_path / "s", {name: png(i) for i, name in enumerate(names)})
+    fill(source, {"l.csv": "\n".join(["uri", *names]).encode()})
+    _, rows = prepared(source / "l.csv")
+    assert {split: [row["source"] for row in found] for split, found in rows.items()} == {
+        "train": [names[0]], "test": [names[1]], "val": [names[2]]
+    }  # fmt: skip
+    fill(source, {"l.csv": "\n".join(["uri", *(str(source / name) for name in names)]).encode()})
+    with pytest.raises(
+        ValueError, match=r"has no column of splits, and names .*Testing/b.png and .*add a column split"
+    ):
+        prepared(source / "l.csv", out="again")
+    fill(source, {"l.csv": f"uri\n{source / names[1]}\n".encode()})
+    assert prepared(source / "l.csv", out="one")[0].num_ok == 1
+
+
 def test_a_tar_whose_name_and_folders_disagree_is_refused(png: Png, prepared: Callable, tmp_path: Path) -> None:
     source = pack(tmp_path / "s/train-0.tar", [("test/a/0.png", png(0)), ("train/a/1.png", png(1))])
     with pytest.raises(
