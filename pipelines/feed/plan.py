@@ -140,7 +140,7 @@ def _by_label(ids: Ids, labels: Ids, seed: int) -> tuple[Ids, Ids]:
     """Return the ids by label and then by hash, and the number of ids of each label that occurs."""
     if (labels < 0).any():
         raise UserError(
-            "a labelled subset needs labels, and some images have none; prepare the source with --labels, or use all"
+            "a labelled subset needs a labelled dataset, and images have no label; prepare it with --labels, or use all"
         )
     order = np.lexsort((hash64_numpy(seed, Purpose.SUBSET, ids), labels))
     return ids[order], np.unique(labels, return_counts=True)[1]

@@ -71,7 +71,8 @@ class ListedSplits:
         folders = [part.lower() for part in path.removeprefix("./").split("/")[:-1]]
         if folders and folders[0] in SPLIT_WORDS:
             return SPLIT_WORDS[folders[0]]
-        within = next((SPLIT_WORDS[folder] for folder in reversed(folders) if folder in SPLIT_WORDS), "")
+        clear = ("train", *_HELD_OUT)
+        within = next((SPLIT_WORDS[folder] for folder in reversed(folders) if folder in clear), "")
         self._examples.setdefault(within, path)
         return ""
 

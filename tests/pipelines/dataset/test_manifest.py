@@ -37,13 +37,29 @@ def test_what_is_read_equals_what_was_written(tmp_path: Path) -> None:
     assert len(written.digest) == 64
 
 
+def test_notes_are_not_part_of_the_digest_and_leave_no_trace_where_there_are_none(tmp_path: Path) -> None:
+    noted = MADE.noting({"no image (*.txt)": 3}, ["column:x"])
+    assert noted.num_found == MADE.num_found + 3
+    assert noted.noting({"documents": 1}, []).num_found == MADE.num_found + 1
+    noted = dataclasses.replace(noted, num_unlabelled={"train": 1})
+    assert noted.computed_digest() == MADE.computed_digest()
+    assert read_manifest_of(tmp_path / "noted", noted) == noted.sealed()
+    assert set(MADE.to_dict()) == set(noted.to_dict()) - {"passed_over", "label_candidates", "num_unlabelled"}
+
+
+def read_manifest_of(folder: Path, manifest: Manifest) -> Manifest:
+    write_manifest(open_storage(folder), manifest)
+    return read_manifest(open_storage(folder))
+
+
 def test_the_digest_covers_every_other_field() -> None:
     others = {
         "channels": 3, "image_px": None, "classes": ["a"], "splits": {}, "num_found": 9, "num_ok": 8,
         "num_quarantined": 2, "num_duplicates": 1, "quarantine_reasons": {}, "mean": [0.3], "std": [0.3],
-        "config": {}, "source_digest": "", "schema": 2,
+        "config": {}, "source_digest": "", "schema": 2, "label_sets": [[0]],
     }  # fmt: skip
-    assert set(others) == {field.name for field in dataclasses.fields(Manifest)} - {"digest"}
+    notes = {"digest", "passed_over", "label_candidates", "num_unlabelled"}
+    assert set(others) == {field.name for field in dataclasses.fields(Manifest)} - notes
     digests = {dataclasses.replace(MADE, **{name: value}).computed_digest() for name, value in others.items()}
     assert len(digests | {MADE.computed_digest()}) == len(others) + 1
 

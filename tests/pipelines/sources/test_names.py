@@ -134,8 +134,8 @@ def test_what_is_said_of_a_name_does_nothing_to_a_terminal(
     with pytest.raises(SystemExit):
         cli.main(["prepare", str(tmp_path / "s"), str(tmp_path / "out"), "--max-bad", "0", "--max-skipped", "1"])
     said = capsys.readouterr().err
-    assert said.count("\n") == 3, "what was passed over, that there are no labels, and the error"
-    assert all(line.isprintable() for line in said.splitlines())
+    assert said.count("\n") == 1
+    assert said.strip().isprintable()
 
 
 KEYS = ["../up.png", "a/../b.png", "a//b.png", "./c.png", "/abs.png", "x\0y.png", "a/./d.png", "..", "folder/"]
