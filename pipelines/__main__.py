@@ -3,6 +3,8 @@
 import sys
 from importlib.util import find_spec
 
+from pipelines.interrupts import first_signal, handle_signals
+
 PIPELINE_MODULES = (
     "boto3",
     "faiss",
@@ -27,6 +29,7 @@ PIPELINE_MODULES = (
 
 def main() -> None:
     """Run the command line; without the extra, name the pip command that installs it and exit with status 2."""
+    handle_signals()
     missing = [name for name in PIPELINE_MODULES if find_spec(name) is None]
     if missing:
         print(
@@ -35,8 +38,10 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from pipelines.cli import main as run
-
+    try:
+        from pipelines.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(128 + first_signal())
     run()
 
 

@@ -10,15 +10,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 
 from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
-from pipelines.drivers.drive import claim
+from pipelines.drivers.drive import claim, mark_interrupted
+from pipelines.interrupts import wait_for
 from pipelines.registry import Point
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
+from pipelines.runs.stopping import StopRequest
 from tune.space import describe
 from tune.trial import MEASURES, Trial, run
 
@@ -31,8 +33,6 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Let Ctrl-C end the sweep. Tune's handler would end only the search and continue with its partial result.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
@@ -41,29 +41,40 @@ def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurre
     """Run every trial, at most `max_concurrent` groups at a time, and record each in the ledger and MLflow.
 
     Tune's own state is discarded because the ledger replaces it: a restarted sweep is a new search over the unfinished
-    trials.
+    trials. Raises Interrupted after a signal, once the groups at work have saved their checkpoints, or compute.grace_s
+    is over.
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _ENVIRONMENT.items()})
     from ray import tune
 
     quiet_ray()
+    request, watch = StopRequest.new(), _Watch(groups, children)
+    grace_s = max(trial.pretrain.config.compute.grace_s for group in groups for trial in group)
+
+    def stop() -> float:
+        watch.is_stopping = True
+        return request.make_and_allow(grace_s)
+
     with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children:
         tuner = tune.Tuner(
             # A trial's driver only waits for its worker group, which requests CPUs itself. Tune refuses an empty
             # request, so the driver requests one byte of memory.
-            tune.with_resources(tune.with_parameters(_run_group, groups=groups), {"CPU": 0, "memory": 1}),
+            tune.with_resources(
+                tune.with_parameters(_run_group, groups=groups, request=request), {"CPU": 0, "memory": 1}
+            ),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[_Watch(groups, children)]
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[watch], stop=_Stop(watch)
             ),
         )
-        tuner.fit()
+        wait_for(tuner.fit, stop)
 
 
-def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Trial]]) -> dict[str, Any]:
+def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Trial]], request: StopRequest) -> dict[str, Any]:
     quiet_ray()
-    run(groups[config["group"]])
+    if not request.is_made():
+        run(groups[config["group"]], request)
     return {"done": True}
 
 
@@ -73,26 +84,61 @@ class _Watch(Callback):
     Pickled empty: Tune pickles it to restore a search, which we never do.
     """
 
+    is_stopping: bool
+    """Whether the driver has asked the groups to stop. Unfinished trials then stay open in MLflow until they are marked
+    as killed, and groups that Tune starts do nothing."""
+
     def __init__(self, groups: Sequence[Sequence[Trial]], children: "Children") -> None:
         self._groups, self._children = groups, children
+        self.is_stopping = False
+        self._at_work: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the groups were asked to stop, and none is at work any more."""
+        return self.is_stopping and not self._at_work
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self.is_stopping:
+            return
+        self._at_work.add(trial.config["group"])
         for one in self._groups[trial.config["group"]]:
             self._children.open(one)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._at_work.discard(trial.config["group"])
         for one in self._groups[trial.config["group"]]:
-            self._children.close(one)
+            if one.is_finished() or not self.is_stopping:
+                self._children.close(one)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._at_work.discard(trial.config["group"])
+        if self.is_stopping:
+            return
         # The group's driver process died before it could record a result.
         for one in self._groups[trial.config["group"]]:
             if not one.is_finished():
                 one.record("the trial's driver process died; check whether memory ran out")
             self._children.close(one)
+
+
+class _Stop(Stopper):
+    """End the search once the groups that were asked to stop have done so. Pickled empty, as `_Watch`."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._watch.has_stopped
 
 
 @dataclass(frozen=True)
@@ -135,7 +181,10 @@ class Children:
         """Mark the runs of interrupted trials as killed."""
         for child, following in self._open.values():
             following.close()
-            child.finish("KILLED")
+            if isinstance(failure[1], KeyboardInterrupt):
+                mark_interrupted(child, "the sweep stopped")
+            else:
+                child.finish("KILLED")
         self._open.clear()
 
     def name(self, trial: Trial) -> str:

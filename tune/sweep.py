@@ -15,9 +15,11 @@ from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SweepConfig, identity, run_name, to_dict
 from pipelines.dataset.manifest import Manifest
+from pipelines.drivers.drive import mark_interrupted
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import publisher
 from pipelines.errors import CommandFailed
+from pipelines.interrupts import stopping_at
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
@@ -48,7 +50,8 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
     """Run the sweep; return its table, best point and preset, test accuracy and model version.
 
     The same command resumes an unfinished sweep, retries failed trials, and repeats a finished result. Raises UserError
-    for what the user can fix, before anything is written, and CommandFailed if every trial failed.
+    for what the user can fix, before anything is written, CommandFailed if every trial failed, and Interrupted, which
+    says how many trials are finished, after a signal.
     """
     checked = _check(config, preset)
     if fresh:
@@ -69,13 +72,22 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
         key=_claim(checked),
     )
     try:
-        result = _run(checked, tracking, parent)
-    except BaseException as error:
-        parent.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with stopping_at(lambda: _progress(checked)):
+            result = _run(checked, tracking, parent)
+    except KeyboardInterrupt as interrupt:
+        mark_interrupted(parent, str(interrupt))
+        raise
+    except BaseException:
+        parent.finish("FAILED")
         raise
     parent.finish("FINISHED")
     checked.storage.write(_SUMMARY, _json(result | {"identity": checked.identity}))
     return result
+
+
+def _progress(checked: _Sweep) -> str:
+    num_finished = sum(trial.is_finished() for trial in checked.trials)
+    return f"{checked.name} stopped with {num_finished} of {len(checked.trials)} trials finished"
 
 
 def _check(config: SweepConfig, preset: str) -> _Sweep:

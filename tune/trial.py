@@ -17,6 +17,7 @@ from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import published_pretrain_job, with_dataset
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, IndexedJob, Job, PretrainJob
+from pipelines.runs.stopping import StopRequest
 from pipelines.storage import Storage, open_storage
 from tune.space import Point, at, describe, points
 
@@ -96,8 +97,10 @@ def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
     return [kind[i : i + per_group] for kind in kinds for i in range(0, len(kind), per_group)]
 
 
-def run(trials: Sequence[Trial]) -> None:
+def run(trials: Sequence[Trial], stop: StopRequest) -> None:
     """Run the trials in turn on one worker group, and record each in the ledger with its results or its error.
+
+    Trials that are unfinished when `stop` is made are not recorded, so that the next sweep resumes them.
 
     Unfinished jobs resume from their newest checkpoint. If a group fails, each of its unfinished trials is run again
     alone, so that one trial's failure does not affect the others.
@@ -108,20 +111,22 @@ def run(trials: Sequence[Trial]) -> None:
         for name, job in trial.jobs.items()
         if RunFolder(job.folder).read_result() is None
     ]
-    error = _failure(unfinished, f"trial-{trials[0].key}") if unfinished else ""
+    error = _failure(unfinished, f"trial-{trials[0].key}", stop) if unfinished else ""
     for trial in trials:
         if all(RunFolder(job.folder).read_result() for job in trial.jobs.values()):
             trial.record()
+        elif stop.is_made():
+            continue
         elif len(trials) > 1:
-            run([trial])
+            run([trial], stop)
         else:
             trial.record(error)
 
 
-def _failure(jobs: list[IndexedJob], name: str) -> str:
+def _failure(jobs: list[IndexedJob], name: str, stop: StopRequest) -> str:
     """Run the jobs; return their error in one line, empty if there was none."""
     try:
-        launch(jobs, name)
+        launch(jobs, name, stop=stop)
     except Exception as error:
         return " ".join(str(error).split()) or repr(error)
     return ""

@@ -13,6 +13,7 @@ from pipelines.cli.commands import COMMANDS, Command, Invocation
 from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
+from pipelines.interrupts import first_signal, handle_signals
 
 __all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse"]
 
@@ -26,6 +27,8 @@ def _main(argv: list[str]) -> ExitCode:
     from pipelines.console import print_result, set_up_logging
 
     set_up_logging()
+    handle_signals()
+    call = None
     try:
         call = parse(argv)
         # Ray prints warnings to stdout, which is for the result only.
@@ -36,9 +39,8 @@ def _main(argv: list[str]) -> ExitCode:
     except (UserError, OSError) as error:
         print(f"mae: {_one_line(error)}", file=sys.stderr)
         return ExitCode.USER_ERROR
-    except KeyboardInterrupt:
-        print("mae: interrupted; rerun the same command to resume from the newest checkpoint", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt, argv, resumes=call is not None and COMMANDS[call.command].resumes)
     except CommandFailed as error:
         print(f"mae: failed: {_one_line(error)}", file=sys.stderr)
         return ExitCode.RUN_FAILED
@@ -56,6 +58,14 @@ def _main(argv: list[str]) -> ExitCode:
     except BrokenPipeError:
         return _reader_closed()
     return ExitCode.SUCCESS if result.get("ok", True) else ExitCode.RUN_FAILED
+
+
+def _interrupted(interrupt: KeyboardInterrupt, argv: list[str], *, resumes: bool) -> ExitCode:
+    """Print on one line how far the command got, and the command that resumes if it does."""
+    said = _one_line(interrupt) if str(interrupt) else "stopped"
+    again = shlex.join(["mae", *(word for word in argv if word != "--fresh")])
+    print(f"mae: {said}; to resume: {again}" if resumes else f"mae: {said}", file=sys.stderr)
+    return ExitCode(128 + first_signal())
 
 
 def _reader_closed() -> ExitCode:

@@ -40,6 +40,8 @@ class Command:
     positional: tuple[tuple[str, str], ...] = ()
     default: Any = None
     """Config to use without --preset; None for the defaults of its type."""
+    resumes: bool = False
+    """Whether the same command continues what an interrupted one began."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +215,7 @@ COMMANDS: dict[str, Command] = {
         help="Turn images into shards and a manifest.",
         config=PrepareConfig,
         run=_prepare,
+        resumes=True,
         positional=(
             ("SOURCE", "folder or s3:// prefix of images, tars or Parquet, or a list of URIs"),
             ("OUT", "folder or s3:// prefix of the prepared dataset"),
@@ -224,17 +227,19 @@ COMMANDS: dict[str, Command] = {
         run=_inspect,
         positional=(("URI", "source of images, or prepared dataset"),),
     ),
-    "pretrain": Command(help="Pretrain an MAE and register it.", config=PretrainConfig, run=_pretrain),
+    "pretrain": Command(help="Pretrain an MAE and register it.", config=PretrainConfig, run=_pretrain, resumes=True),
     "probe": Command(
         help="Train a linear or attentive probe on frozen features of a backbone, or classify by kNN.",
         config=ClassifyConfig,
         run=_probe,
+        resumes=True,
         default=PROBE,
     ),
     "finetune": Command(
         help="Fine-tune a registered backbone as a classifier, or train one from scratch.",
         config=ClassifyConfig,
         run=_finetune,
+        resumes=True,
     ),
     "evaluate": Command(
         help="Measure a classifier on a split: metrics with intervals, confusion, calibration.",
@@ -246,6 +251,7 @@ COMMANDS: dict[str, Command] = {
         help="Embed every image of a dataset with a backbone, into Parquet.",
         config=EmbedConfig,
         run=_embed,
+        resumes=True,
         positional=(
             ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
             ("OUT", "folder or s3:// prefix of the embeddings"),
@@ -261,12 +267,15 @@ COMMANDS: dict[str, Command] = {
         help="Rank images by reconstruction loss, and list both ends to be left out.",
         config=CurateConfig,
         run=_curate,
+        resumes=True,
         positional=(
             ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
             ("OUT", "folder or s3:// prefix of losses, ranking, lists and pictures"),
         ),
     ),
-    "sweep": Command(help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep),
+    "sweep": Command(
+        help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep, resumes=True
+    ),
     "reconstruct": Command(
         help="Draw masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
     ),
@@ -274,6 +283,7 @@ COMMANDS: dict[str, Command] = {
         help="Train a linear segmentation probe on frozen patch tokens; measure mIoU.",
         config=SegmentConfig,
         run=_segment,
+        resumes=True,
         positional=(
             ("DATA", "folder or s3:// prefix with images/ and masks/, or with both below train/ and val/"),
             ("OUT", "folder or s3:// prefix of tokens, head, result and picture"),
@@ -314,7 +324,9 @@ COMMANDS: dict[str, Command] = {
         run=_runs,
         positional=(("URI", "folder or s3:// prefix of one run or of several, such as runs"),),
     ),
-    "demo": Command(help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo),
+    "demo": Command(
+        help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo, resumes=True
+    ),
     "doctor": Command(
         help="Show which Ray, MLflow and storage would be used, and whether they answer.", config=None, run=_doctor
     ),

@@ -17,4 +17,5 @@ class ExitCode(IntEnum):
     RUN_FAILED = 1, "the run, or a check of `mae doctor`, failed"
     USER_ERROR = 2, "wrong input or a service that does not answer; the message has the remedy"
     BUG = 70, "a bug (EX_SOFTWARE of sysexits.h); please report the traceback"
-    INTERRUPTED = 130, "interrupted with Ctrl-C"
+    INTERRUPTED = 130, "stopped in order by Ctrl-C (SIGINT)"
+    TERMINATED = 143, "stopped in order by SIGTERM"

@@ -36,6 +36,9 @@ class ComputeConfig:
     stall_s: float = 600.0
     """Seconds after which a worker that does not answer counts as failed. A worker that answers but does not join a
     collective has checkpoint.patience_s more, since it may be retrying to write a checkpoint."""
+    grace_s: float = 25.0
+    """Seconds to wait for a checkpoint of the present step after SIGTERM or Ctrl-C; without one by then, the run ends
+    with the newest. Kubernetes kills a pod 30 s after SIGTERM."""
     on_nan: Literal["stop", "skip", "roll_back"] = "stop"
     """What to do if a gradient is not finite; the sample ids are logged in any case. stop: end the run; skip: skip the
     update of this step; roll_back: return to the newest checkpoint and skip all steps from there to the bad one."""
@@ -48,6 +51,8 @@ class ComputeConfig:
             raise UserError(
                 f"min_workers {self.min_workers} is not between 1 and num_workers {self.num_workers}; try 1"
             )
+        if self.grace_s < 0:
+            raise UserError(f"grace_s {self.grace_s:g} is negative; try 25, or 0 to end without a checkpoint")
         if self.stall_s <= 0:
             raise UserError(f"stall_s {self.stall_s:g} is not positive; try 600")
 

@@ -14,6 +14,7 @@ from pipelines.cluster import ray_address, ray_session
 from pipelines.config import PretrainConfig, identity, to_dict, without_added_defaults
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
+from pipelines.interrupts import first_signal, stopping_at
 from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
@@ -31,6 +32,9 @@ _GOODPUT_WORDS = {
     "recovery": "in recovery",
     "other": "starting, evaluating and drawing",
 }
+
+_END_LIMIT_S = 3.0
+"""Time for MLflow to take the end of an interrupted run, which must not wait for an outage to end."""
 
 # (MLflow run, run folder) -> values to add to the outcome, such as the model version
 Publish = Callable[[registry.Run, RunFolder], dict[str, Any]]
@@ -80,8 +84,8 @@ def drive(
     """Run all unfinished jobs in one worker group, publish them, and return the outcomes of all jobs.
 
     The call is idempotent. After a driver was killed, training resumes from the newest checkpoint, and publishing
-    finds what is already published. Raises UserError for wrong input, before anything is written, and RunFailed if
-    the worker group fails.
+    finds what is already published. Raises UserError for wrong input, before anything is written, RunFailed if the
+    worker group fails, and Interrupted, which says how far the first unfinished run got, after a signal.
     """
     registry.refuse_local_tracking(ray_address())
     for published in jobs:
@@ -89,24 +93,51 @@ def drive(
     folders = [RunFolder(published.job.folder) for published in jobs]
     died_s = last_alive_s(folders[0].storage)
     runs: dict[int, registry.Run] = {}
-    for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
-        if fresh:
-            folder.clear()
-        key = claim(published.job, published.kind, published.dataset.manifest)
-        if folder.read_outcome() is None:
-            runs[i] = _start(published, folder, tracking, key)
     try:
-        with Heartbeat([folders[i].storage for i in runs]):
+        for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
+            if fresh:
+                folder.clear()
+            key = claim(published.job, published.kind, published.dataset.manifest)
+            if folder.read_outcome() is None:
+                runs[i] = _start(published, folder, tracking, key)
+        with Heartbeat([folders[i].storage for i in runs]), stopping_at(lambda: _progress(jobs, folders)):
             _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
                 _finish(jobs[i], folders[i], run)
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    except KeyboardInterrupt as interrupt:
         for i, run in runs.items():
             if folders[i].read_outcome() is None:
-                run.finish(status)
+                mark_interrupted(run, str(interrupt))
+        raise
+    except BaseException:
+        for i, run in runs.items():
+            if folders[i].read_outcome() is None:
+                run.finish("FAILED")
         raise
     return [outcome for folder in folders if (outcome := folder.read_outcome()) is not None]
+
+
+def _progress(jobs: Sequence[PublishedJob], folders: Sequence[RunFolder]) -> str:
+    """Say how far the first unpublished run got: the step of its newest checkpoint, or that it is trained."""
+    for published, folder in zip(jobs, folders, strict=True):
+        if folder.read_outcome() is None and folder.read_result() is not None:
+            return f"{published.name} stopped before it was published"
+        if folder.read_outcome() is None:
+            return f"{published.name} stopped at step {folder.checkpoints.latest_step()} of {_num_steps(published)}"
+    return ""
+
+
+def _num_steps(published: PublishedJob) -> int:
+    return last_step(published.job, train_plan(published.job, published.dataset).steps_per_epoch)
+
+
+def mark_interrupted(run: registry.Run, said: str) -> None:
+    """End the run in MLflow as killed, with a tag that says by what and how far it got."""
+    try:
+        run.set_tags({"mae.interrupted": f"{first_signal().name}: {said}"}, _END_LIMIT_S)
+        run.finish("KILLED", _END_LIMIT_S)
+    except OSError as error:
+        log.warning("MLflow was not told that run %s is interrupted: %s", run.name, error)
 
 
 def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_name: str, died_s: float | None) -> None:
@@ -198,8 +229,7 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
     with ExitStack() as stack:
         display = None
         if shows:
-            total = last_step(published.job, train_plan(published.job, published.dataset).steps_per_epoch)
-            display = stack.enter_context(ProgressDisplay(published.name, total))
+            display = stack.enter_context(ProgressDisplay(published.name, _num_steps(published)))
         stack.enter_context(MetricFollower(folder.storage, run, display=display))
         stack.enter_context(PictureFollower(folder.storage, run))
         config = published.job.config

@@ -1,4 +1,4 @@
-"""Run jobs in a Ray Train worker group: build its feed, restart it after failures, report why it ended."""
+"""Run jobs in a Ray Train worker group: build its feed, restart it after failures, stop it, report why it ended."""
 
 import logging
 import math
@@ -13,9 +13,11 @@ from pipelines.cluster import data_tasks
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
+from pipelines.interrupts import wait_for
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedJob, Job, PretrainJob, remaining_segments, with_workers
+from pipelines.runs.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +26,24 @@ class RunFailed(CommandFailed):
     """The worker group ended with unfinished jobs; the message names the cause."""
 
 
-def launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None = None) -> None:
-    """Run every job to its end in one worker group.
+def launch(
+    indexed: Sequence[IndexedJob], name: str, died_s: float | None = None, stop: StopRequest | None = None
+) -> None:
+    """Run every job to its end in one worker group, or until `stop` is made; a signal to this process makes it.
 
     `died_s` is when the previous driver of the run was last alive, in Unix seconds. Raises RunFailed if workers fail
-    more often than compute.max_failures allows, or if a job cannot continue.
+    more often than compute.max_failures allows, or if a job cannot continue. Raises Interrupted after a signal, once
+    the group has saved a checkpoint of its present step, or compute.grace_s is over.
 
     Checkpoints never pass through Ray Train's report(): the run folder is the only commit record, and a restarted
     worker group reads from it what remains to be done.
     """
+    request = stop or StopRequest.new()
+    grace_s = indexed[0][0].config.compute.grace_s
+    wait_for(lambda: _launch(indexed, name, died_s, request), lambda: request.make_and_allow(grace_s))
+
+
+def _launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None, stop: StopRequest) -> None:
     import ray
 
     jobs = [job for job, _ in indexed]
@@ -44,7 +55,7 @@ def launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None = None
         for folder in folders:
             folder.clear_stop_reason()
             folder.clear_restart_request()
-        _fit(jobs, stored, name, attempt)
+        _fit(jobs, stored, name, attempt, stop)
         causes = [cause for folder in folders if (cause := folder.restart_reason())]
         if not causes:
             break
@@ -54,8 +65,8 @@ def launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None = None
             raise RunFailed(cause)
 
 
-def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> None:
-    """Run one worker group, which Ray Train restarts after failures, until it ends or needs another feed.
+def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop: StopRequest) -> None:
+    """Run one worker group, which Ray Train restarts after failures, until it ends, stops or needs another feed.
 
     `stored` is the ObjectRef of the jobs with their indexed datasets.
     """
@@ -71,7 +82,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any]) -> No
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"jobs": stored, "attempt": attempt, "run": run},
+            train_loop_config={"jobs": stored, "attempt": attempt, "run": run, "stop": stop},
             torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(

@@ -19,6 +19,7 @@ from pipelines.config import ComputeConfig
 from pipelines.config.embedding import ActorConfig
 from pipelines.embedding.inputs import Input, Part, open_input
 from pipelines.embedding.parts import Measure, PartSummary, PartWorker, Plan
+from pipelines.interrupts import stopping_at
 from pipelines.prepare import refuse_within, unwrapped
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.workfolder import Purpose, WorkFolder
@@ -103,7 +104,7 @@ def compute(job: Job, source: str, out: str, actors: ActorConfig) -> Results:
 
     found = rows + quarantined. The bytes depend on images, model and options, not on the number of actors or earlier
     attempts. Raises UserError if more images are bad than `max_bad` allows, if none is readable, or if `out` holds
-    something else.
+    something else. Raises Interrupted, which says how many parts are done, after a signal.
     """
     target, origin = open_storage(out), open_storage(source)
     refuse_within(target, origin)
@@ -115,7 +116,8 @@ def compute(job: Job, source: str, out: str, actors: ActorConfig) -> Results:
             return _existing(target, job, identity, work)
         work.claim(identity)
         num_parts = work.put_slices(found.parts(actors.rows_per_part, job.batch))
-        _run(job, found, work, target, num_parts, actors)
+        with stopping_at(lambda: f"stopped with {len(work.done())} of {num_parts} parts done"):
+            _run(job, found, work, target, num_parts, actors)
         summaries = [PartSummary.from_json(content) for content in work.records()]
         results = _results(job, origin.uri, identity, summaries)
         _check(results, target, found.num_found, actors.max_bad)

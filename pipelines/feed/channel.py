@@ -24,18 +24,12 @@ Two rules keep it safe.
   have asked. No rank can be an execution ahead, because it would need blocks that the others have not asked for.
 - The next execution starts only after every task of the current one has started. Before that, its tasks could take all
   CPUs, fill the object store with blocks that no rank takes yet, and hold these CPUs forever.
-
-The store is a private API of Ray (`ray.experimental.internal_kv`); only `_put` and `_get` below use it.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 from pipelines.feed.executions import NUM_DATASETS
-
-_NAMESPACE = b"mae-feed"
-
-T = TypeVar("T", int, str)
+from pipelines.shared_table import SharedTable
 
 
 @dataclass(frozen=True)
@@ -47,38 +41,29 @@ class FeedChannel:
 
     def publish(self, run: str) -> None:
         """Make this the feed of a run; each new worker group gets a feed of its own."""
-        _put(run, "feed", self.key)
+        _table(run).put("feed", self.key)
 
     @classmethod
     def of_run(cls, run: str) -> "FeedChannel":
         """Return the channel that was published last for a run; its key is empty if there was none."""
-        return cls(_get(run, "feed", ""))
+        return cls(_table(run).get("feed", ""))
 
     def select(self, execution: int) -> None:
         """Make `execution` the one that its dataset runs when it is next iterated."""
-        _put(self.key, str(execution % NUM_DATASETS), execution)
+        _table(self.key).put(str(execution % NUM_DATASETS), execution)
 
     def selected(self, dataset: int) -> int:
         """Return the execution that a dataset is to run: at first, the one of its own number."""
-        return _get(self.key, str(dataset), dataset)
+        return _table(self.key).get(str(dataset), dataset)
 
     def report_all_started(self, execution: int) -> None:
         """Record that the last task of an execution has started."""
-        _put(self.key, "all started", execution)
+        _table(self.key).put("all started", execution)
 
     def all_started(self, execution: int) -> bool:
         """Return whether every task of the execution has started."""
-        return _get(self.key, "all started", -1) >= execution
+        return _table(self.key).get("all started", -1) >= execution
 
 
-def _put(key: str, name: str, value: int | str) -> None:
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(f"{key}/{name}".encode(), str(value).encode(), overwrite=True, namespace=_NAMESPACE)
-
-
-def _get(key: str, name: str, default: T) -> T:
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    found = _internal_kv_get(f"{key}/{name}".encode(), namespace=_NAMESPACE)
-    return default if found is None else type(default)(found.decode())
+def _table(key: str) -> SharedTable:
+    return SharedTable("mae-feed", key)

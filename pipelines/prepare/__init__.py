@@ -13,6 +13,7 @@ from typing import Any
 from mae_core.errors import UserError
 from pipelines.config import ComputeConfig, PrepareConfig, without_added_defaults
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
+from pipelines.interrupts import stopping_at
 from pipelines.prepare.assembly import assemble
 from pipelines.prepare.duplicates import duplicates
 from pipelines.prepare.exclusions import Exclusions
@@ -45,7 +46,8 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     result depends on the listing, the bytes and the config, not on parallelism or earlier attempts.
 
     Raises UserError if the source has no readable image, too many bad ones, too much that would be passed over, or
-    images both inside and outside split folders, or if `out` holds something else.
+    images both inside and outside split folders, or if `out` holds something else. Raises Interrupted, which says how
+    many slices are done, after a signal.
     """
     target = open_storage(out)
     refuse_within(target, open_storage(source))
@@ -70,7 +72,10 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     # Start Ray only when there is work: it takes seconds.
     from pipelines.cluster import ray_session
 
-    with ray_session(ComputeConfig()):
+    with (
+        stopping_at(lambda: f"stopped with {len(work.done())} of {num_slices} slices done"),
+        ray_session(ComputeConfig()),
+    ):
         job.first_pass(num_slices)
         job.refuse_bad()
         found = duplicates(work.summaries, tally.num_entries)

@@ -103,13 +103,13 @@ class Run:
         retry(lambda: self.client.log_inputs(self.id, models=models), ref.uri)
         self.set_tags({tag: ref.uri})
 
-    def set_tags(self, tags: dict[str, str]) -> None:
-        """Set tags on the run."""
+    def set_tags(self, tags: dict[str, str], limit_s: float = RETRY_LIMIT_S) -> None:
+        """Set tags on the run. Raises TrackingUnreachable after `limit_s`."""
         from mlflow.entities import RunTag
 
         if tags:
             entities = [RunTag(key, str(value)) for key, value in tags.items()]
-            retry(lambda: self.client.log_batch(self.id, tags=entities), "tags")
+            retry(lambda: self.client.log_batch(self.id, tags=entities), "tags", limit_s)
 
     def finish(self, status: End = "FINISHED", limit_s: float = RETRY_LIMIT_S) -> None:
         """Wait until every point has arrived, then set the run's final status.

@@ -28,7 +28,7 @@ State = Literal["running", "trained", "finished", "failed", "stopped"]
 
 
 class Heartbeat:
-    """Write the driver's heartbeat to each run folder while a block runs, and the error if the block fails."""
+    """Write the driver's heartbeat to each run folder while a block runs, and how the block ended if it failed."""
 
     def __init__(self, folders: Sequence[Storage]) -> None:
         self._folders = folders
@@ -36,7 +36,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
-        self._write("")
+        self._write()
         self._thread.start()
         return self
 
@@ -44,14 +44,16 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         if error is not None:
-            self._write(" ".join(str(error).split()) or type(error).__name__)
+            said = " ".join(str(error).split()) or type(error).__name__
+            self._write(**{"stopped" if isinstance(error, KeyboardInterrupt) else "error": said})
 
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT_EVERY_S):
-            self._write("")
+            self._write()
 
-    def _write(self, error: str) -> None:
-        values = {"time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "error": error}
+    def _write(self, *, error: str = "", stopped: str = "") -> None:
+        values = {"time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        values |= {"error": error, "stopped": stopped}
         for storage in self._folders:
             try:
                 storage.write(_HEARTBEAT, json.dumps(values).encode())
@@ -155,7 +157,7 @@ def _status(storage: Storage, prefix: str, paths: Sequence[str]) -> RunStatus:
     return RunStatus(
         run=prefix.rstrip("/"),
         kind=str(identity.get("kind", "")),
-        state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, heartbeat.get("error", "")),
+        state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, heartbeat),
         step=None if step is None else int(step),
         total_steps=total,
         checkpoint=max(committed, default=None),
@@ -172,12 +174,12 @@ def _extends(storage: Storage, prefix: str) -> str:
     return uri.removeprefix(f"{storage.uri.rstrip('/')}/")
 
 
-def _state(names: set[str], quiet_s: float | None, error: str) -> State:
+def _state(names: set[str], quiet_s: float | None, heartbeat: dict[str, Any]) -> State:
     if "outcome.json" in names:
         return "finished"
-    if error:
+    if heartbeat.get("error"):
         return "failed"
-    if quiet_s is not None and quiet_s < _DEAD_AFTER_S:
+    if quiet_s is not None and quiet_s < _DEAD_AFTER_S and not heartbeat.get("stopped"):
         return "running"
     return "trained" if "result.json" in names else "stopped"
 

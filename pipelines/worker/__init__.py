@@ -18,12 +18,16 @@ from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
 from pipelines.worker.recorder import Stopped
 from pipelines.worker.resuming import RestartRequested, load_newest
+from pipelines.worker.stop_gate import StopGate, StopRequested
 
 log = logging.getLogger(__name__)
 
 
 def work(config: dict[str, Any]) -> None:
-    """Run every unfinished job of the group to its end. Ray Train calls it on each rank."""
+    """Run every unfinished job of the group to its end, or until the driver asks it to stop.
+
+    Ray Train calls it on each rank.
+    """
     import ray
     import ray.train
 
@@ -37,21 +41,25 @@ def work(config: dict[str, Any]) -> None:
         return ray.train.get_dataset_shard(dataset_name(dataset))
 
     iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
-    feed = Feed(micro_batches(iterator_of, FeedChannel.of_run(config["run"])))
+    channel = FeedChannel.of_run(config["run"])
     attempt = Attempt(**config["attempt"])
-    for i in rank.agree([i for i, (job, _) in enumerate(jobs) if RunFolder(job.folder).read_result() is None]):
-        job, dataset = jobs[i]
-        try:
-            run_job(with_workers(job, rank.world), dataset, rank, feed, attempt)
-        except (Stopped, RestartRequested):
-            return  # The driver reads the reason from the run folder; an error would make Ray Train restart the group.
-        attempt = Attempt(launched_s=time.time())
+    with StopGate(config["stop"], channel.key, rank.index, rank.world) as gate:
+        feed = Feed(micro_batches(iterator_of, channel), gate.enter)
+        for i in rank.agree([i for i, (job, _) in enumerate(jobs) if RunFolder(job.folder).read_result() is None]):
+            job, dataset = jobs[i]
+            try:
+                run_job(with_workers(job, rank.world), dataset, rank, feed, attempt)
+            except (Stopped, RestartRequested, StopRequested):
+                # The driver knows the reason, or finds it in the run folder. Ray Train would restart after an error.
+                return
+            attempt = Attempt(launched_s=time.time())
 
 
 def run_job(job: Job, dataset: IndexedDataset, rank: Rank, feed: Feed, attempt: Attempt) -> None:
     """Run the job from its newest checkpoint to its end and write its result into its folder.
 
-    Raises Stopped if it cannot continue, and RestartRequested if its newest checkpoint is damaged.
+    Raises Stopped if it cannot continue, RestartRequested if its newest checkpoint is damaged, and StopRequested, after
+    saving a checkpoint, if the driver asks for it.
     """
     started_s = time.monotonic()
     folder = RunFolder(job.folder)

@@ -41,12 +41,13 @@ def run(
     if checkpoint:
         recorder.resume(checkpoint)
     accuracy = {}
-    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
-        if phase.kind == "train":
-            train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
-        else:
-            accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or unwrapped(state.model))
-            recorder.record_accuracy(phase.first_step, phase.split, accuracy)
+    with recorder.saving_if_stopped():
+        for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
+            if phase.kind == "train":
+                train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
+            else:
+                accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or unwrapped(state.model))
+                recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     if rank.is_main:
         export(job, state.ema or unwrapped(state.model), folder)

@@ -83,7 +83,8 @@ def run(
         )
         if checkpoint:
             recorder.resume(checkpoint)
-        train(state, rank, plan, feed, total, loss_of, recorder.after_step)
+        with recorder.saving_if_stopped():
+            train(state, rank, plan, feed, total, loss_of, recorder.after_step)
         recorder.finish()
         if rank.is_main:
             for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,17 +61,18 @@ def run(
         recorder.resume(checkpoint)
     total = config.epochs * plan.steps_per_epoch
     accuracy: dict[str, float] = {}
-    for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
-        if phase.split == "train" and phase.kind == "read":
-            table = read_table(job, dataset, rank, feed, encode)
-            with feed.clock.spent("steps"):
-                _fit(job, rank, plan, state, recorder, total, partial(table.take, plan, rank))
-        elif phase.kind == "train":
-            with feed.clock.spent("steps"):
-                _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
-        else:
-            accuracy = _evaluate(job, dataset, rank, feed, phase, encode, head)
-            recorder.record_accuracy(phase.first_step, phase.split, accuracy)
+    with recorder.saving_if_stopped():
+        for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
+            if phase.split == "train" and phase.kind == "read":
+                table = read_table(job, dataset, rank, feed, encode)
+                with feed.clock.spent("steps"):
+                    _fit(job, rank, plan, state, recorder, total, _examples_of_table(table, rank, plan, feed))
+            elif phase.kind == "train":
+                with feed.clock.spent("steps"):
+                    _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
+            else:
+                accuracy = _evaluate(job, dataset, rank, feed, phase, encode, head)
+                recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
     return result_of(job, accuracy, state.step, plan.num_samples)
 
@@ -186,6 +186,14 @@ def read_split(rank: Rank, plan: EpochPlan, feed: Feed) -> Iterator[MicroBatch]:
     for step in range(plan.steps_per_epoch):
         for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
             yield batch.to(rank.device)
+
+
+def _examples_of_table(table: FeatureTable, rank: Rank, plan: EpochPlan, feed: Feed) -> ExamplesOf:
+    def examples_of(step: int) -> Examples:
+        feed.enter_step()
+        return table.take(plan, rank, step)
+
+    return examples_of
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,13 +99,16 @@ class Rank:
 class Feed:
     """The rank's stream of micro-batches, taken step by step; each micro-batch must belong to the expected step."""
 
-    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+    def __init__(self, batches: Iterator[MicroBatch], enter_step: Callable[[], None] = lambda: None) -> None:
+        """Take the micro-batches from `batches`; `enter_step` is called before each step and may end the work."""
         self._batches = batches
+        self.enter_step = enter_step
         self.clock = Clock()
         """Clock of the current job; waiting for data counts on it."""
 
     def take(self, step: int, count: int) -> Iterator[MicroBatch]:
         """Yield this rank's `count` micro-batches of a step."""
+        self.enter_step()
         for _ in range(count):
             with self.clock.spent("data"):
                 batch = next(self._batches, None)

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from pipelines.worker.loop import TrainState, copied
 from pipelines.worker.meter import Due, Meter, retention
 from pipelines.worker.rank import Rank, unwrapped
 from pipelines.worker.saving import CheckpointWriter, Tensors
+from pipelines.worker.stop_gate import StopRequested
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Recorder:
             patience_s=checkpoint.patience_s,
             before=self.spool.flush,
         )
+        self._saved_step = 0
         self.last: dict[str, float] = {}
         """Newest metrics, at first those of the checkpoint. Each checkpoint stores them."""
         state.skipped_steps = frozenset(rank.agree(sorted(folder.read_skipped_steps())))
@@ -118,6 +121,7 @@ class Recorder:
                 "remove it, or start again with --fresh"
             )
         self._state.restore(checkpoint)
+        self._saved_step = checkpoint.step
         self.last = dict(checkpoint.meta["last"])
         # An evaluation of these weights may have been lost with the process that waited for it.
         self._evaluate(checkpoint.step)
@@ -139,7 +143,7 @@ class Recorder:
             self._log(step)
         if save and self._rank.is_main:
             with self._clock.spent("checkpoint"):
-                self.writer.save(step, lambda: self._snapshot(step), self._meta())
+                self._save(step)
                 if preempted:
                     log.info("a node will be preempted: saving step %d", step)
                     self.writer.wait()
@@ -167,6 +171,23 @@ class Recorder:
             self.writer.close()
         if self._rank.is_main:
             self.spool.close()
+
+    @contextmanager
+    def saving_if_stopped(self) -> Iterator[None]:
+        """Save a checkpoint of the present step if the driver stops the group while the block runs."""
+        try:
+            yield
+        except StopRequested:
+            for bad_step in self._meter.bad_steps():
+                self._apply_nan_policy(bad_step)
+            if self._rank.is_main and self._state.step > self._saved_step:
+                self._save(self._state.step)
+            self.finish()
+            raise
+
+    def _save(self, step: int) -> None:
+        self.writer.save(step, lambda: self._snapshot(step), self._meta())
+        self._saved_step = step
 
     def _snapshot(self, step: int) -> Tensors:
         """Copy the training state for a checkpoint; an evaluation that is due shares the copy."""

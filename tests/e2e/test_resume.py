@@ -1,4 +1,4 @@
-"""A pretraining run that was killed again and again equals one that nobody disturbed, bit for bit.
+"""A pretraining run that was killed or stopped again and again equals one that nobody disturbed, bit for bit.
 
 Two workers are tried by `make test-long`, three by `make test`: DDP's buckets matter from three on, and a batch of four
 micro-batches then needs placeholders.
@@ -9,7 +9,11 @@ it started (the same command resumes the run).
 """
 
 import json
+import os
 import random
+import shlex
+import signal
+from functools import partial
 from typing import Any
 
 import psutil
@@ -17,8 +21,8 @@ import pytest
 
 from mae_core.state import unpack
 from tests.digest import tensors_digest
-from tests.e2e.driving import STEPS_PER_EPOCH, Place, ranks, started, wait_for_step
-from tests.waiting import JOB_DEADLINE_S, let_pass
+from tests.e2e.driving import MAE, STEPS_PER_EPOCH, Place, exit_status, ranks, runs, started, wait_for, wait_for_step
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, let_pass
 
 pytestmark = [
     pytest.mark.timeout(1200),
@@ -34,9 +38,9 @@ STALL_S = 30.0
 """On a busy machine ranks may stand apart for longer than a few seconds without a fault."""
 
 
-def command(place: Place, num_workers: int, name: str) -> list[str]:
+def command(place: Place, num_workers: int, name: str, **changes: Any) -> list[str]:
     compute = {"num_workers": num_workers, "max_failures": 5, "stall_s": STALL_S}
-    return place.command(name, epochs=EPOCHS, compute=compute)
+    return place.command(name, epochs=EPOCHS, compute=compute, **changes)
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.long), 3])
@@ -71,6 +75,71 @@ def test_a_run_whose_processes_died_and_hung_equals_one_that_was_left_alone(plac
     assert result is not None
     assert result["goodput"]["recovery"] > 0
     check_mlflow(place, name, wanted)
+
+
+def test_a_run_that_signals_stopped_equals_one_that_was_left_alone(place: Place) -> None:
+    """SIGTERM for the driver, as from Kubernetes; SIGINT for its process group, as Ctrl-C in a terminal."""
+    outcome(place, 3, "undisturbed-3")
+    words = command(place, 3, "stopped-3", checkpoint={"every_epochs": 3.0})
+    with started(words, place) as driver:
+        wait_for_step(place, "stopped-3", 3 * STEPS_PER_EPOCH, driver)
+        first = stopped(place, driver, words, signal.SIGTERM)
+    with started(words, place) as driver:
+        wait_for_step(place, "stopped-3", first + 1, driver)
+        second = stopped(place, driver, words, signal.SIGINT)
+    assert 3 * STEPS_PER_EPOCH <= first < second < TOTAL
+    finished = place.run(words)
+    assert finished.returncode == 0, finished.stderr
+    assert f"at step {second} with 3 workers" in finished.stderr
+    assert json.loads(finished.stdout)["failures"] == 0
+    assert weights(place, "stopped-3") == weights(place, "undisturbed-3")
+    check_mlflow(place, "stopped-3", "undisturbed-3")
+
+
+@pytest.mark.long
+def test_a_run_that_is_stopped_at_random_moments_equals_one_that_was_left_alone(place: Place) -> None:
+    """Half of the moments are in the start of Ray and of the workers, where there is nothing to save."""
+    outcome(place, 2, "undisturbed-2")
+    seed = random.SystemRandom().randrange(2**32)
+    chance, steps = random.Random(seed), [0]
+    words = command(place, 2, "stopped-2", checkpoint={"every_epochs": 100.0})
+    while len(steps) < 25:
+        with started(words, place) as driver:
+            begun = ranks if len(steps) % 2 else psutil.Process.children
+            wait_for(partial(begun, driver), "Ray, or its ranks", place, driver)
+            let_pass(chance.uniform(0, 10))
+            if not runs(driver):
+                break
+            steps.append(stopped(place, driver, words, chance.choice([signal.SIGTERM, signal.SIGINT])))
+    assert steps == sorted(steps), f"seed {seed}"
+    finished = place.run(words)
+    assert finished.returncode == 0, finished.stderr
+    assert weights(place, "stopped-2") == weights(place, "undisturbed-2"), f"seed {seed}, stopped at {steps}"
+
+
+def stopped(place: Place, driver: psutil.Process, words: list[str], number: signal.Signals) -> int:
+    """Stop the run by a signal and check how it ends; return the step that it stopped at."""
+    begin, family = len(place.log), driver.children(recursive=True)
+    name = words[words.index("--preset") + 1].rsplit("/", 1)[1].removesuffix(".yaml")
+    if number == signal.SIGINT:
+        os.killpg(driver.pid, number)
+    else:
+        driver.send_signal(number)
+    status = exit_status(driver)
+    said = place.log[begin:]
+    assert status == 128 + number, said
+    step = place.newest(name)
+    # Every step that was done is saved, also those after the newest periodic checkpoint.
+    assert max(place.losses(name), default=0) == step
+    again = shlex.join(["mae", *words[len(MAE) :]])
+    assert said.splitlines()[-1] == f"mae: {name} stopped at step {step} of {TOTAL}; to resume: {again}"
+    for noise in ("Traceback", "Exception ignored in", "received at time", "Fatal Python error"):
+        assert noise not in said
+    assert not psutil.wait_procs(family, timeout=KILLED_DEADLINE_S)[1]
+    _, run = mlflow_run(place, name)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["mae.interrupted"] == f"{number.name}: {name} stopped at step {step} of {TOTAL}"
+    return step
 
 
 def test_the_same_command_again_prints_the_finished_result_and_trains_nothing(place: Place) -> None:

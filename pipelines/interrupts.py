@@ -1,0 +1,114 @@
+"""SIGTERM and Ctrl-C: the first one ends a command in order, the second one ends it at once.
+
+The first signal raises `Interrupted` in the main thread. It is a KeyboardInterrupt, so that every block that cleans up
+after Ctrl-C does so after SIGTERM too. Where a worker group runs, `pipelines.drivers.launch` catches it and waits for
+the group's checkpoint. Imports the standard library alone.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_ONE_CAUSE_S = 0.5
+"""Time within which signals have one cause: `timeout` sends SIGTERM to its command and again to the process group."""
+
+_first: signal.Signals | None = None
+_first_s = 0.0
+_is_handling = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was told to end. Its text says how far the command got; empty if nobody could say."""
+
+
+def handle_signals() -> None:
+    """Raise Interrupted in the main thread on the first signal, and end the process on the second.
+
+    A signal that is ignored stays ignored, as SIGINT of a command that a script started in the background.
+    """
+    global _is_handling
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _is_handling = True
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+def handle_signals_again() -> None:
+    """Replace the handlers of a library that installed its own in place of ours; do nothing if ours never were."""
+    if _is_handling:
+        handle_signals()
+
+
+def first_signal() -> signal.Signals:
+    """Return the signal that interrupted this process."""
+    return _first or signal.SIGINT
+
+
+@contextmanager
+def stopping_at(progress: Callable[[], str]) -> Iterator[None]:
+    """If the block is interrupted, raise Interrupted that says how far it got, as `progress` then says."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        try:
+            said = progress()
+        except OSError as error:
+            said = f"stopped; the storage does not answer ({error})"
+        raise Interrupted(", ".join(filter(None, (said, str(interrupt))))) from None
+
+
+def wait_for(work: Callable[[], None], stop: Callable[[], float]) -> None:
+    """Run `work` on a thread, so that the main thread sees a signal at once, and wait for its end; raise its error.
+
+    On a signal, call `stop`, which asks the work to end and returns for how many seconds to wait for that, and raise
+    Interrupted. Its text is empty if the work ended in time. On another thread than the main one, which gets no
+    signals, just run `work`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    errors: list[BaseException] = []
+    # Not Thread.join(): if a signal interrupts it, it takes the running thread for an ended one.
+    has_ended = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            has_ended.set()
+
+    threading.Thread(target=run, name="interruptible", daemon=True).start()
+    try:
+        has_ended.wait()
+    except KeyboardInterrupt:
+        grace_s = stop()
+        said = "" if has_ended.wait(grace_s) else f"the workers did not stop within {grace_s:g} s"
+        raise Interrupted(said) from None
+    if errors:
+        raise errors[0]
+
+
+def interrupted_by(number: signal.Signals) -> Interrupted:
+    """Note the signal as the one that interrupted this process, tell the user, and return the error to raise."""
+    global _first, _first_s
+    _first, _first_s = number, time.monotonic()
+    # Not by logging: the signal may have interrupted it.
+    os.write(2, f"mae: {number.name}: stopping in order; a second one ends at once\n".encode())
+    return Interrupted()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _first is None:
+        raise interrupted_by(signal.Signals(number))
+    if time.monotonic() - _first_s > _ONE_CAUSE_S:
+        os._exit(128 + number)
