@@ -5,6 +5,7 @@ after Ctrl-C does so after SIGTERM too. Where a worker group runs, `pipelines.dr
 the group's checkpoint. Imports the standard library alone.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -45,6 +46,15 @@ def handle_signals_again() -> None:
     """Replace the handlers of a library that installed its own in place of ours; do nothing if ours never were."""
     if _is_handling:
         handle_signals()
+
+
+def die_of_sigterm() -> None:
+    """Let SIGTERM end this process at once, whatever handler it has; any thread may call it.
+
+    For an actor of Ray, whose main thread waits in C++, where no Python handler runs. The one that Ray installs would
+    run when the actor exits, inside of the first destructor, and the terminal would show "Exception ignored in".
+    """
+    ctypes.pythonapi.PyOS_setsig(int(signal.SIGTERM), ctypes.c_void_p(int(signal.SIG_DFL)))
 
 
 def first_signal() -> signal.Signals:

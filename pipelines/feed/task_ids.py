@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.feed.channel import FeedChannel
 from pipelines.feed.executions import Executions
+from pipelines.interrupts import die_of_sigterm
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TaskIds(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Return one task per id, whatever the parallelism."""
+        if ray.get_runtime_context().get_actor_id() is not None:  # In the coordinator, which Ray ends by SIGTERM.
+            die_of_sigterm()
         metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
         ids = self._executions.tasks(self._channel.selected(self._dataset))
         reads: list[Callable[[], Iterable[pa.Table]]] = [_ReadId(id) for id in ids]

@@ -247,3 +247,38 @@ def test_a_patch_of_one_anchored_container_leaves_the_other(infra, tmp_path: Pat
     (tmp_path / "patch.yaml").write_text("[{op: replace, path: /a/k, value: 2}]")
     (pod,) = infra.kustomization.resolve(tmp_path)
     assert (pod["a"], pod["b"]) == ({"k": 2}, {"k": 1})
+
+
+def hook(pod: Object) -> str:
+    """Return the shell command that runs in the pod's container before it is stopped."""
+    (container,) = pod["spec"]["containers"]
+    shell, flag, command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    return command
+
+
+def run_alone(folder: Path, script: str) -> None:
+    """Run a shell script in a PID namespace of its own, where it sees and signals no process but those it starts."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "-c", "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces; run this on Linux with util-linux and user namespaces")
+    (folder / "script").write_text(script)
+    subprocess.run([*command, "-e", "script"], cwd=folder, check=True, timeout=COMMAND_DEADLINE_S)
+
+
+def test_a_head_that_is_deleted_stops_its_driver_and_waits_for_its_end(jobs: list[Object], tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    driver = tmp_path / "bin/mae"
+    driver.write_text("trap 'sleep 0.5; touch ended; exit' TERM\ntouch begun\nwhile true; do sleep 0.05; done\n")
+    for job in jobs:
+        command = hook(job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"])
+        start = "rm -f begun ended; sh bin/mae pretrain & until [ -e begun ]; do sleep 0.05; done"
+        run_alone(tmp_path, f"{start}\n{command}\n[ -e ended ]\n")
+
+
+def test_a_worker_that_is_deleted_waits_for_the_end_of_its_ranks(jobs: list[Object], tmp_path: Path) -> None:
+    (tmp_path / "ray::RayTrainWorker").write_text("touch begun; sleep 1; touch ended\n")
+    for job in jobs:
+        (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        start = "rm -f begun ended; sh ray::RayTrainWorker & until [ -e begun ]; do sleep 0.05; done"
+        run_alone(tmp_path, f"{start}\n{hook(group['template'])}\n[ -e ended ]\n")

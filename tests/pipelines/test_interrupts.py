@@ -112,3 +112,18 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     status, said = ended(process)
     assert (status, said[0]) == (143, "mae: SIGTERM: stopping in order; a second one ends at once")
+
+
+def test_sigterm_can_be_made_to_end_a_process_whose_main_thread_runs_no_python() -> None:
+    code = """
+import os, signal, threading
+from pipelines.interrupts import die_of_sigterm
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+thread = threading.Thread(target=die_of_sigterm)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
