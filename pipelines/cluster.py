@@ -16,7 +16,7 @@ from ray._private.state import state as cluster_state
 
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import handle_signals_again, interrupted_by
+from pipelines.interrupts import handle_signals_again, interrupted_by, is_work_left
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if not is_work_left():
+            ray.shutdown()
         os.environ.pop(_EMBEDDED, None)
 
 

@@ -2,7 +2,7 @@
 
 The first signal raises `Interrupted` in the main thread. It is a KeyboardInterrupt, so that every block that cleans up
 after Ctrl-C does so after SIGTERM too. Where a worker group runs, `pipelines.drivers.launch` catches it and waits for
-the group's checkpoint. Imports the standard library alone.
+the group's checkpoint. Imports only the standard library at the top, so that a command can begin with it.
 """
 
 import ctypes
@@ -11,8 +11,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -22,6 +23,7 @@ _ONE_CAUSE_S = 0.5
 _first: signal.Signals | None = None
 _first_s = 0.0
 _is_handling = False
+_is_work_left = False
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,9 +81,10 @@ def wait_for(work: Callable[[], None], stop: Callable[[], float]) -> None:
     """Run `work` on a thread, so that the main thread sees a signal at once, and wait for its end; raise its error.
 
     On a signal, call `stop`, which asks the work to end and returns for how many seconds to wait for that, and raise
-    Interrupted. Its text is empty if the work ended in time. On another thread than the main one, which gets no
-    signals, just run `work`.
+    Interrupted. Its text is empty unless the work took longer; then its thread is left running (`is_work_left`). On
+    another thread than the main one, which gets no signals, just run `work`.
     """
+    global _is_work_left
     if threading.current_thread() is not threading.main_thread():
         work()
         return
@@ -102,10 +105,29 @@ def wait_for(work: Callable[[], None], stop: Callable[[], float]) -> None:
         has_ended.wait()
     except KeyboardInterrupt:
         grace_s = stop()
-        said = "" if has_ended.wait(grace_s) else f"the workers did not stop within {grace_s:g} s"
-        raise Interrupted(said) from None
+        _is_work_left = not has_ended.wait(grace_s)
+        is_late = _is_work_left and grace_s > 0
+        raise Interrupted(f"the workers did not stop within {grace_s:g} s" if is_late else "") from None
     if errors:
         raise errors[0]
+
+
+def is_work_left() -> bool:
+    """Return whether a thread of `wait_for` was left running.
+
+    It may be in a call of Ray, which can't be shut down then; `end_at_once` ends both.
+    """
+    return _is_work_left
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process and all that it has started, without cleaning up."""
+    with suppress(Exception):
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+    os._exit(status)
 
 
 def interrupted_by(number: signal.Signals) -> Interrupted:
@@ -121,4 +143,4 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _first is None:
         raise interrupted_by(signal.Signals(number))
     if time.monotonic() - _first_s > _ONE_CAUSE_S:
-        os._exit(128 + number)
+        end_at_once(128 + number)

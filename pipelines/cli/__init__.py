@@ -13,14 +13,18 @@ from pipelines.cli.commands import COMMANDS, Command, Invocation
 from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import first_signal, handle_signals
+from pipelines.interrupts import end_at_once, first_signal, handle_signals, is_work_left
 
 __all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with an `ExitCode`."""
-    sys.exit(_main(list(sys.argv[1:] if argv is None else argv)))
+    status = _main(list(sys.argv[1:] if argv is None else argv))
+    if is_work_left():
+        sys.stderr.flush()
+        end_at_once(status)
+    sys.exit(status)
 
 
 def _main(argv: list[str]) -> ExitCode:

@@ -118,13 +118,12 @@ def drive(
 
 
 def _progress(jobs: Sequence[PublishedJob], folders: Sequence[RunFolder]) -> str:
-    """Say how far the first unpublished run got: the step of its newest checkpoint, or that it is trained."""
+    """Say how far the first unfinished run got: the step of its newest checkpoint, or that it is trained."""
     for published, folder in zip(jobs, folders, strict=True):
-        if folder.read_outcome() is None and folder.read_result() is not None:
-            return f"{published.name} stopped before it was published"
-        if folder.read_outcome() is None:
+        if folder.read_result() is None:
             return f"{published.name} stopped at step {folder.checkpoints.latest_step()} of {_num_steps(published)}"
-    return ""
+    unpublished = (job.name for job, folder in zip(jobs, folders, strict=True) if folder.read_outcome() is None)
+    return f"{next(unpublished, jobs[-1].name)} stopped after its last step, before it was published"
 
 
 def _num_steps(published: PublishedJob) -> int:
