@@ -47,6 +47,8 @@ class StopGate:
         self._thread = threading.Thread(target=self._watch, name="stop-gate", daemon=True)
 
     def __enter__(self) -> "StopGate":
+        if self._is_made():
+            self._last_unit = 0  # Begin nothing: this group was started after the request.
         self._thread.start()
         return self
 
