@@ -25,6 +25,7 @@ from pipelines.cli import COMMANDS, Command, parse
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, load_preset
 from pipelines.console import print_result
 from pipelines.errors import CommandFailed
+from pipelines.interrupts import Interrupted
 
 MAE = Path(sys.executable).parent / "mae"
 CONFIGURED = sorted(name for name, command in COMMANDS.items() if command.config)
@@ -181,7 +182,8 @@ def test_probe_and_finetune_do_not_take_each_others_presets() -> None:
         (UserError("a\nb"), 2, "mae: a b\n"),
         (PermissionError("no permission to write x; try y"), 2, "mae: no permission to write x; try y\n"),
         (CommandFailed("the workers gave up"), 1, "mae: failed: the workers gave up\n"),
-        (KeyboardInterrupt(), 130, "mae: interrupted; rerun the same command to resume from the newest checkpoint\n"),
+        (KeyboardInterrupt(), 130, "mae: stopped\n"),
+        (Interrupted("x stopped at step 3 of 9"), 130, "mae: x stopped at step 3 of 9\n"),
     ],
 )
 def test_exit_code_tells_user_errors_from_failed_runs(

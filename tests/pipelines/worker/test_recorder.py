@@ -17,6 +17,7 @@ from pipelines.worker.loop import TrainState, train
 from pipelines.worker.meter import Due, retention
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, RolledBack, Stopped
+from pipelines.worker.stop_gate import StopRequested
 from tests.pipelines.worker.test_loop import EPOCHS, batches_of, digests_of, loss_of, plan_of, rank_of, state_of
 
 BAD = 3
@@ -94,6 +95,30 @@ def test_stop_ends_the_run_with_the_sample_ids_and_leaves_the_last_good_checkpoi
     assert all(str(i) in str(stopped.value) for i in ids)
     folder.clear_stop_reason()
     assert not folder.stop_reason()
+
+
+@pytest.mark.parametrize("num_steps", [0, 3, 4])
+def test_a_stop_saves_the_present_step_once(tmp_path: Path, num_steps: int) -> None:
+    """Checkpoints are due every second step."""
+    folder, rank, plan = RunFolder(str(tmp_path)), rank_of(0, 1), plan_of(1)
+    state, checkpoint, clock = state_of(rank), CheckpointConfig(every_epochs=1.0, keep=9), Clock()
+    due = Due.of(checkpoint, TrackingConfig(log_every_steps=1), 2, EPOCHS)
+    recorder = Recorder(state=state, rank=rank, plan=plan, due=due, folder=folder, checkpoint=checkpoint, clock=clock)
+
+    def enter_step() -> None:
+        if state.step == num_steps:
+            raise StopRequested
+
+    feed = Feed((batch for step in range(6) for batch in batches_of(plan, step, rank)), enter_step)
+    with pytest.raises(StopRequested), recorder.saving_if_stopped():
+        train(state, rank, plan, feed, 6, loss_of, recorder.after_step)
+    assert folder.checkpoints.steps() == {0: [], 3: [2, 3], 4: [2, 4]}[num_steps]
+    newest = folder.checkpoints.latest()
+    if newest is not None:
+        assert newest.meta["last"]["epoch"] == num_steps / 2
+        restored = state_of(rank)
+        restored.restore(newest)
+        assert digests_of(restored) == digests_of(state)
 
 
 def test_skip_goes_on_as_if_the_step_had_no_gradient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
