@@ -77,7 +77,7 @@ def stopping_at(progress: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(", ".join(filter(None, (said, str(interrupt))))) from None
 
 
-def wait_for(work: Callable[[], None], stop: Callable[[], float]) -> None:
+def wait_for(work: Callable[[], object], stop: Callable[[], float]) -> None:
     """Run `work` on a thread, so that the main thread sees a signal at once, and wait for its end; raise its error.
 
     On a signal, call `stop`, which asks the work to end and returns for how many seconds to wait for that, and raise
