@@ -135,7 +135,9 @@ def _of_folder(storage: Storage, config: SourceConfig, group_column: str) -> Sou
         return folders.Folder(storage, found, config, listing.passed_over, listing.candidates)
     files = sorted(found)
     if kind == "tar files":
-        return tars.Tars(storage, files, config, listing.passed_over)
+        source = tars.Tars(storage, files, config, listing.passed_over)
+        source.candidates.merge(listing.candidates)
+        return source
     if storage.exists("manifest.json"):
         raise UserError(f"{storage.uri} is already a prepared dataset; give the source that it was made from")
     return _of_tables(storage, files, config, listing.passed_over, group_column)

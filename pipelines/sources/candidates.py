@@ -46,9 +46,10 @@ class Candidates:
         """Return whether the content of another file with this suffix, without its dot, should be looked at."""
         return suffix in ("json", "csv", "tsv") and self._looks < _MAX_LOOKS
 
-    def look(self, name: str, suffix: str, content: bytes) -> None:
-        """Look for labels in the content of a small file, or in the start of a table."""
+    def look(self, name: str, suffix: str, content: bytes) -> bool:
+        """Look for labels in the content of a small file, or in the start of a table; return whether there are any."""
         self._looks += 1
+        num_before = len(self.found)
         if suffix == "json":
             for key in label_keys(content):
                 self.add(f"json:{key}", f"key of {name} and others")
@@ -56,6 +57,7 @@ class Candidates:
             header = next(csv.reader(io.StringIO(content.decode(errors="replace")), delimiter=delimiter(suffix)), [])
             if any(is_likely(column) for column in header):
                 self.add(f"file:{name}", f"table with columns {', '.join(header[:8])}")
+        return len(self.found) > num_before
 
     def note_member(self, suffix: str, name: str) -> None:
         """Note a file beside an image whose suffix is that of labels."""

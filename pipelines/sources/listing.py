@@ -117,13 +117,12 @@ class Listing:
             return
         last = suffix.rpartition(".")[2].lower()
         is_beside = is_document(path) or self._is_beside(path, last)
-        self.passed_over.add(kind_of_name(path), path, beside=is_beside)
         if is_beside:
             self.candidates.note_member(suffix, path)
         if self.candidates.wants(last) and (last != "json" or is_beside):
-            self.candidates.look(
-                path, last, self._storage.read_range(path, 0, _HEAD_BYTES * (16 if last == "json" else 1))
-            )
+            head = self._storage.read_range(path, 0, _HEAD_BYTES * (16 if last == "json" else 1))
+            is_beside |= self.candidates.look(path, last, head)
+        self.passed_over.add(kind_of_name(path), path, beside=is_beside)
 
     def _is_beside(self, path: str, suffix: str) -> bool:
         """Return whether an image, or a tar file, has the same name but for the suffix."""

@@ -215,8 +215,9 @@ def test_a_file_of_labels_beside_images_is_said_to_be_unused(
     png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = fill(tmp_path / "s", {"a.png": png(0), "b.png": png(1), "train.csv": b"id,breed\na,x\nb,y\n"})
-    manifest, _ = prepared(source, max_skipped=1)
+    manifest, _ = prepared(source)
     assert manifest.label_candidates == ["file:train.csv"]
+    assert manifest.passed_over == {"no image (*.csv)": 1}
     assert "--labels file:train.csv (table with columns id, breed)" in caplog.text
     manifest, rows = prepared(source, out="named", labels=manifest.label_candidates[0])
     assert labels_of(manifest, rows) == {png(0): "x", png(1): "y"}
