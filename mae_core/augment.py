@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -73,6 +73,38 @@ def flips(
     return bits.astype(bool) & config.flip
 
 
+def turns(
+    config: AugmentConfig, *, seed: int, epoch: int, sample_ids: Int[np.ndarray, "n"], view: int = 0
+) -> tuple[Bool[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Decide which images to mirror top to bottom, and how many quarter turns each then gets."""
+    bits = hash64_numpy(seed, Purpose.TURN, epoch, sample_ids, view)
+    quarters = (bits >> np.uint64(62)).astype(np.int64) * config.quarter_turns
+    return (bits >> np.uint64(61) & np.uint64(1)).astype(bool) & config.flip_vertical, quarters
+
+
+def drop_bands(
+    images: Float[Tensor, "crops channels height width"],
+    prob: float,
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Int64[Tensor, "batch"],
+) -> Float[Tensor, "crops channels height width"]:
+    """Set channels of normalized images to 0, their mean, with probability `prob` each; one channel at least is kept.
+
+    Rows run over the samples, then over their crops; each crop drops channels of its own.
+    """
+    if prob == 0:
+        return images
+    num_crops, channels = len(images) // len(sample_ids), images.shape[1]
+    views = torch.arange(num_crops, device=images.device)[:, None, None]
+    numbers = torch.arange(channels, device=images.device)
+    drawn = uniform(seed, Purpose.BANDS, epoch, sample_ids[None, :, None], views, numbers).reshape(-1, channels)
+    kept = drawn >= prob
+    kept |= drawn == drawn.amax(dim=1, keepdim=True)
+    return images * kept[:, :, None, None].to(images.dtype)
+
+
 def rand_augment(image: Image.Image, recipe: str, seed_key: int) -> Image.Image:
     """Apply timm's RandAugment and return an image of the same mode.
 
@@ -99,14 +131,16 @@ def _rand_augment_transform(recipe: str, side_px: int) -> Any:
 
 
 def pixels_to_input(
-    images: UInt8[Tensor, "batch height width channels"], normalization: Normalization
+    images: UInt8[Tensor, "batch height width channels"] | Float32[Tensor, "batch height width channels"],
+    normalization: Normalization,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Normalize pixels: (x / 255 - mean) / std in float32, channels first.
+    """Normalize pixels: (x / 255 - mean) / std in float32, channels first; float32 images are from 0 to 1 already.
 
     The memory stays in the order of `images`, which is torch's channels-last format.
     """
-    scale, shift = _scale_and_shift(normalization, images.device)
-    return images.permute(0, 3, 1, 2).to(torch.float32).mul_(scale).add_(shift)
+    scale, shift = _scale_and_shift(normalization, images.device, 255 if images.dtype == torch.uint8 else 1)
+    # Always a copy: `images` may not be written to.
+    return images.permute(0, 3, 1, 2).to(torch.float32, copy=True).mul_(scale).add_(shift)
 
 
 def input_to_pixels(
@@ -120,10 +154,10 @@ def input_to_pixels(
 
 
 @lru_cache(maxsize=64)
-def _scale_and_shift(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(normalization: Normalization, device: torch.device, largest: int) -> tuple[Tensor, Tensor]:
     mean = torch.tensor(normalization.mean, dtype=torch.float64)[:, None, None]
     std = torch.tensor(normalization.std, dtype=torch.float64)[:, None, None]
-    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+    return (1 / (largest * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def erase(

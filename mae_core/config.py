@@ -20,6 +20,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
+MAX_CHANNELS = 64
+"""Most channels of an image."""
 LAYER_NORM_EPS = 1e-6
 """Epsilon of every layer norm in the reference and in timm's ViT; transformers has 1e-12."""
 ADDED: Mapping[str, bool] = {"added": True}
@@ -97,7 +99,7 @@ class ModelConfig:
     image_px: Size = (224, 224)
     """Height and width of the input, each a multiple of the patch size."""
     channels: int = 3
-    """Channels of the input; 1 for grayscale."""
+    """Channels of the input, 1 to 64; 1 for grayscale."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """Masking during pretraining."""
     decoder_depth: int = 8
@@ -135,8 +137,8 @@ class ModelConfig:
                     f"a grid mask of ratio {self.mask.ratio} needs sides of a multiple of {cell} patches, not "
                     f"{grid[0]} x {grid[1]}; try image_px {sides[0]} {sides[1]}"
                 )
-        if self.channels < 1:
-            raise UserError(f"channels {self.channels} is below 1; try 3, or 1 for grayscale")
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UserError(f"channels {self.channels} is outside 1 to {MAX_CHANNELS}; try 3, or 1 for grayscale")
         if self.decoder_depth < 1:
             raise UserError(f"decoder depth {self.decoder_depth} is below 1; try 8, or 1 for the fastest")
         if self.decoder_heads < 1:
@@ -249,6 +251,12 @@ class AugmentConfig:
     """Alpha of CutMix; 0 for none."""
     label_smoothing: float = 0.0
     """Probability mass taken from the true class and spread over all."""
+    flip_vertical: bool = field(default=False, metadata=ADDED)
+    """Mirror half of the images top to bottom, for images without an up, such as slides and scenes."""
+    quarter_turns: bool = field(default=False, metadata=ADDED)
+    """Turn images by 0, 90, 180 or 270 degrees at random; the input must be square."""
+    drop_bands: float = field(default=0.0, metadata=ADDED)
+    """Probability that a channel is set to its mean in training, one channel at least being kept; 0 for none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -260,14 +268,15 @@ class AugmentConfig:
                 raise UserError(f"{name} {getattr(self, name)} is not a number from 0 up; try 0.8, or 0 for none")
         if self.rand_augment and not re.fullmatch(r"rand(-[a-z]+[\d.]+)+", self.rand_augment):
             raise UserError(f"rand_augment {self.rand_augment!r} is no recipe of timm's; try rand-m9-mstd0.5-inc1")
-        for name in ("erase", "label_smoothing"):
+        for name in ("erase", "label_smoothing", "drop_bands"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is outside [0, 1); try 0.1, or 0 for none")
 
     @property
     def is_random(self) -> bool:
         """Whether an image can look different in two epochs."""
-        return self.crop != "none" or self.flip or bool(self.rand_augment) or self.erase > 0
+        turns = self.flip or self.flip_vertical or self.quarter_turns
+        return self.crop != "none" or turns or bool(self.rand_augment) or self.erase > 0 or self.drop_bands > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +328,37 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a file of several pages or of unclear bands is read."""
+
+    frames: str = "one"
+    """one: refuse a file of several pages, frames or slices; first, all, or the N of every N-th."""
+    fourth_band: Literal["ask", "alpha", "band"] = "ask"
+    """The last band of a TIFF that is declared as alpha without being a mask, as GDAL declares near infrared: refuse
+    it, composite over white, or keep it as a band."""
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Direction in which a medical volume is cut into slices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRange:
+    """How the values of images become numbers from 0 to 1, where they are not 8 bits in one or three channels."""
+
+    dtype: Literal["uint8", "uint16", "int16", "float32"]
+    kind: Literal["full", "min-max", "percentiles", "window", "voi"]
+    by: Literal["set", "image"] = "set"
+    """set: low and high are those of all training images; image: each image has its own."""
+    low: tuple[float, ...] = ()
+    """Value of each channel that becomes 0, as does all below it; empty if each image has its own."""
+    high: tuple[float, ...] = ()
+    """Value of each channel that becomes 1, as does all above it."""
+    percentiles: tuple[float, float] | None = None
+    """Percentiles of each image that become 0 and 1."""
+    reading: Reading = field(default_factory=Reading)
+    """How files were read."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Normalization:
     """Mean and standard deviation of each channel: uint8 pixels x become (x / 255 - mean) / std."""
 
@@ -326,3 +366,5 @@ class Normalization:
     """Mean of each channel on the scale 0 to 1."""
     std: tuple[float, ...]
     """Standard deviation of each channel on the scale 0 to 1."""
+    values: ValueRange | None = field(default=None, metadata=ADDED)
+    """How values become the scale 0 to 1; None for uint8 pixels of one or three channels, divided by 255."""

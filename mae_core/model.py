@@ -31,10 +31,18 @@ class MaskedAutoencoder(nn.Module):
         if config.mask_token_in == "encoder":
             self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
 
-    def forward(self, images: Float[Tensor, "batch channels height width"], mask: Mask) -> Float[Tensor, "batch"]:
-        """Compute each sample's loss, the mean squared error over its predicted patches."""
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        mask: Mask,
+        seen: Float[Tensor, "batch channels height width"] | None = None,
+    ) -> Float[Tensor, "batch"]:
+        """Compute each sample's loss, the mean squared error over its predicted patches.
+
+        `seen` are the images as the encoder sees them, if they differ from those to predict, as with dropped channels.
+        """
         target = targets(images, mask, self.config.patch_px, self.config.target)
-        return masked_mse(self.predict(images, mask), target)
+        return masked_mse(self.predict(images if seen is None else seen, mask), target)
 
     def predict(
         self, images: Float[Tensor, "batch channels height width"], mask: Mask

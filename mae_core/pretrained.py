@@ -7,9 +7,10 @@ arrays, channels last, already resized to the model's input.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Float32, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -23,12 +24,17 @@ from mae_core.config import (
     MaskConfig,
     ModelConfig,
     Normalization,
+    Reading,
     Size,
+    ValueRange,
     parse_arch,
 )
 from mae_core.encoder import build_encoder, encode, encode_layers
 from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder, build_mae
+
+Images: TypeAlias = UInt8[Tensor, "batch height width channels"] | Float32[Tensor, "batch height width channels"]
+"""uint8 for a model of 8-bit images; otherwise from 0 to 1, by its `normalization.values` (`mae_core.values`)."""
 
 
 class Encoder(nn.Module):
@@ -48,25 +54,21 @@ class Encoder(nn.Module):
         """Channels of the input."""
         return self.config.channels
 
-    def forward(
-        self, images: UInt8[Tensor, "batch height width channels"], pool: Literal["avg", "token"] = "avg"
-    ) -> Float[Tensor, "batch features"]:
+    def forward(self, images: Images, pool: Literal["avg", "token"] = "avg") -> Float[Tensor, "batch features"]:
         """Embed images: the mean of the patch tokens, or the class token.
 
         Raises UserError if the images do not have the model's size and channels.
         """
         return features(self.vit, _inputs(self, images), pool)
 
-    def tokens(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch tokens features"]:
+    def tokens(self, images: Images) -> Float[Tensor, "batch tokens features"]:
         """Encode every patch: the class token first, then the patch tokens row by row.
 
         Raises UserError if the images do not have the model's size and channels.
         """
         return encode(self.vit, _inputs(self, images), None)
 
-    def layers(
-        self, images: UInt8[Tensor, "batch height width channels"], num_layers: int
-    ) -> list[Float[Tensor, "batch tokens features"]]:
+    def layers(self, images: Images, num_layers: int) -> list[Float[Tensor, "batch tokens features"]]:
         """Return what `tokens` returns, for each of the last `num_layers` blocks, the last block last.
 
         Raises UserError if the images do not have the model's size and channels.
@@ -95,7 +97,7 @@ class Classifier(nn.Module):
         """Channels of the input."""
         return self.vit.patch_embed.proj.in_channels
 
-    def forward(self, images: UInt8[Tensor, "batch height width channels"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Return the probability of each class, in the order of `classes`. With `multi_label` they do not sum to 1.
 
         Raises UserError if the images do not have the model's size and channels.
@@ -162,11 +164,12 @@ def classifier_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     return Classifier(vit, classes, image_px, _normalization(config), multi_label=multi_label).eval()
 
 
-def _inputs(
-    model: Encoder | Classifier, images: UInt8[Tensor, "batch height width channels"]
-) -> Float[Tensor, "batch channels height width"]:
+def _inputs(model: Encoder | Classifier, images: Images) -> Float[Tensor, "batch channels height width"]:
     """Normalize images for the model. Raises UserError if their size or channels are not the model's."""
     (height_px, width_px), channels = model.image_px, model.channels
+    if (images.dtype == torch.uint8) != (model.normalization.values is None):
+        wanted = "uint8" if model.normalization.values is None else "float32 from 0 to 1, by normalization.values"
+        raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}, but the model takes {wanted}")
     if images.shape[1:] != (height_px, width_px, channels):
         raise UserError(
             f"images are {' x '.join(map(str, images.shape[1:]))} (height, width, channels), but the model takes "
@@ -213,7 +216,25 @@ def _model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _normalization(config: Mapping[str, Any]) -> Normalization:
-    return Normalization(mean=tuple(config["pixels"]["mean"]), std=tuple(config["pixels"]["std"]))
+    pixels = config["pixels"]
+    return Normalization(
+        mean=tuple(pixels["mean"]), std=tuple(pixels["std"]), values=value_range_of(pixels.get("values"))
+    )
+
+
+def value_range_of(values: Mapping[str, Any] | None) -> ValueRange | None:
+    """Build a value range from what JSON holds of it. Raises UserError for options of a later version."""
+    if values is None:
+        return None
+    try:
+        lists = {name: tuple(values[name]) for name in ("low", "high")}
+        percentiles = tuple(values["percentiles"]) if values.get("percentiles") else None
+        reading = Reading(**values.get("reading", {}))
+        return ValueRange(**{**values, **lists, "percentiles": percentiles, "reading": reading})
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"config.json has a value range that this mae_core does not know ({error}); use the version that wrote it"
+        ) from error
 
 
 def _size(values: Any) -> Size:

@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     SUBSET = 12
     PREDICT = 13
     EVALUATE = 14
+    TURN = 15
+    BANDS = 16
 
 
 def hash64_numpy(seed: int, purpose: Purpose, *counters: Int[np.ndarray, "..."] | int) -> UInt64[np.ndarray, "..."]:

@@ -13,17 +13,21 @@ def pretrain_loss(
     images: Float[Tensor, "crops channels height width"],
     mask: Mask,
     weights: Float[Tensor, "batch"],
+    seen: Float[Tensor, "crops channels height width"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum the samples' losses, weighted; placeholders have weight 0.
 
     Rows of images and masks are ordered by crop or view first, then by sample. If there are more masks
-    (`training_masks`) than images, images are repeated; a sample's loss is the mean over its views.
+    (`training_masks`) than images, images are repeated; a sample's loss is the mean over its views. `seen` are the
+    images as the encoder sees them, if they differ from those to predict.
     """
     views = len(mask.visible_ids) // len(weights)
+    shown = () if seen is None else (seen,)
     if views == 1:
-        return (mae(images, mask) * weights).sum()
-    images = images.repeat(len(mask.visible_ids) // len(images), 1, 1, 1)
-    losses = mae(images, mask).unflatten(0, (views, -1))
+        return (mae(images, mask, *shown) * weights).sum()
+    repeats = len(mask.visible_ids) // len(images)
+    shown = tuple(some.repeat(repeats, 1, 1, 1) for some in shown)
+    losses = mae(images.repeat(repeats, 1, 1, 1), mask, *shown).unflatten(0, (views, -1))
     return (losses.mean(dim=0) * weights).sum()
 
 

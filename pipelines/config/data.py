@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_core.config import ADDED
+from mae_core.config import ADDED, Reading
 from mae_core.errors import UserError
 
 _LABELS = re.compile(r"auto|folder|none|(?:column|json|member|file):.+", re.DOTALL)
@@ -106,9 +106,58 @@ class PrepareConfig(SourceConfig):
     is the path below SOURCE, as in column `source`."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     """How an image is stored."""
+    range: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """How values become 0 to 1: `full` (of their type), `min-max`, `percentiles A B`, `window CENTER WIDTH`, or `voi`
+    (each DICOM's own window); values outside become 0 and 1. Needed if values of 16 bits, or fractions, use a part of
+    their type's range."""
+    range_by: Literal["set", "image"] = field(default="set", metadata=ADDED)
+    """set: min-max and percentiles are those of each channel of all training images; image: each image has its own."""
+    frames: str = field(default="one", metadata=ADDED)
+    """Pages, frames or slices of a file: one (several are refused), first, all, or N for every N-th, each an image."""
+    fourth_band: Literal["ask", "alpha", "band"] = field(default="ask", metadata=ADDED)
+    """The last band of a TIFF that is declared as alpha and is no mask, as near infrared is by GDAL: ask (refuse it),
+    alpha (composite over white), or band (keep it)."""
+
+    axis: Literal["axial", "coronal", "sagittal"] = field(default="axial", metadata=ADDED)
+    """Direction in which a medical volume is cut into slices, which are its frames."""
+
+    @property
+    def reading(self) -> Reading:
+        """How files of several frames and unclear bands are read."""
+        return Reading(frames=self.frames, fourth_band=self.fourth_band, axis=self.axis)
+
+    @property
+    def range_is_by_image(self) -> bool:
+        """Whether each image has its own value range."""
+        return self.range_by == "image" or self.range[:1] == ("voi",)
+
+    @property
+    def range_numbers(self) -> tuple[float, ...]:
+        """The numbers after the word of `range`."""
+        return tuple(map(float, self.range[1:]))
+
+    def _check_range(self) -> None:
+        usage = "try --range full, min-max, percentiles 1 99, or window 2048 4096"
+        numbers_of = {"full": 0, "min-max": 0, "percentiles": 2, "window": 2, "voi": 0}
+        try:
+            numbers = self.range_numbers
+        except ValueError:
+            raise UserError(f"range {' '.join(self.range)!r} has words where numbers belong; {usage}") from None
+        kind = self.range[0] if self.range else "full"
+        if kind not in numbers_of or len(numbers) != numbers_of[kind]:
+            raise UserError(f"range {' '.join(self.range)!r} is none; {usage}")
+        if kind == "percentiles" and not 0 <= numbers[0] < numbers[1] <= 100:
+            raise UserError(f"percentiles {numbers[0]:g} {numbers[1]:g} are not 0 <= A < B <= 100; try 1 99")
+        if kind == "window" and not numbers[1] > 0:
+            raise UserError(f"window width {numbers[1]:g} is not above 0; try window 2048 4096")
+        if self.range_by == "image" and kind not in ("min-max", "percentiles", "voi"):
+            raise UserError(f"range_by is image, but range {kind} is the same for all; try --range percentiles 1 99")
+        if self.frames not in ("one", "first", "all") and not (self.frames.isdecimal() and int(self.frames) > 0):
+            raise UserError(f"frames {self.frames!r} is none of one, first, all, or a number; try --frames first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_range()
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"max_bad {self.max_bad} is outside [0, 1]; try 0.01, or 1 to allow any number")
         if not 0 <= self.max_skipped <= 1:

@@ -1,9 +1,9 @@
 """Options of the commands that show images, models and runs, and of the demo."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_core.config import Size
+from mae_core.config import ADDED, Size
 from mae_core.errors import UserError
 from pipelines.config.data import SourceConfig
 from pipelines.config.running import check_model_name
@@ -25,12 +25,16 @@ class ReconstructConfig:
     """Number of images, spread evenly over the split."""
     seed: int = 0
     """Seed of the masks."""
+    bands: tuple[int, ...] = field(default=(), metadata=ADDED)
+    """Channels shown as red, green and blue, or one as gray, counted from 0; without them the first three."""
     out: str = "reconstructions.png"
     """Output file: a path or an s3:// URI."""
 
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
             raise UserError("ratios and num_images must be at least one each; try --ratios 0.75 0.8 --num-images 12")
+        if len(self.bands) not in (0, 1, 3) or any(band < 0 for band in self.bands):
+            raise UserError(f"bands {self.bands} are not one or three channels from 0 up; try --bands 3 2 1")
         if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
             raise UserError(f"out {self.out!r} must end in .png, .jpg, .jpeg or .webp; try reconstructions.png")
 

@@ -8,12 +8,16 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mae_core.config import Normalization, ValueRange
 from mae_core.errors import UserError
 from pipelines.storage import Storage
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NOTES = ("passed_over", "label_candidates", "num_unlabelled")
+_NOTES = ("notes", "passed_over", "label_candidates", "num_unlabelled")
+_LATER = ("values", "label_sets")
+VALUES_SCHEMA = 2
+"""Schema of datasets with `values`, which earlier versions cannot read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +47,23 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelValues:
+    """Values of images that are not 8 bits in one or three channels; statistics are those of `Manifest.mean`."""
+
+    range: ValueRange
+    minimum: list[float]
+    """Smallest value of each channel, as stored."""
+    maximum: list[float]
+    percentiles: dict[str, list[float]]
+    """Values of each channel by percentile, such as "99"; those of float32 are within 0.2 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A prepared dataset. `digest`, over all but its notes, is its identity in checkpoints, plans and MLflow."""
 
     channels: int
-    """1 where every image is gray, otherwise 3."""
+    """1 where every image is gray, 3 for colour, and else the number that all images have."""
     image_px: tuple[int, int] | None
     """Height and width that all images share, upright; None where they differ."""
     classes: list[str]
@@ -65,6 +81,10 @@ class Manifest:
     config: dict[str, Any]
     source_digest: str
     """sha256 over the paths and sizes of all images found."""
+    values: PixelValues | None = None
+    """Values of the images; None for 8 bits in one or three channels."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to how many images that their owner may not expect."""
     schema: int = SCHEMA
     digest: str = field(default="")
     label_sets: list[list[int]] = field(default_factory=list)
@@ -103,6 +123,8 @@ class Manifest:
             "num_unlabelled": dict(self.num_unlabelled),
             "splits": {name: split.num_rows for name, split in self.splits.items()},
             "channels": self.channels,
+            **({"dtype": self.values.range.dtype} if self.values else {}),
+            **({"notes": dict(self.notes)} if self.notes else {}),
             "classes": list(self.classes),
         }
 
@@ -136,15 +158,15 @@ class Manifest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain dicts, without empty notes: manifests of earlier versions have none."""
-        values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value or key not in (*_NOTES, "label_sets")}
+        """Return the fields as JSON has them, later ones only if they say something: manifests of earlier versions have
+        none, and digests stay."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value or key not in (*_LATER, *_NOTES)}
 
     def computed_digest(self) -> str:
         """Compute the sha256 over canonical JSON of every field, without `digest`, notes and what was passed over."""
-        values = dataclasses.asdict(self)
-        for name in ("digest", *_NOTES, *([] if self.label_sets else ["label_sets"])):
-            del values[name]
+        values = self.to_dict()
+        for name in ("digest", *_NOTES):
+            values.pop(name, None)
         values["num_found"] -= sum(self.passed_over.values())
         return hashlib.sha256(_canonical(values)).hexdigest()
 
@@ -159,6 +181,30 @@ class Manifest:
                 f"the dataset has no split {name!r}, only {', '.join(sorted(self.splits))}; choose one of these"
             )
         return self.splits[name]
+
+
+def check_value_range(uri: str, manifest: Manifest, pixels: Normalization, model: str) -> None:
+    """Raise UserError if a model that expects `pixels` cannot read the dataset's values.
+
+    The model's own value range is applied to them: only their type must be equal and, if each image has its own range,
+    the way in which it was computed.
+    """
+    mine, theirs = manifest.values.range if manifest.values else None, pixels.values
+    if mine is None and theirs is None:
+        return
+    said = f"dataset {uri} has {_shown(mine)} but {model} was trained on {_shown(theirs)}"
+    if mine is None or theirs is None or mine.dtype != theirs.dtype:
+        raise UserError(f"{said}; use a model of such images, or prepare the dataset anew from files of that kind")
+    ways = [(found.by, found.kind, found.percentiles) for found in (mine, theirs)]
+    if "image" in (mine.by, theirs.by) and ways[0] != ways[1]:
+        raise UserError(f"{said}; prepare the dataset anew with that --range and --range-by")
+
+
+def _shown(values: ValueRange | None) -> str:
+    if values is None:
+        return "8-bit pixels"
+    numbers = "" if values.percentiles is None else f" {values.percentiles[0]:g} {values.percentiles[1]:g}"
+    return f"{values.dtype} values with range {values.kind}{numbers} by {values.by}"
 
 
 def is_prepared(storage: Storage) -> bool:
@@ -187,9 +233,10 @@ def read_manifest(storage: Storage) -> Manifest:
         schema = values["schema"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{storage.join(MANIFEST)} is damaged; run `mae prepare` into an empty folder") from None
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, VALUES_SCHEMA):
         raise UserError(
-            f"{storage.join(MANIFEST)} has schema {schema}, this version reads {SCHEMA}; run `mae prepare` again"
+            f"{storage.join(MANIFEST)} has schema {schema}, this version reads {SCHEMA} and {VALUES_SCHEMA}; "
+            "run `mae prepare` again"
         )
     try:
         manifest = TypeAdapter(Manifest).validate_python(values)

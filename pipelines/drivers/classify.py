@@ -9,7 +9,7 @@ from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization, Size, pa
 from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict, run_name
-from pipelines.dataset.manifest import Manifest
+from pipelines.dataset.manifest import Manifest, check_value_range
 from pipelines.drivers.drive import Publish, PublishedJob, drive, read_export
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
@@ -161,11 +161,13 @@ def starting_encoder(
             f"dataset {config.data.uri} has {manifest.channels} channels but {ref.uri} takes {model.channels}; "
             "try a backbone that was pretrained on such images"
         )
+    pixels = from_dict(Normalization, files.values["pixels"])
+    check_value_range(config.data.uri, manifest, pixels, ref.uri)
     return StartingEncoder(
         arch=model.arch,
         image_px=image_px,
         channels=model.channels,
-        pixels=from_dict(Normalization, files.values["pixels"]),
+        pixels=pixels,
         ref=ref,
         encoder=files.weights,
         backbone_px=model.image_px,

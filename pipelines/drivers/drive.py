@@ -263,4 +263,4 @@ def newest_picture(folder: RunFolder) -> dict[str, bytes | Path]:
 
 def manifest_json(manifest: Manifest) -> bytes:
     """Serialize the manifest as JSON, the form in which run folder and registry store it."""
-    return json.dumps(to_dict(manifest), indent=1).encode()
+    return json.dumps(manifest.to_dict(), indent=1).encode()

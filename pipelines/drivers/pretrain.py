@@ -12,7 +12,7 @@ from mae_core.model import build_mae
 from mae_core.transfer import start_from
 from pipelines import registry
 from pipelines.config import PeriodicEvaluationConfig, PretrainConfig, from_dict, run_name, to_dict, with_overrides
-from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.dataset.manifest import Manifest, check_value_range, read_manifest
 from pipelines.drivers.drive import Publish, PublishedJob, drive, manifest_json, newest_picture, read_export
 from pipelines.drivers.extend import ExtendedRun, describe_extension, extension_name, read_finished_run
 from pipelines.evaluation.subset import check_num_images
@@ -152,7 +152,8 @@ def open_dataset(uri: str) -> tuple[str, Manifest]:
 def pixels_of(manifest: Manifest, channels: int) -> Normalization:
     """Return the dataset's mean and standard deviation, repeated if gray images are read as `channels` channels."""
     repeat = channels if manifest.channels == 1 else 1
-    return Normalization(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat)
+    values = manifest.values.range if manifest.values else None
+    return Normalization(mean=tuple(manifest.mean) * repeat, std=tuple(manifest.std) * repeat, values=values)
 
 
 def published_pretrain_job(
@@ -166,6 +167,7 @@ def published_pretrain_job(
     storage = open_storage(open_storage(config.output).join(name))
     pixels = pixels_of(manifest, config.model.channels)
     if start is not None and start.model.channels == config.model.channels:
+        check_value_range(config.data.uri, manifest, start.pixels, start.ref.uri)
         pixels = start.pixels
     # Workers read the weights from the run folder, so that only the driver talks to MLflow.
     inputs = {f"backbone/{name}": content for name, content in start.files.contents.items()} if start else {}

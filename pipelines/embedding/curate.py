@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_core.augment import input_to_pixels, pixels_to_input
-from mae_core.config import ModelConfig, Normalization, Size
+from mae_core.config import ModelConfig, Normalization, Size, ValueRange
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder
 from mae_core.pretrained import mae_of
@@ -28,7 +28,8 @@ from pipelines.embedding.inputs import Record, records_of
 from pipelines.embedding.lists import write_list
 from pipelines.embedding.parts import Forward
 from pipelines.embedding.run import Job, Results, compute
-from pipelines.images.decode import ImageArray, decode, evaluation_view
+from pipelines.images.decode import ImageArray, input_view
+from pipelines.pictures.figures import shown_pixels
 from pipelines.pictures.loss_figures import Reconstructed, loss_figure
 from pipelines.prepare.workfolder import Purpose
 from pipelines.registry import ModelFiles, read_model
@@ -48,6 +49,7 @@ class Loss:
     config_json: str
     image_px: Size
     channels: int
+    values: ValueRange | None
     masks: int
     seed: int
 
@@ -86,7 +88,7 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
         purpose=PURPOSE,
         kind="curate",
         manifest=MANIFEST,
-        measure=_measure(model, mae.config, config),
+        measure=_measure(model, mae.config, normalization, config),
         model=model,
         options=options | {"rows_per_part": config.rows_per_part, "max_pixels": config.max_pixels},
         batch=config.batch or _automatic_batch(mae, gpu=config.gpu),
@@ -112,11 +114,12 @@ def curate(source: str, out: str, config: CurateConfig) -> dict[str, Any]:
     }
 
 
-def _measure(model: ModelFiles, model_config: ModelConfig, config: CurateConfig) -> Loss:
+def _measure(model: ModelFiles, model_config: ModelConfig, normalization: Normalization, config: CurateConfig) -> Loss:
     return Loss(
         config_json=model.config.decode(),
         image_px=model_config.image_px,
         channels=model_config.channels,
+        values=normalization.values,
         masks=config.masks,
         seed=config.seed,
     )
@@ -166,25 +169,25 @@ def _picture(
     records = {record.id: record for record in records_of(source, rows["id"].to_pylist(), results.identity["input"])}
     shown = []
     for row in rows.to_pylist():
-        pixels = _pixels(records[row["id"]], mae.config)
-        triple = pixels, *_reconstructed(mae, normalization, pixels, row["id"], config.seed)
+        pixels = _pixels(records[row["id"]], mae.config, normalization.values)
+        triple = shown_pixels(pixels), *_reconstructed(mae, normalization, pixels, row["id"], config.seed)
         shown.append(Reconstructed(row["source"], row["label"], row["loss"], triple))
     return loss_figure(f"{end.capitalize()} reconstruction loss among {results.num_rows:,} images", shown)
 
 
 @torch.inference_mode()
 def _reconstructed(
-    mae: MaskedAutoencoder, normalization: Normalization, pixels: ImageArray, number: int, seed: int
+    mae: MaskedAutoencoder, normalization: Normalization, pixels: NDArray[Any], number: int, seed: int
 ) -> tuple[ImageArray, ImageArray]:
     """Return the image masked and reconstructed."""
     config = mae.config
     mask = sample_masks(config.mask, config.grid, seed=seed, epoch=0, sample_ids=torch.tensor([number]))
     pair = mae.reconstruct(pixels_to_input(torch.from_numpy(pixels[None]), normalization), mask)
-    masked, restored = (input_to_pixels(inputs, normalization)[0].numpy() for inputs in pair)
+    masked, restored = (shown_pixels(input_to_pixels(inputs, normalization)[0].numpy()) for inputs in pair)
     return masked, restored
 
 
-def _pixels(record: Record, config: ModelConfig) -> ImageArray:
+def _pixels(record: Record, config: ModelConfig, values: ValueRange | None) -> NDArray[Any]:
     assert isinstance(record.content, bytes), "an image that was read before"
     # A copy, since Pillow's arrays are read-only and torch refuses them.
-    return np.array(evaluation_view(decode(record.content, config.channels, record.orientation), config.image_px))
+    return np.array(input_view(record.content, config.channels, config.image_px, values, record.orientation))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
-from mae_core.config import Size
+from mae_core.config import Size, ValueRange
 from mae_core.errors import UserError
 from mae_core.pretrained import Encoder, encoder_of
 from pipelines.config import EmbedConfig
@@ -38,6 +38,7 @@ class Embedding:
     config_json: str
     image_px: Size
     channels: int
+    values: ValueRange | None
     pool: str
     last_layers: int
     patch_tokens: bool
@@ -77,6 +78,7 @@ def embed(source: str, out: str, config: EmbedConfig) -> dict[str, Any]:
         config_json=model.config.decode(),
         image_px=encoder.image_px,
         channels=encoder.channels,
+        values=encoder.normalization.values,
         pool=config.pool,
         last_layers=config.last_layers,
         patch_tokens=config.patch_tokens,

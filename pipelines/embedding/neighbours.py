@@ -24,7 +24,7 @@ from pipelines.embedding.embed import MANIFEST
 from pipelines.embedding.inputs import records_of
 from pipelines.embedding.lists import write_list
 from pipelines.embedding.run import Results, read_results
-from pipelines.images.decode import decode
+from pipelines.images.decode import preview
 from pipelines.pictures.neighbour_figures import Found, neighbour_figure
 from pipelines.storage import Storage, open_storage
 
@@ -218,7 +218,7 @@ def _picture(
     wanted = {int(ids[row]) for row in {*queries.tolist(), *shown.ravel().tolist()} if row >= 0}
     try:
         images = {
-            record.id: decode(record.content, 3, record.orientation)
+            record.id: preview(record.content, record.orientation)
             for record in records_of(config.source or results.source, sorted(wanted), results.identity["input"])
             if isinstance(record.content, bytes)
         }

@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_core.config import Size
+from mae_core.config import Size, ValueRange
 from mae_core.errors import UserError
 from pipelines.embedding.inputs import Part, Reader, Record
-from pipelines.images.decode import ImageArray, decode, evaluation_view, inspect
+from pipelines.images.decode import ImageArray, input_view
 from pipelines.prepare.quarantine import Quarantine
 from pipelines.prepare.workfolder import WorkFolder
 from pipelines.storage import Storage
@@ -49,6 +49,11 @@ class Measure(Protocol):
 
     @property
     def channels(self) -> int: ...
+
+    @property
+    def values(self) -> ValueRange | None:
+        """How values become float32 from 0 to 1; None for uint8 images."""
+        ...
 
     def load(self, weights: bytes, device: torch.device) -> Forward:
         """Build the model on a device."""
@@ -176,9 +181,9 @@ class PartWorker:
         try:
             if isinstance(record.content, ValueError):
                 raise record.content
-            if orientation is None:
-                orientation = inspect(record.content, plan.max_pixels).orientation
-            return evaluation_view(decode(record.content, plan.measure.channels, orientation), plan.measure.image_px)
+            measure = plan.measure
+            size = measure.channels, measure.image_px
+            return input_view(record.content, *size, measure.values, orientation, plan.max_pixels)
         except ValueError as error:
             return str(error)
 

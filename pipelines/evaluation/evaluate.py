@@ -58,6 +58,7 @@ def evaluate(config: EvaluateConfig, out: str) -> dict[str, Any]:
             f"dataset {config.data} has {manifest.channels} channels but {model.shown} takes "
             f"{model.classifier.channels}; evaluate a classifier that was trained on such images"
         )
+    check_value_range(config.data, manifest, model.classifier.normalization, model.shown)
     storage = open_storage(out)
     identity = {"model": model.digest, "dataset": manifest.digest, "split": config.split}
     claim(storage, _IDENTITY, identity, "evaluation")

@@ -20,7 +20,7 @@ from mae_core.pretrained import Encoder
 from pipelines.config import LookConfig, to_dict
 from pipelines.evaluation.models import device_of, needed_tracking, open_encoder
 from pipelines.evaluation.outputs import log_run
-from pipelines.images.decode import SUFFIXES, ImageArray, decode, evaluation_view
+from pipelines.images.decode import SUFFIXES, ImageArray, input_view
 from pipelines.pictures.token_figures import Panel, as_color, heat, panel_sheet
 from pipelines.storage import Storage, open_storage
 
@@ -94,7 +94,8 @@ def _views(
     names, views, skipped = [], [], []
     for path in (paths[i] for i in chosen):
         try:
-            views.append(evaluation_view(decode(storage.read(path), encoder.channels), encoder.image_px))
+            values = encoder.normalization.values
+            views.append(input_view(storage.read(path), encoder.channels, encoder.image_px, values))
             names.append(path)
         except ValueError as error:
             skipped.append({"image": path, "reason": str(error)})

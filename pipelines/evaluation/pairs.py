@@ -15,7 +15,7 @@ from PIL import Image
 
 from mae_core.errors import UserError
 from mae_core.segmentation import IGNORE
-from pipelines.images.decode import SUFFIXES, decode, inspect
+from pipelines.images.decode import SUFFIXES, inspect, preview
 from pipelines.storage import Storage
 
 _NAMES = "classes.txt"
@@ -100,7 +100,7 @@ def read_mask(content: bytes) -> NDArray[np.int64]:
 
 def _largest_class(pair: Pair, image: bytes, mask: bytes) -> int:
     """Check a pair; return the largest class index of its mask, -1 if all is ignored."""
-    size_px, indices = decode(image, 3).shape[:2], read_mask(mask)
+    size_px, indices = preview(image).shape[:2], read_mask(mask)
     if size_px != indices.shape:
         raise UserError(
             f"{pair.image} is {size_px[0]} x {size_px[1]} px but {pair.mask} {indices.shape[0]} x {indices.shape[1]}; "

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mae_core.config import Size
 from mae_core.pretrained import Classifier
 from pipelines.dataset.manifest import Manifest, Shard
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.evaluation.metrics import Predictions
-from pipelines.images.decode import ImageArray, decode, evaluation_view
+from pipelines.images.decode import ImageArray, input_view
 from pipelines.storage import Storage
 
 _FOLDER = "predictions"
@@ -131,13 +130,14 @@ def _read(
         ids=range(first, first + len(rows)),
         sources=[row["source"] for row in rows],
         labels=[None if row["label"] is None else classes[row["label"]] for row in rows],
-        views=list(decoders.map(lambda row: _view(row, model.channels, model.image_px), rows)),
+        views=list(decoders.map(lambda row: _view(row, model), rows)),
     )
 
 
-def _view(row: dict[str, Any], channels: int, image_px: Size) -> ImageArray | str:
+def _view(row: dict[str, Any], model: Classifier) -> ImageArray | str:
+    values = model.normalization.values
     try:
-        return evaluation_view(decode(row["image"], channels, row["orientation"]), image_px)
+        return input_view(row["image"], model.channels, model.image_px, values, row["orientation"])
     except ValueError as error:
         return str(error)
 

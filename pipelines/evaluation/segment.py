@@ -36,7 +36,7 @@ from pipelines.config import SegmentConfig, to_dict
 from pipelines.evaluation.models import OpenedEncoder, device_of, needed_tracking, open_encoder
 from pipelines.evaluation.outputs import claim, log_run, write_files
 from pipelines.evaluation.pairs import Pair, Pairs, batches, read_mask, read_pairs
-from pipelines.images.decode import ImageArray, decode
+from pipelines.images.decode import ImageArray, decode, unit_pixels, views
 from pipelines.pictures.token_figures import Panel, as_color, panel_sheet, segment_colors, segments
 from pipelines.storage import Storage, open_storage
 
@@ -109,11 +109,14 @@ def _encode(encoder: Encoder, source: Storage, pairs: Sequence[Pair], batch: int
 
 
 def _image(source: Storage, pair: Pair, encoder: Encoder) -> ImageArray:
-    return decode(source.read(pair.image), encoder.channels)
+    content, values = source.read(pair.image), encoder.normalization.values
+    return decode(content, encoder.channels) if values is None else unit_pixels(content, encoder.channels, values)
 
 
 def _stretched(pixels: ImageArray, size_px: Size) -> ImageArray:
     """Resize the whole image, whatever its aspect, so that every pixel of its mask is predicted."""
+    if pixels.dtype != np.uint8:
+        return views.resized(pixels, size_px)
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     resized = np.asarray(image.resize((size_px[1], size_px[0]), Image.Resampling.BICUBIC))
     return resized.reshape(*size_px, pixels.shape[2])

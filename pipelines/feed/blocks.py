@@ -20,7 +20,7 @@ _NEXT = "next"
 """Column with the execution that may start when the block arrives, or 0."""
 
 
-def to_block(batches: Sequence["MicroBatch"], images: NDArray[np.uint8], next_execution: int) -> pa.Table:
+def to_block(batches: Sequence["MicroBatch"], images: NDArray[Any], next_execution: int) -> pa.Table:
     """Pack micro-batches end to end into the lists of one row.
 
     `images` is [micro-batches, crops * batch, height, width, channels], the memory that their images view.

@@ -2,6 +2,7 @@
 
 from collections import deque
 from math import prod
+from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -17,9 +18,9 @@ class BlockBuffers:
     def __init__(self) -> None:
         self._free: deque[memoryview] = deque(maxlen=_BUFFERS_KEPT)
 
-    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic] = np.uint8) -> NDArray[Any]:
         """Return an uninitialised array; its memory is not lent again while any array or table views it."""
-        num_bytes = prod(shape)
+        num_bytes = prod(shape) * np.dtype(dtype).itemsize
         try:
             memory = self._free.popleft()
         except IndexError:
@@ -27,6 +28,6 @@ class BlockBuffers:
         if memory is None or memory.nbytes < num_bytes:
             memory = np.empty(num_bytes, np.uint8).data
         # Every view of this array holds it, and only it holds the memory.
-        pixels = np.frombuffer(memory, np.uint8, num_bytes)
+        pixels = np.frombuffer(memory, dtype, prod(shape))
         finalize(pixels, self._free.append, memory).atexit = False
         return pixels.reshape(shape)

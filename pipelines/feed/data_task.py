@@ -63,7 +63,7 @@ def blocks_of(work: FeedWork, task: int) -> Iterator[pa.Table]:
         for rank in range(num_workers):
             numbers = range(first + rank, stop, num_workers)
             # Images are decoded straight into the memory in which the block travels.
-            images = _BUFFERS.take((len(numbers), *window.images_shape))
+            images = _BUFFERS.take((len(numbers), *window.images_shape), window.images_dtype)
             batches = [window.micro_batch(number, memory) for number, memory in zip(numbers, images)]
             yield to_block(batches, images, next_execution)
         first, per_block = stop, min(2 * per_block, limit)

@@ -6,7 +6,7 @@ Must not import torch, since Ray's own processes import this module.
 from dataclasses import dataclass
 from functools import cached_property
 
-from mae_core.config import AugmentConfig, Size
+from mae_core.config import AugmentConfig, Size, ValueRange
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import EpochPlan
 
@@ -22,6 +22,8 @@ class Transform:
     seed: int
     crops: int = 1
     """Training views made of each decoded image."""
+    values: ValueRange | None = None
+    """How values become float32 from 0 to 1; None for uint8 images, which stay so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class FeedSegment:
     def micro_batch_bytes(self) -> int:
         """Size of one micro-batch's images."""
         height_px, width_px = self.transform.image_px
-        return self.plan.micro_batch * self.transform.crops * height_px * width_px * self.transform.channels
+        image_values = height_px * width_px * self.transform.channels
+        return self.plan.micro_batch * self.transform.crops * image_values * (1 if self.transform.values is None else 4)
 
     def _window_of(self, step: int) -> int:
         epoch, within = divmod(step, self.plan.steps_per_epoch)

@@ -13,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_core.augment import crop_boxes, flips, rand_augment
-from mae_core.config import Size
+from mae_core.augment import crop_boxes, flips, rand_augment, turns
+from mae_core.config import Size, ValueRange
 from mae_core.errors import UserError
 from mae_core.randomness import Purpose, seed_of
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.images.crops import crop_into
-from pipelines.images.decode import ImageArray, Scratch, decode, evaluation_view
+from pipelines.images.crops import crop_into, crop_values_into
+from pipelines.images.decode import ImageArray, Scratch, decode, evaluation_view, unit_pixels
+from pipelines.images.decode.opening import limits_of_stored
 from pipelines.images.jpeg.partial_decode import decode_crop
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class MicroBatch:
     """
 
     images: Tensor
-    """uint8 [crops * batch, height, width, channels]; rows run over the samples, then over their crops."""
+    """uint8 [crops * batch, height, width, channels], or float32 from 0 to 1 for other values than plain pixels; rows
+    run over the samples, then over their crops."""
     ids: Tensor
     """int64 [batch]"""
     labels: Tensor
@@ -51,10 +53,11 @@ class MicroBatch:
     """Number among the step's micro-batches of all ranks."""
 
     @classmethod
-    def blank(cls, size: int, image_px: Size, channels: int, crops: int = 1) -> "MicroBatch":
+    def blank(cls, size: int, image_px: Size, channels: int, crops: int = 1, *, in_float: bool = False) -> "MicroBatch":
         """Make a micro-batch of placeholders."""
+        dtype = torch.float32 if in_float else torch.uint8
         return cls(
-            images=torch.zeros(crops * size, *image_px, channels, dtype=torch.uint8),
+            images=torch.zeros(crops * size, *image_px, channels, dtype=dtype),
             ids=torch.full((size,), PLACEHOLDER, dtype=torch.int64),
             labels=torch.full((size,), -1, dtype=torch.int64),
             weights=torch.zeros(size),
@@ -96,10 +99,15 @@ class Window:
         transform = self._transform
         return transform.crops * self._size, *transform.image_px, transform.channels
 
-    def micro_batch(self, number: int, memory: ImageArray | None = None) -> MicroBatch:
+    @property
+    def images_dtype(self) -> type[np.generic]:
+        """Type of its elements."""
+        return np.uint8 if self._transform.values is None else np.float32
+
+    def micro_batch(self, number: int, memory: NDArray[Any] | None = None) -> MicroBatch:
         """Decode a micro-batch, into `memory` of shape `images_shape` if given."""
         step, index, slots = self._slots[number]
-        images = np.empty(self.images_shape, np.uint8) if memory is None else memory
+        images = np.empty(self.images_shape, self.images_dtype) if memory is None else memory
         positions = range(slots.start - self._first_slot, slots.stop - self._first_slot)
         ids, labels, weights = self._views.fill(images, positions, self._size)
         return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
@@ -176,17 +184,22 @@ class _Views:
         # Both are indexed by crop, then by sample.
         self._boxes: list[list[Any]] = []
         self._flips: list[list[bool]] = []
+        self._turns: list[tuple[list[bool], list[int]]] = []
+        turned = transform.augment.flip_vertical or transform.augment.quarter_turns
         # "none" is the evaluation view, except for the flip.
         self._crops = transform.train and transform.augment.crop != "none"
         for view in range(transform.crops if transform.train else 0):
             keys: dict[str, Any] = {"seed": transform.seed, "epoch": epoch, "sample_ids": samples.ids, "view": view}
             self._flips.append(flips(transform.augment, **keys).tolist())
+            if turned:
+                upside_down, quarters = turns(transform.augment, **keys)
+                self._turns.append((upside_down.tolist(), quarters.tolist()))
             if self._crops:
                 heights_px, widths_px = np.maximum(samples.heights_px, 1), np.maximum(samples.widths_px, 1)
                 sizes: dict[str, Any] = {"heights_px": heights_px, "widths_px": widths_px}
                 self._boxes.append(crop_boxes(transform.augment, **keys, **sizes).tolist())
 
-    def fill(self, images: ImageArray, positions: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fill(self, images: NDArray[Any], positions: range, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write the views of these samples into `images`; return ids, labels and weights of `size` samples.
 
         A sample that cannot be decoded and a placeholder are black, with weight 0.
@@ -206,16 +219,26 @@ class _Views:
                 log.warning("sample %d could not be decoded and gets weight 0: %s", samples.ids[position], error)
         return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(weights)
 
-    def _decode(self, position: int, images: ImageArray) -> None:
+    def _decode(self, position: int, images: NDArray[Any]) -> None:
         """Decode a sample once, and write its training views, or its evaluation view, into `images`."""
         transform, samples = self._transform, self._samples
-        if self._crops:
+        if self._crops and transform.values is not None:
+            self._crop_values(position, images, transform.values)
+        elif self._crops:
             self._crop(position, images)
         else:
-            content = bytes(samples.images[position])
-            pixels = decode(content, transform.channels, samples.orientations[position], self._scratch)
+            content, orientation = bytes(samples.images[position]), samples.orientations[position]
+            if transform.values is None:
+                pixels = decode(content, transform.channels, orientation, self._scratch)
+            else:
+                pixels = unit_pixels(content, transform.channels, transform.values)
             pixels = evaluation_view(pixels, transform.image_px)
             images[0] = pixels[:, ::-1] if transform.train and self._flips[0][position] else pixels
+        for (upside_down, quarters), view in zip(self._turns, images):
+            if upside_down[position]:
+                view[:] = view[::-1].copy()
+            if quarters[position]:
+                view[:] = np.rot90(view, quarters[position]).copy()
         if transform.train and transform.augment.rand_augment:
             for view, pixels in enumerate(images):
                 key = seed_of(transform.seed, Purpose.AUGMENT, self._epoch, int(samples.ids[position]), view)
@@ -233,6 +256,13 @@ class _Views:
         pixels, boxes[0] = decode_crop(*image, boxes[0], self._scratch)
         for out, box, mirrored in zip(images, boxes, self._flips):
             crop_into(out, pixels, box, mirrored[position], self._scratch)
+
+    def _crop_values(self, position: int, images: NDArray[np.float32], values_range: ValueRange) -> None:
+        """Write a keyed crop of the sample's values into each of `images`."""
+        content = self._samples.images[position]
+        limits = limits_of_stored(content, values_range)
+        for out, boxes, mirrored in zip(images, self._boxes, self._flips):
+            crop_values_into(out, content, limits, tuple(boxes[position]), mirrored[position], self._scratch)
 
 
 def _rand_augment(pixels: ImageArray, recipe: str, seed_key: int) -> ImageArray:

@@ -33,6 +33,8 @@ def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: Enco
     """
     if config.kind == "shrink" and min(header.height_px, header.width_px) > config.short_side_px:
         return _shrunk(pixels, config)
+    if not header.is_plain:
+        return _as_png(pixels)
     kept = StoredImage(
         content=content, height_px=header.height_px, width_px=header.width_px, orientation=header.orientation
     )
@@ -43,6 +45,13 @@ def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: Enco
         return kept
     stored = dataclasses.replace(kept, content=rewritten[0], segment_offsets=rewritten[1])
     return stored if _decodes_to(stored, pixels) else kept
+
+
+def _as_png(pixels: ImageArray) -> StoredImage:
+    """Encode upright pixels of a format that the feed's decoder does not read, without loss."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return StoredImage(content=file.getvalue(), height_px=pixels.shape[0], width_px=pixels.shape[1], orientation=1)
 
 
 def _decodes_to(stored: StoredImage, pixels: ImageArray) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFile, ImageFont
 
-from pipelines.images.decode import decode
+from pipelines.images.decode import preview
 
 _COLUMNS = 8
 _SIDE_PX = 128
@@ -72,8 +72,7 @@ def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, left: 
 def _thumbnail(content: bytes, orientation: int | None) -> Image.Image | None:
     """Return a thumbnail of the image, by a tolerant decoder if it is broken; None if nothing can be decoded."""
     try:
-        pixels = decode(content, 3, orientation)
-        picture = Image.fromarray(pixels)
+        picture = Image.fromarray(preview(content, orientation))
     except ValueError:
         picture = _tolerated(content)
     if picture is not None:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_core.errors import UserError
@@ -29,6 +31,19 @@ class Block:
     title: str
     rows: Sequence[Triple]
     """(masked, reconstruction, original) per image: uint8 [height width channels], 1 or 3 channels, all of one size."""
+
+
+def shown_pixels(pixels: NDArray[Any], bands: Sequence[int] = ()) -> ImageArray:
+    """Return pixels [... height width channels], uint8 or from 0 to 1, as uint8 in one or three channels for people.
+
+    `bands` are the channels shown as red, green and blue; without them the first three, or the first one of two.
+    """
+    channels = pixels.shape[-1]
+    chosen = list(bands) or list(range(3 if channels >= 3 else 1))
+    shown = pixels if chosen == list(range(channels)) else pixels[..., chosen]
+    if shown.dtype == np.uint8:
+        return shown
+    return (shown.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def reconstruction_rows(blocks: Sequence[Block], path: Path) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.images.decode import ImageArray
+from pipelines.pictures.figures import shown_pixels
 
 _SIDE_PX, _GAP_PX, _MARGIN_PX, _FONT_PX, _LINE_PX = 224, 6, 20, 14, 22
 _INK, _GRAY = (20, 20, 20), (95, 95, 95)
@@ -87,8 +88,9 @@ def segments(mask: NDArray[np.integer], colors: Sequence[tuple[int, int, int]], 
 
 
 def as_color(pixels: ImageArray) -> ImageArray:
-    """Return gray pixels as three equal channels, and others unchanged."""
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+    """Return pixels, uint8 or from 0 to 1, in three channels of uint8, as `figures.shown_pixels` chooses them."""
+    shown = shown_pixels(pixels)
+    return np.repeat(shown, 3, axis=2) if shown.shape[2] == 1 else shown
 
 
 def _shown_size(pixels: ImageArray) -> tuple[int, int]:

@@ -8,17 +8,19 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from itertools import islice
 from typing import Any
 
 from mae_core.errors import UserError
 from pipelines.config import ComputeConfig, PrepareConfig, without_added_defaults
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.interrupts import stopping_at
-from pipelines.prepare.assembly import assemble
+from pipelines.prepare.assembly import assemble, total_values
 from pipelines.prepare.duplicates import duplicates
 from pipelines.prepare.exclusions import Exclusions
 from pipelines.prepare.holdout import bundled, with_held_out
-from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
+from pipelines.prepare.kinds import NUM_EXAMINED, PLAIN, PixelKind, kind_of
+from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, quarantined, refuse_bad
 from pipelines.prepare.shards import write_slice
 from pipelines.prepare.slices import (
     Tally,
@@ -29,6 +31,7 @@ from pipelines.prepare.slices import (
     log_labels,
     numbers_of_labels,
 )
+from pipelines.prepare.values import refuse_fraction
 from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, Source, open_source
 from pipelines.sources.sorting import SortedEntries
@@ -67,8 +70,9 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         if is_prepared(target):
             return _existing(target, identity, work)
         work.claim(identity)
+        kind = kind_of(origin.place.contents(list(islice(iter(entries), NUM_EXAMINED))), config)
         num_slices = work.put_slices(cut(entries, tally, number_of, config))
-    job = _Job(work, target, origin.place, config, tally.num_entries)
+    job = _Job(work, target, origin.place, config, kind, tally.num_entries)
     # Start Ray only when there is work: it takes seconds.
     from pipelines.cluster import ray_session
 
@@ -78,6 +82,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     ):
         job.first_pass(num_slices)
         job.refuse_bad()
+        job.refuse_fraction(source)
         found = duplicates(work.summaries, tally.num_entries)
         if config.drop_duplicates:
             job.second_pass(found)
@@ -85,6 +90,8 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     manifest = assemble(work.summaries(again=True), classes, identity, tally.num_entries, num_duplicates, config)
     if manifest.num_quarantined:
         log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
+    for note, count in manifest.notes.items():
+        log.info("%d of %d images: %s", count, manifest.num_found, note)
     _warn_of_splits(manifest, config)
     manifest = dataclasses.replace(manifest, label_sets=label_sets)
     written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
@@ -148,9 +155,17 @@ def _existing(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Ma
 class _Job:
     """The slices of one preparation, and the Ray tasks that write them."""
 
-    def __init__(self, work: WorkFolder, target: Storage, place: Place, config: PrepareConfig, num_found: int) -> None:
+    def __init__(
+        self,
+        work: WorkFolder,
+        target: Storage,
+        place: Place,
+        config: PrepareConfig,
+        kind: PixelKind,
+        num_found: int,
+    ) -> None:
         self._work, self._target, self._place = work, target, place
-        self._config, self._num_found = config, num_found
+        self._config, self._kind, self._num_found = config, kind, num_found
 
     def first_pass(self, num_slices: int) -> None:
         """Write every slice, duplicates included. Raises UserError early if too many images are bad."""
@@ -159,7 +174,7 @@ class _Job:
             log.info("resuming: %d of %d slices are done", len(done), num_slices)
         todo = [{"number": number, "skip": []} for number in range(num_slices) if number not in done]
         num_bad = 0
-        for counts in _run_tasks(todo, self._work, self._target, self._place, self._config):
+        for counts in _run_tasks(todo, self._work, self._target, self._place, self._config, self._kind):
             num_bad += counts["num_bad"]
             if num_bad > MIN_BAD_TO_STOP:
                 refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
@@ -173,12 +188,27 @@ class _Job:
             for reason, count in summary.reasons.items():
                 reasons[reason] = reasons.get(reason, 0) + count
         if num_bad == self._num_found:
+            first = next(quarantined(self._target))
             self._target.delete_tree()
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
             raise UserError(
-                f"no readable image among the {num_bad} files of {self._place.storage.uri} ({counts}); check the files"
+                f"no readable image among the {num_bad} files of {self._place.storage.uri} ({counts}); check them, "
+                f"such as {first['source']} ({first['reason']})"
             )
         refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
+
+    def refuse_fraction(self, source: str) -> None:
+        """Raise UserError if no value range is chosen where one is needed; the target is then empty again."""
+        if self._kind.is_plain:
+            return
+        total = total_values(self._work.summaries())
+        assert total is not None, "an image was read"
+        try:
+            refuse_fraction(total, source, self._config)
+        except UserError:
+            # What is there was made with another config than what will be asked for.
+            self._target.delete_tree()
+            raise
 
     def second_pass(self, skip: dict[int, frozenset[int]]) -> None:
         """Rewrite every slice that holds duplicates, omitting those at positions `skip`."""
@@ -186,12 +216,17 @@ class _Job:
         todo = [{"number": n, "skip": sorted(skip[n])} for n in sorted(skip) if n not in done]
         if todo:
             self._work.begin_second_pass()
-        for _ in _run_tasks(todo, self._work, self._target, self._place, self._config):
+        for _ in _run_tasks(todo, self._work, self._target, self._place, self._config, self._kind):
             pass
 
 
 def _run_tasks(
-    todo: Sequence[dict[str, Any]], work: WorkFolder, target: Storage, place: Place, config: PrepareConfig
+    todo: Sequence[dict[str, Any]],
+    work: WorkFolder,
+    target: Storage,
+    place: Place,
+    config: PrepareConfig,
+    kind: PixelKind,
 ) -> Iterator[dict[str, int]]:
     """Run one Ray task per slice; yield their counts in order of completion."""
     if not todo:
@@ -200,7 +235,7 @@ def _run_tasks(
     from ray.exceptions import RayError
 
     def write(row: dict[str, Any]) -> dict[str, int]:
-        return prepare_slice(int(row["number"]), [int(i) for i in row["skip"]], work, target, place, config)
+        return prepare_slice(int(row["number"]), [int(i) for i in row["skip"]], work, target, place, config, kind)
 
     dataset = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map(write)
     dataset.context.enable_progress_bars = False
@@ -211,10 +246,16 @@ def _run_tasks(
 
 
 def prepare_slice(
-    number: int, skip: list[int], work: WorkFolder, target: Storage, place: Place, config: PrepareConfig
+    number: int,
+    skip: list[int],
+    work: WorkFolder,
+    target: Storage,
+    place: Place,
+    config: PrepareConfig,
+    kind: PixelKind = PLAIN,
 ) -> dict[str, int]:
     """Write one slice, omitting the entries at positions `skip`, and record its summary; return its counts."""
-    summary = write_slice(work.slice(number), place, target, config, frozenset(skip))
+    summary = write_slice(work.slice(number), place, target, config, frozenset(skip), kind)
     if skip:
         kept = {shard.path for shard in summary.shards}
         for shard in work.summary(number).shards:

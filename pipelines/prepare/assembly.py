@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipelines.config import PrepareConfig
-from pipelines.dataset.manifest import Manifest, Shard, Split
+from pipelines.dataset.manifest import SCHEMA, VALUES_SCHEMA, Manifest, Shard, Split
 from pipelines.prepare.summaries import PixelSums, SliceSummary
+from pipelines.prepare.values import ValueSums, described
 from pipelines.sources import SPLITS
 
 
@@ -23,14 +24,21 @@ def assemble(
     ordered = [_without_digests(summary) for summary in summaries]
     splits = _splits(ordered, config.rows_per_group)
     num_rows = sum(split.num_rows for split in splits.values())
-    num_ok = num_rows if config.drop_duplicates else num_rows - num_duplicates
+    num_files = num_rows - sum(s.num_further for s in ordered)
+    num_ok = num_files if config.drop_duplicates else num_files - num_duplicates
     reasons = sum((Counter(s.reasons) for s in ordered), Counter())
     sizes = {size for s in ordered for size in s.sizes}
     in_colour = any(sums.num_colour for s in ordered for sums in s.sums.values())
-    mean, std = _statistics(ordered, "train" if "train" in splits else None, in_colour)
+    counted, values = "train" if "train" in splits else None, None
+    if total := total_values(ordered):
+        values, mean, std = described(total_values(ordered, counted) or total, config)
+        mean, std, channels = _repeated(mean, std, max(total.by_channels))
+    else:
+        mean, std = _statistics(ordered, counted, in_colour)
+        channels = 3 if in_colour else 1
     assert num_found == num_ok + reasons.total() + num_duplicates, "every file that was found is accounted for"
     return Manifest(
-        channels=3 if in_colour else 1,
+        channels=channels,
         image_px=sizes.pop() if len(sizes) == 1 else None,
         classes=classes,
         splits=splits,
@@ -41,9 +49,26 @@ def assemble(
         quarantine_reasons=dict(sorted(reasons.items())),
         mean=mean,
         std=std,
+        values=values,
+        notes=dict(sorted(sum((Counter(s.notes) for s in ordered), Counter()).items())),
         num_unlabelled=_unlabelled(ordered) if classes else {},
+        schema=VALUES_SCHEMA if values else SCHEMA,
         **identity,
     )
+
+
+def total_values(summaries: Iterable[SliceSummary], split: str | None = None) -> ValueSums | None:
+    """Return the sums over one split, or over all, of images that are not plain; None if there are none."""
+    total: ValueSums | None = None
+    for sums in (sums for s in summaries for name, sums in s.values.items() if split in (None, name)):
+        total = total or ValueSums(dtype=sums.dtype)
+        total.merge(sums)
+    return total
+
+
+def _repeated(mean: list[float], std: list[float], channels: int) -> tuple[list[float], list[float], int]:
+    """Return statistics of gray training images for each channel, if other splits have colour."""
+    return (mean * channels, std * channels, channels) if len(mean) == 1 else (mean, std, channels)
 
 
 def _splits(ordered: Sequence[SliceSummary], rows_per_group: int) -> dict[str, Split]:

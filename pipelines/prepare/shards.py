@@ -5,18 +5,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from mae_core.config import ValueRange
 from mae_core.randomness import Purpose, uniform_numpy
+from mae_core.values import limits_of
 from pipelines.config import PrepareConfig
-from pipelines.images.decode import decode, inspect
+from pipelines.images.decode import ImageHeader, ValueArray, decode, inspect, own_window, read_values
+from pipelines.images.decode.stored import pack
 from pipelines.images.encode import encode
+from pipelines.prepare.kinds import PLAIN, PixelKind
 from pipelines.prepare.quarantine import Quarantine
 from pipelines.prepare.slices import Slice
 from pipelines.prepare.summaries import DIGEST_BYTES, SliceSummary, WrittenShard
+from pipelines.prepare.values import Limits, Mask
 from pipelines.sources import Place
 from pipelines.sources.reading import Content
 from pipelines.storage import Storage
@@ -37,15 +40,27 @@ _LABEL = SCHEMA.get_field_index("label")
 
 @dataclass(frozen=True)
 class _Row:
-    split: str
-    digest: bytes
-    values: tuple[Any, ...]
-    """Column values in the order of SCHEMA."""
-    pixels: NDArray[np.uint8]
+    """One image as it is stored: a file's only one, or one of its frames."""
+
+    content: bytes
+    height_px: int
+    width_px: int
+    orientation: int
+    segment_offsets: list[int] | None
+    pixels: ValueArray
+    valid: Mask | None = None
+    limits: Limits | None = None
+    suffix: str = ""
+    """Appended to the file's name to tell frames apart."""
 
 
 def write_slice(
-    part: Slice, place: Place, out: Storage, config: PrepareConfig, skip: frozenset[int] = frozenset()
+    part: Slice,
+    place: Place,
+    out: Storage,
+    config: PrepareConfig,
+    skip: frozenset[int] = frozenset(),
+    kind: PixelKind = PLAIN,
 ) -> SliceSummary:
     """Write the slice's shards and quarantine file, omitting images at positions `skip`. Deterministic to the byte."""
     summary = SliceSummary(number=part.number, num_entries=len(part.entries))
@@ -53,51 +68,98 @@ def write_slice(
     with ExitStack() as stack:
         writers: dict[str, _ShardWriter] = {}
         for position, content in enumerate(place.contents(part.entries)):
+            notes: list[str] = []
             try:
-                row = _examine(part, position, content, config)
+                rows = _examine(content, config, kind, notes)
             except ValueError as error:
                 known = content if isinstance(content, bytes) else b""
                 quarantine.add(text_of(part.entries[position].name), str(error), known)
                 summary.note(None)
                 continue
-            summary.note(row.split, row.digest)
+            assert isinstance(content, bytes), "what was examined was read"
+            sha256 = hashlib.sha256(content).digest()
+            split = _split_of(part, sha256, config)
+            summary.note(split, sha256[:DIGEST_BYTES])
             if position in skip:
                 continue
-            if row.split not in writers:
-                path = part.shard(row.split)
-                writers[row.split] = _ShardWriter(row.split, path, stack.enter_context(out.create(path)), config)
-                stack.callback(writers[row.split].abandon)
-            writers[row.split].add(row.values)
-            summary.count(row.split, row.pixels)
+            if split not in writers:
+                path = part.shard(split)
+                writers[split] = _ShardWriter(split, path, stack.enter_context(out.create(path)), config)
+                stack.callback(writers[split].abandon)
+            for row in rows:
+                writers[split].add(_columns(row, part, position))
+                if kind.is_plain:
+                    summary.count(split, row.pixels)
+                else:
+                    summary.count_values(split, row.pixels, row.valid, row.limits)
+            summary.num_further += len(rows) - 1
+            summary.add_notes(notes)
         summary.shards = [writer.close() for _, writer in sorted(writers.items())]
     quarantine.write(out, part.quarantine)
     summary.reasons = quarantine.reasons
     return summary
 
 
-def _examine(part: Slice, position: int, content: Content, config: PrepareConfig) -> _Row:
-    """Decode an image and return its row. Raises ValueError with the reason for quarantine."""
-    if isinstance(content, ValueError):
-        raise content
-    header = inspect(content, config.max_pixels)
-    pixels = decode(content, header.channels, header.orientation)
-    sha256 = hashlib.sha256(content).digest()
+def _split_of(part: Slice, sha256: bytes, config: PrepareConfig) -> str:
+    """Return the split of an image: that of its folder, or val for a share of all, by its content."""
     split = part.folder or "train"
     if part.holds_out:
         share = uniform_numpy(config.seed, Purpose.HOLDOUT, int.from_bytes(sha256[:8], "little"))
         split = "val" if share < config.val_fraction else split
+    return split
+
+
+def _columns(row: _Row, part: Slice, position: int) -> tuple[Any, ...]:
+    """Return the column values in the order of SCHEMA."""
     label = part.labels[position]
+    name = text_of(part.entries[position].name) + row.suffix
+    described = row.height_px, row.width_px, row.orientation, row.segment_offsets
+    return row.content, None if label < 0 else label, *described, name
+
+
+def _examine(content: Content, config: PrepareConfig, kind: PixelKind, notes: list[str]) -> list[_Row]:
+    """Decode a file and return its images. Raises ValueError with the reason for quarantine.
+
+    What is done to them that their owner may not expect is added to `notes`.
+    """
+    if isinstance(content, ValueError):
+        raise content
+    header = inspect(content, config.max_pixels, config.reading)
+    kind.check(header)
+    notes += header.notes
+    if not kind.is_plain:
+        return [_frame(content, header, frame, config) for frame in _frames(header, config)]
+    pixels = decode(content, header.channels, header.orientation, notes=notes)
     stored = encode(content, header, pixels, config.encode)
-    values = (
-        stored.content,
-        None if label < 0 else label,
-        stored.height_px,
-        stored.width_px,
-        stored.orientation,
-        stored.segment_offsets,
-        text_of(part.entries[position].name),
-    )
-    return _Row(split, sha256[:DIGEST_BYTES], values, pixels)
+    size = stored.height_px, stored.width_px
+    return [_Row(stored.content, *size, stored.orientation, stored.segment_offsets, pixels)]
+
+
+def _frames(header: ImageHeader, config: PrepareConfig) -> range:
+    """Return the frames that the config chooses."""
+    if config.frames in ("one", "first"):
+        return range(1)
+    return range(0, header.num_frames, 1 if config.frames == "all" else int(config.frames))
+
+
+def _frame(content: bytes, header: ImageHeader, frame: int, config: PrepareConfig) -> _Row:
+    """Read a frame and store its values without loss, with its own value range if the config says so."""
+    values, valid = read_values(content, config.reading, frame, config.max_pixels)
+    limits = None
+    if config.range[:1] == ("voi",):
+        limits = own_window(content, header.channels)
+    elif config.range_by == "image":
+        shares = config.range_numbers
+        own = ValueRange(
+            dtype=header.dtype,  # pyright: ignore[reportArgumentType] -- one of the four
+            kind=config.range[0],  # pyright: ignore[reportArgumentType] -- checked by the config
+            by="image",
+            percentiles=(shares[0], shares[1]) if shares else None,
+        )
+        limits = limits_of(values, own, valid)
+    height, width = values.shape[:2]
+    suffix = f"#{frame}" if header.num_frames > 1 and config.frames not in ("one", "first") else ""
+    return _Row(pack(values, limits), height, width, 1, None, values, valid, limits, suffix)
 
 
 def text_of(path: str) -> str:

@@ -3,12 +3,14 @@
 import base64
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.prepare.values import Limits, Mask, ValueSums
 from pipelines.sources import SPLITS
 
 DIGEST_BYTES = 16
@@ -77,7 +79,13 @@ class SliceSummary:
     shards: list[WrittenShard] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     sums: dict[str, PixelSums] = field(default_factory=dict)
-    """Pixel sums by split."""
+    """Pixel sums by split, of plain 8-bit images."""
+    values: dict[str, ValueSums] = field(default_factory=dict)
+    """Sums by split, of other images."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What was done to how many images that their owner may not expect."""
+    num_further: int = 0
+    """Images of the shards beyond the first of each file: its further frames."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """Distinct (height, width) pairs, at most two."""
     splits: bytearray = field(default_factory=bytearray)
@@ -97,12 +105,28 @@ class SliceSummary:
     def count(self, split: str, pixels: NDArray[np.uint8]) -> None:
         """Count an image that was written to a shard."""
         self.sums.setdefault(split, PixelSums()).add(pixels)
-        size = pixels.shape[:2]
+        self._see(pixels.shape[:2])
+
+    def count_values(
+        self, split: str, values: NDArray[Any], valid: Mask | None = None, limits: Limits | None = None
+    ) -> None:
+        """Count an image of other values; `valid` marks those that are data, `limits` is its own value range."""
+        self.values.setdefault(split, ValueSums(dtype=values.dtype.name)).add(values, valid, limits)
+        self._see(values.shape[:2])
+
+    def add_notes(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self.notes[note] = self.notes.get(note, 0) + 1
+
+    def _see(self, size: tuple[int, int]) -> None:
         if size not in self.sizes and len(self.sizes) < 2:
             self.sizes.append(size)
 
     def to_json(self) -> bytes:
-        values = dataclasses.asdict(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "values"}
+        values |= {"sums": {split: dataclasses.asdict(sums) for split, sums in self.sums.items()}}
+        values |= {"shards": [dataclasses.asdict(shard) for shard in self.shards]}
+        values |= {"values": {split: sums.to_json() for split, sums in self.values.items()}}
         for name in ("splits", "digests"):
             values[name] = base64.b64encode(values[name]).decode()
         return json.dumps(values).encode()
@@ -115,6 +139,7 @@ class SliceSummary:
         values["sizes"] = [tuple(size) for size in values["sizes"]]
         values["shards"] = [WrittenShard(**shard) for shard in values["shards"]]
         values["sums"] = {split: PixelSums.from_dict(sums) for split, sums in values["sums"].items()}
+        values["values"] = {split: ValueSums.from_json(sums) for split, sums in values["values"].items()}
         return cls(**values)
 
 

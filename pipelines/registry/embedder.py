@@ -1,7 +1,7 @@
 """Model code that MLflow packages: embed images, or predict labels if the model has a trained head. Nothing is masked.
 
 MLflow runs this file alone, on machines that have neither Ray nor this package. It is packaged with copies of mae_core
-and of pipelines/images/decode.py (as mae_decode.py), so that preprocessing equals that of evaluation.
+and of pipelines/images/decode (as mae_decode), so that preprocessing equals that of evaluation.
 """
 
 import json
@@ -62,12 +62,13 @@ class Embedder(mlflow.pyfunc.PythonModel):
         """Decode and crop one batch of images, starting at index `start`, to the network's input."""
         import numpy as np
         import torch
-        from mae_decode import decode, evaluation_view  # pyright: ignore[reportMissingImports]
+        from mae_decode import input_view  # pyright: ignore[reportMissingImports]
 
-        views = []
+        network, views = self.network, []
         for i, content in enumerate(encoded[start : start + _BATCH], start):
             try:
-                views.append(evaluation_view(decode(content, self.network.channels), self.network.image_px))
+                values = network.normalization.values
+                views.append(input_view(content, network.channels, network.image_px, values))
             except ValueError as error:
                 raise ValueError(
                     f"image {i} cannot be read ({error}); send a complete JPEG, PNG or WebP file"

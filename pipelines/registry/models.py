@@ -28,6 +28,8 @@ _BACKBONE = ("encoder.safetensors", "config.json")
 _CLASSIFIER = ("classifier.safetensors", "config.json")
 _SUFFIXES = (".safetensors", ".json", ".png")
 _REQUIREMENTS = ("jaxtyping", "mlflow", "numpy", "pandas", "pillow", "safetensors", "simplejpeg", "timm", "torch")
+_READERS = ("imagecodecs", "nibabel", "pydicom", "tifffile")
+"""Further requirements of a model of images beyond 8 bits, as far as they are installed where it was trained."""
 
 
 def register_backbone(
@@ -113,8 +115,8 @@ def _upload(run: Run, paths: dict[str, Path], model_name: str, tags: dict[str, s
 
 def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, folder: Path) -> None:
     """Write an MLflow "model from code" to `folder`: embedder.py, a copy of mae_core, and the files in artifacts/."""
-    decoder = folder.with_name("mae_decode.py")
-    shutil.copyfile(Path(__file__).parents[1] / "images" / "decode.py", decoder)
+    decoder = folder.with_name("mae_decode")
+    shutil.copytree(Path(__file__).parents[1] / "images" / "decode", decoder)
     with warnings.catch_warnings():
         # MLflow warns about its own type hints during import, and about the missing input example. We leave the example
         # out because MLflow would load the model to check it, which costs more than everything else here.
@@ -130,11 +132,21 @@ def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, fol
             code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
             # One unnamed column accepts a table, a list or an array of encoded images.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),
-            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS],
+            pip_requirements=list(_requirements(paths["config.json"])),
             mlflow_model=Model(artifact_path=location, model_uuid=model_id, run_id=run.id, model_id=model_id),
         )
     for cache in folder.rglob("__pycache__"):
         shutil.rmtree(cache)
+
+
+def _requirements(config: Path) -> Iterator[str]:
+    """Yield the libraries with which the model runs, each with its version here."""
+    reads_values = json.loads(config.read_bytes()).get("pixels", {}).get("values") is not None
+    for name in (*_REQUIREMENTS, *(_READERS if reads_values else ())):
+        try:
+            yield f"{name}=={metadata.version(name).partition('+')[0]}"
+        except metadata.PackageNotFoundError:
+            assert name in _READERS, f"{name} is installed with this package"
 
 
 def _create_version(run: Run, name: str, model_id: str, description: str, tags: dict[str, str]) -> "ModelVersion":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from mae_core.config import ADDED, LAYER_NORM_EPS, Normalization, Size
+from mae_core.errors import UserError
 from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index
@@ -146,14 +147,31 @@ IndexedJob: TypeAlias = tuple[Job, IndexedDataset]
 def index_dataset(job: Job, manifest: Manifest) -> IndexedDataset:
     """Index the splits that the job reads.
 
-    Reads the label column if the job trains on some samples of each class. Raises UserError if a class has fewer, or
-    if a split is absent or empty.
+    Reads the label column if the job trains on some samples of each class. Raises UserError if a class has fewer, if
+    a split is absent or empty, or if an augmentation does not suit the images.
     """
+    _check_augmentations(job)
     only_train = IndexedDataset(manifest=manifest, indexes={"train": train_index(job, manifest)})
     steps_per_epoch = train_plan(job, only_train).steps_per_epoch
     splits = {phase.split for phase in phases(job, steps_per_epoch, 0, frozenset(manifest.splits))} - {"train"}
     others = {split: _labelled_index(job, manifest, split) for split in sorted(splits)}
     return IndexedDataset(manifest=manifest, indexes={**only_train.indexes, **others})
+
+
+def _check_augmentations(job: Job) -> None:
+    """Raise UserError for colour operations on images that are not in colour, and quarter turns of oblong ones."""
+    augment, (image_px, channels) = job.config.augment, job.input
+    if augment.rand_augment and (job.pixels.values is not None or channels not in (1, 3)):
+        kind = "8 bits" if job.pixels.values is None else job.pixels.values.dtype
+        raise UserError(
+            f"rand_augment {augment.rand_augment} changes colours of 8-bit photographs, but the images are {kind} in "
+            f"{channels} channels; try --augment.rand-augment '' with --augment.flip-vertical --augment.quarter-turns"
+        )
+    if augment.quarter_turns and image_px[0] != image_px[1]:
+        raise UserError(
+            f"quarter_turns need square images, not {image_px[0]} x {image_px[1]} px; leave them out, or try "
+            f"--image-px {image_px[0]} {image_px[0]}"
+        )
 
 
 def train_index(job: Job, manifest: Manifest) -> Index:
@@ -240,6 +258,7 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
         augment=job.config.augment,
         seed=job.config.seed,
         crops=job.config.crops_per_image if isinstance(job, PretrainJob) else 1,
+        values=job.pixels.values,
     )
     read_transform = dataclasses.replace(transform, train=False, crops=1)
     found = []

@@ -10,7 +10,7 @@ from mae_core.config import ClassifierConfig, ModelConfig, Normalization, Size
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
 from mae_core.state import pack, unpack
-from pipelines.config import to_dict
+from pipelines.config import to_dict, without_added_defaults
 
 
 def backbone_files(model: ModelConfig, pixels: Normalization, mae_tensors: bytes) -> dict[str, bytes]:
@@ -26,7 +26,7 @@ def backbone_files(model: ModelConfig, pixels: Normalization, mae_tensors: bytes
 
 def encoder_files(model: ModelConfig, pixels: Normalization, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Return the files of a backbone without a decoder by name: its tensors under timm's names, and its config."""
-    config = {"kind": "backbone", "model": to_dict(model), "pixels": to_dict(pixels)}
+    config = {"kind": "backbone", "model": to_dict(model), "pixels": without_added_defaults(pixels)}
     return {"encoder.safetensors": pack(tensors), "config.json": json.dumps(config, indent=1).encode()}
 
 
@@ -54,7 +54,7 @@ def classifier_files(
         "classes": list(classes),
         "classifier": to_dict(config),
         "norm_eps": norm_eps,
-        "pixels": to_dict(pixels),
+        "pixels": without_added_defaults(pixels),
     }
     if multi_label:
         values["multi_label"] = True

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mae_core.augment import erase, mixup, pixels_to_input
+from mae_core.augment import drop_bands, erase, mixup, pixels_to_input
 from mae_core.classifier import build_classifier, load_encoder_weights
 from mae_core.config import parse_arch
 from mae_core.multi_label import mean_average_precision, multi_hot, multi_label_loss, targets_of
@@ -36,7 +36,8 @@ def run(
     plan = train_plan(job, dataset)
     state = _start(job, rank, plan.steps_per_epoch)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
-    warm_up(state, MicroBatch.blank(config.data.micro_batch, *job.input).to(rank.device), loss_of)
+    blank = MicroBatch.blank(config.data.micro_batch, *job.input, in_float=job.pixels.values is not None)
+    warm_up(state, blank.to(rank.device), loss_of)
     recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
     if checkpoint:
         recorder.resume(checkpoint)
@@ -72,6 +73,8 @@ def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
         epoch = step // steps_per_epoch
         images = pixels_to_input(batch.images, job.pixels)
+        prob = config.augment.drop_bands
+        images = drop_bands(images, prob, seed=config.seed, epoch=epoch, sample_ids=batch.ids)
         images = erase(images, config.augment.erase, seed=config.seed, epoch=epoch, sample_ids=batch.ids)
         targets = None if hot is None else targets_of(batch.labels, hot)
         images, targets = mixup(

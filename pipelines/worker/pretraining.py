@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mae_core.augment import pixels_to_input
+from mae_core.augment import drop_bands, pixels_to_input
 from mae_core.config import ModelConfig
 from mae_core.masking import training_masks
 from mae_core.model import MaskedAutoencoder, build_mae
@@ -62,7 +62,8 @@ def run(
         start_lr=job.extended.end_lr if job.extended else 0.0,
     )
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
-    blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image)
+    in_float = job.pixels.values is not None
+    blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image, in_float=in_float)
     warm_up(state, blank.to(rank.device), loss_of)
 
     def save_picture(step: int) -> None:
@@ -127,16 +128,18 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     config = job.config
 
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
-        images = pixels_to_input(batch.images, job.pixels)
+        images, epoch = pixels_to_input(batch.images, job.pixels), step // steps_per_epoch
+        prob = config.augment.drop_bands
+        seen = drop_bands(images, prob, seed=config.seed, epoch=epoch, sample_ids=batch.ids) if prob else None
         mask = training_masks(
             config.model,
             seed=config.seed,
-            epoch=step // steps_per_epoch,
+            epoch=epoch,
             sample_ids=batch.ids,
             masks_per_image=config.views_per_image,
         )
         with rank.autocast():
-            return pretrain_loss(model, images, mask, batch.weights)
+            return pretrain_loss(model, images, mask, batch.weights, seen)
 
     return loss_of
 
@@ -146,7 +149,8 @@ def _save_picture(
 ) -> None:
     """Draw reconstructions of a few held-out images, the same at every step, to pictures/ of the run folder."""
     splits = dataset.manifest.splits
-    images = split_images(job.config.data.uri, splits.get("val", splits["train"]), _NUM_IMAGES_DRAWN, *job.input)
+    split, values = splits.get("val", splits["train"]), job.pixels.values
+    images = split_images(job.config.data.uri, split, _NUM_IMAGES_DRAWN, *job.input, values)
     mae.eval()
     block = picture_block(mae, job.pixels, images, job.config.model.mask.ratio, job.config.seed)
     mae.train()

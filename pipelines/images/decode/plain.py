@@ -1,7 +1,7 @@
-"""Decode images to upright uint8 pixels of one or three channels, or refuse them with a reason.
+"""Decode the formats that Pillow reads to upright uint8 pixels of one or three channels, or refuse them with a reason.
 
 The header is read and checked first: a small file can claim more pixels than fit in memory, and most decoders would
-allocate them. This module imports nothing of ours: the registry packages it alone with each model.
+allocate them.
 """
 
 import io
@@ -9,7 +9,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,22 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-ImageArray = NDArray[np.uint8]
+from .headers import MAX_PIXELS, ImageArray, ImageHeader
+from .tiff_header import SIGNATURES, UNASSOCIATED, TiffHeader, read_tiff_header
+
 Box = tuple[int, int, int, int]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 64_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 _MODES = (*_GRAY_MODES, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _EXIF_ORIENTATION = 0x0112
-# For evaluation, images are resized to cover 256/224 of the input size and centre-cropped.
-_EVALUATION_COVER = 256 / 224
+_TOLERATED = "extraneous bytes before marker"
+"""libjpeg's warning about bytes that belong to nothing; every pixel is there."""
+TOLERATED_NOTE = f"JPEG with {_TOLERATED}"
+UNCLEAR_ALPHA = (
+    "unclear fourth band: the last band is declared as unassociated alpha, as GDAL also declares near infrared, and is "
+    "no mask of 0 and the largest value; say --fourth-band band, or --fourth-band alpha to composite it over white"
+)
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
@@ -42,19 +46,8 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageHeader:
-    """Properties of an image, from its header. Height and width are those after `orientation` is applied."""
-
-    height_px: int
-    width_px: int
-    orientation: int
-    channels: int
-    format: str
-
-
-def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read the header without decoding the pixels.
+def inspect(content: bytes, max_pixels: int = MAX_PIXELS, tiff: TiffHeader | None = None) -> ImageHeader:
+    """Read the header without decoding the pixels; `tiff` is that of a TIFF of one page, which may have overviews.
 
     Raises ValueError with the reason, its kind before the colon, for empty or unknown files, more than `max_pixels`,
     animations, and pixel formats without an 8-bit equivalent.
@@ -65,8 +58,8 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         # Each scan is decoded over the entire image, so a file of a few kB could take minutes.
         raise ValueError(f"too many scans: more than {_MAX_JPEG_SCANS}")
     may_turn = _png_may_turn(content) if content.startswith(_PNG_SIGNATURE) else True
-    with _opened(content, "damaged header") as image:
-        return _header(image, max_pixels, may_turn)
+    with opened(content, "damaged header") as image:
+        return _header(image, max_pixels, may_turn, tiff)
 
 
 def _png_may_turn(content: bytes) -> bool:
@@ -88,34 +81,35 @@ def _png_may_turn(content: bytes) -> bool:
 
 
 @contextmanager
-def _opened(content: bytes, reason: str) -> Iterator[Image.Image]:
+def opened(content: bytes, reason: str) -> Iterator[Image.Image]:
     """Open the file with Pillow; turn its exceptions of any type into ValueError and suppress its warnings."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError:
         raise ValueError("not a known image format") from None
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:
         raise ValueError(f"{reason}: {error or type(error).__name__}") from None
 
 
-class _Refused(Exception):
+class Refused(ValueError):
     """An intact image of a kind that we do not accept."""
 
 
-def _header(image: Image.Image, max_pixels: int, may_turn: bool) -> ImageHeader:
+def _header(image: Image.Image, max_pixels: int, may_turn: bool, tiff: TiffHeader | None) -> ImageHeader:
     width, height = image.size
     if width * height > max_pixels:
-        raise _Refused(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
+        raise Refused(f"too many pixels: {width} x {height} is more than max_pixels {max_pixels}")
     if width < 1 or height < 1:
-        raise _Refused(f"no pixels: {width} x {height}")
+        raise Refused(f"no pixels: {width} x {height}")
     # Cameras write MPO, a JPEG followed by further pictures. The first one is the photograph.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise _Refused("animated or several pages")
+    # Further pages of a cloud-optimised GeoTIFF are overviews.
+    if image.format != "MPO" and tiff is None and getattr(image, "is_animated", False):
+        raise Refused("animated or several pages")
     if image.mode not in _MODES:
-        raise _Refused(f"unsupported pixels: mode {image.mode}")
+        raise Refused(f"unsupported pixels: mode {image.mode}")
     orientation = _orientation(image) if may_turn else 1
     if orientation >= 5:
         width, height = height, width
@@ -154,19 +148,31 @@ class Scratch:
         return found
 
 
-def decode(content: bytes, channels: int, orientation: int | None = None, scratch: Scratch | None = None) -> ImageArray:
+def decode(
+    content: bytes, channels: int, orientation: int, scratch: Scratch | None = None, notes: list[str] | None = None
+) -> ImageArray:
     """Decode to upright pixels [height width channels]. Raises ValueError with the reason if the image is damaged.
 
-    Gray becomes colour by repetition, and colour becomes gray by luma; alpha is composited over white; 16 bits are
-    scaled to 8. Pass `orientation` if the header has been read; otherwise it is read and checked first. With `scratch`,
-    the result may be one of its buffers.
+    Gray becomes colour by repetition, and colour becomes gray by luma; alpha is composited over white. With `scratch`,
+    the result may be one of its buffers. A fault that costs no pixel is added to `notes`.
     """
-    if orientation is None:
-        orientation = inspect(content).orientation
-    pixels = decode_jpeg(content, channels, scratch) if content.startswith(b"\xff\xd8") else None
+    pixels = _jpeg(content, channels, scratch, notes) if content.startswith(b"\xff\xd8") else None
     if pixels is None:
         pixels = _decode_any(content, channels)
-    return _upright(pixels, orientation)
+    return upright(pixels, orientation)
+
+
+def _jpeg(content: bytes, channels: int, scratch: Scratch | None, notes: list[str] | None) -> ImageArray | None:
+    """Decode a JPEG; None for one that is left to Pillow: CMYK, and whole files with bytes that belong to nothing."""
+    try:
+        return decode_jpeg(content, channels, scratch)
+    except ValueError as error:
+        is_whole = content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda") > 0
+        if _TOLERATED not in str(error) or not is_whole:
+            raise
+        if notes is not None:
+            notes.append(TOLERATED_NOTE)
+        return None
 
 
 def decode_jpeg(content: bytes | bytearray | ImageArray, channels: int, scratch: Scratch | None) -> ImageArray | None:
@@ -183,23 +189,30 @@ def decode_jpeg(content: bytes | bytearray | ImageArray, channels: int, scratch:
 
 def _decode_any(content: bytes, channels: int) -> ImageArray:
     mode = "L" if channels == 1 else "RGB"
-    with _opened(content, "damaged image") as image:
+    with opened(content, "damaged image") as image:
         plain = image.mode == mode and "transparency" not in image.info
-        pixels = np.asarray(image if plain else _convert(image, mode))
+        pixels = np.asarray(image if plain else _convert(image, mode, content))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def _convert(image: Image.Image, mode: str, content: bytes) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
+        if content[:4] in SIGNATURES and read_tiff_header(content).alpha == UNASSOCIATED:
+            refuse_unclear_alpha(np.asarray(image)[:, :, 3])
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert(mode)
 
 
-def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
+def refuse_unclear_alpha(alpha: NDArray[Any]) -> None:
+    """Raise an error if a band that a TIFF declares as unassociated alpha is no mask: it may be near infrared."""
+    largest = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
+    if ((alpha != 0) & (alpha != largest)).any():
+        raise Refused(UNCLEAR_ALPHA)
+
+
+def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Rotate and mirror the image according to EXIF's orientation (1 to 8)."""
     if orientation == 1:
         return pixels
@@ -212,32 +225,10 @@ def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
     return np.ascontiguousarray(pixels)
 
 
-def evaluation_view(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
-    """Return the image as evaluation sees it.
-
-    An image of the input's size is unchanged. One that is larger in both dimensions is resized to cover 256/224 of the
-    input and centre-cropped. Any other is resized to cover the input and centre-cropped.
-    """
-    height, width = pixels.shape[:2]
-    if (height, width) == out_hw:
+def as_channels(pixels: ImageArray, channels: int) -> ImageArray:
+    """Convert gray to colour by repetition, or colour to gray by luma."""
+    if pixels.shape[2] == channels:
         return pixels
-    cover = _EVALUATION_COVER if height > out_hw[0] and width > out_hw[1] else 1.0
-    box_scale = min(height / (out_hw[0] * cover), width / (out_hw[1] * cover))
-    box_height, box_width = max(1, round(out_hw[0] * box_scale)), max(1, round(out_hw[1] * box_scale))
-    top, left = (height - box_height) // 2, (width - box_width) // 2
-    return _resize(pixels[top : top + box_height, left : left + box_width], out_hw)
-
-
-def _resize(pixels: ImageArray, out_hw: tuple[int, int]) -> ImageArray:
-    """Resize with antialiased bicubic interpolation.
-
-    Uses torch, because machines that serve a model have no compiler for `crops`.
-    """
-    import torch
-    from torch.nn.functional import interpolate
-
-    # Torch's uint8 kernel is fast only on true channels-last memory, which reshape gives and indexing with None does
-    # not. The copy is needed because Pillow's arrays are read-only.
-    tensor = torch.from_numpy(pixels.copy().reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
-    resized = interpolate(tensor, size=out_hw, mode="bicubic", antialias=True, align_corners=False)
-    return resized.permute(0, 2, 3, 1)[0].numpy()
+    if channels == 3:
+        return pixels.repeat(3, axis=2)
+    return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]

@@ -1,0 +1,335 @@
+"""Images beyond 8 bits and three channels are read exactly, or refused by name; nothing is lost without a word."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from rasterio.io import MemoryFile
+
+from mae_core.config import Reading, ValueRange
+from mae_core.values import limits_of, to_unit
+from pipelines.images.crops import crop_values_into, planes_of
+from pipelines.images.decode import (
+    Scratch,
+    decode,
+    evaluation_view,
+    input_view,
+    inspect,
+    preview,
+    read_values,
+    unit_pixels,
+)
+from pipelines.images.decode.stored import pack
+from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, png, scene, tiff, tiff_pages
+
+
+def exact(content: bytes, reading: Reading = Reading()) -> NDArray[Any]:  # noqa: B008
+    """Return the values, all of which are data."""
+    values, valid = read_values(content, reading)
+    assert valid is None
+    header = inspect(content, reading=reading)
+    assert (header.dtype, header.channels) == (values.dtype.name, values.shape[2])
+    assert (header.height_px, header.width_px) == values.shape[:2]
+    return values
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13, 64])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_tiff_and_arrays_of_every_type_and_number_of_channels_are_read_exactly(dtype: str, channels: int) -> None:
+    values = scene(channels, side_px=80).astype(np.int64) - (30000 if dtype == "int16" else 0)
+    values = (values >> 8 if dtype == "uint8" else values / 7 if dtype == "float32" else values).astype(dtype)
+    photometric = "rgb" if channels == 3 else "minisblack"
+    for content in (
+        tiff(values if channels > 1 else values[:, :, 0]),
+        tiff_pages(np.moveaxis(values, 2, 0), photometric=photometric, planarconfig="separate")
+        if channels > 1
+        else tiff(values[:, :, 0], compression="zlib", predictor=True),
+        npy(values),
+        npy(np.moveaxis(values, 2, 0)) if channels in (2, 13) else npy(values.astype(values.dtype.newbyteorder(">"))),
+    ):
+        np.testing.assert_array_equal(exact(content), values)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_of_16_bits_keeps_them(channels: int) -> None:
+    values = scene(channels)
+    np.testing.assert_array_equal(exact(deep_png(values)), values)
+    if channels == 1:
+        np.testing.assert_array_equal(exact(png(Image.fromarray(values[:, :, 0]))), values)
+    opaque = np.concatenate([values, np.full_like(values[:, :, :1], 65535)], axis=2)
+    np.testing.assert_array_equal(exact(deep_png(opaque)), values)
+    clear = np.concatenate([values, np.zeros_like(values[:, :, :1])], axis=2)
+    assert (exact(deep_png(clear)) == 65535).all(), "white"
+
+
+def test_white_is_zero_is_turned_whatever_the_bits() -> None:
+    for values in (scene(), (scene() >> 8).astype(np.uint8)):
+        content = tiff(values[:, :, 0], photometric="miniswhite")
+        white = np.iinfo(values.dtype).max
+        np.testing.assert_array_equal(exact(content), white - values)
+        assert "white is zero, inverted" in inspect(content).notes
+    np.testing.assert_array_equal(
+        decode(tiff((scene() >> 8).astype(np.uint8)[:, :, 0], photometric="miniswhite"), 1), 255 - (scene() >> 8)
+    )
+    with pytest.raises(ValueError, match="white is zero, but the largest value is unknown"):
+        inspect(tiff(scene()[:, :, 0].astype(np.float32), photometric="miniswhite"))
+
+
+def geotiff(values: NDArray[Any], **options: Any) -> bytes:
+    """Encode [height width channels] as rasterio and GDAL do it by default."""
+    height, width, count = values.shape
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": values.dtype.name}
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500000, 0, -10, 5000000)}
+    with MemoryFile() as memory:
+        with memory.open(**profile, **place, **options) as file:
+            file.write(np.moveaxis(values, 2, 0))
+        return memory.read()
+
+
+def bands_of(content: bytes) -> NDArray[Any]:
+    """Read [height width channels] with rasterio."""
+    with MemoryFile(content) as memory, memory.open() as file:
+        return np.moveaxis(file.read(), 0, 2)
+
+
+@pytest.mark.parametrize("compress", ["none", "lzw", "deflate", "zstd"])
+def test_geotiffs_are_what_rasterio_makes_of_them(compress: str) -> None:
+    for values in (scene(1), scene(2), scene(13), scene(5).astype(np.int16), (scene(4) / 65535).astype(np.float32)):
+        predictor = 3 if values.dtype.kind == "f" else 2
+        options = {} if compress == "none" else {"compress": compress, "predictor": predictor}
+        for layout in ("pixel", "band"):
+            content = geotiff(values, interleave=layout, tiled=True, blockxsize=16, blockysize=16, **options)
+            np.testing.assert_array_equal(exact(content), bands_of(content))
+            np.testing.assert_array_equal(exact(content), values)
+
+
+def test_near_infrared_is_not_composited_away() -> None:
+    """GDAL declares the fourth of four bytes as unassociated alpha, whatever it is."""
+    values = (scene(4) >> 8).astype(np.uint8)
+    content = geotiff(values)
+    with pytest.raises(ValueError, match=r"unclear fourth band: .* --fourth-band band"):
+        decode(content, 3)
+    with pytest.raises(ValueError, match="unclear fourth band"):
+        read_values(content)
+    np.testing.assert_array_equal(exact(content, Reading(fourth_band="band")), values)
+    over_white = exact(content, Reading(fourth_band="alpha")).astype(int)
+    image = Image.alpha_composite(Image.new("RGBA", (40, 40), "white"), Image.fromarray(values))
+    assert np.abs(over_white - np.asarray(image.convert("RGB"))).max() <= 1
+
+
+def test_a_mask_as_fourth_band_is_transparency() -> None:
+    values = (scene(4) >> 8).astype(np.uint8)
+    values[:, :, 3] = np.where(values[:, :, 3] > 100, 255, 0)
+    content = geotiff(values)
+    found = decode(content, 3)
+    np.testing.assert_array_equal(found, np.where(values[:, :, 3:] == 0, 255, values[:, :, :3]))
+    assert inspect(content).notes == ("alpha composited over white",)
+
+
+def test_two_bands_stay_two() -> None:
+    values = (scene(2) >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(exact(geotiff(values)), values)
+    with pytest.raises(ValueError, match="other pixels: uint8 in 2 channels"):
+        decode(geotiff(values), 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_overviews_are_no_pages(channels: int) -> None:
+    for values in (scene(channels), (scene(channels) >> 8).astype(np.uint8)):
+        pixels = values[:, :, 0] if channels == 1 else values
+        content = cloud_optimised(pixels, photometric="minisblack" if channels == 1 else "rgb")
+        header = inspect(content)
+        assert (header.height_px, header.num_frames, header.notes) == (40, 1, ("overviews left out",))
+        np.testing.assert_array_equal(exact(content), values)
+        if values.dtype == np.uint8:
+            np.testing.assert_array_equal(decode(content, channels), values)
+
+
+def test_pages_are_chosen_or_refused() -> None:
+    pages = np.stack([scene(1, seed)[:, :, 0] for seed in range(3)])
+    for content in (tiff_pages(pages, photometric="minisblack"), tiff_pages(pages, imagej=True)):
+        with pytest.raises(ValueError, match=r"several frames: 3 .* --frames first"):
+            inspect(content)
+        assert inspect(content, reading=Reading(frames="all")).num_frames == 3
+        for frame in range(3):
+            found, _ = read_values(content, Reading(frames="all"), frame)
+            np.testing.assert_array_equal(found[:, :, 0], pages[frame])
+
+
+def test_pixels_without_data_are_marked_and_become_nothing() -> None:
+    values = scene(2, largest=30000).astype(np.int16)
+    values[:10] = -9999
+    content = geotiff(values, nodata=-9999)
+    found, valid = read_values(content)
+    assert valid is not None
+    np.testing.assert_array_equal(valid, values != -9999)
+    np.testing.assert_array_equal(found[10:], values[10:])
+    own = ValueRange(dtype="int16", kind="min-max", by="image")
+    unit = unit_pixels(content, 2, own)
+    assert unit[:10].max() == 0
+    assert unit.max() == 1
+    assert limits_of(found, own, valid)[0].min() >= 0, "nodata is not the minimum"
+    fractions = (scene(1)[:, :, 0] / 65535).astype(np.float32)
+    fractions[0, 0] = np.nan
+    for content in (tiff(fractions), npy(fractions)):
+        found, valid = read_values(content)
+        assert valid is not None
+        assert np.argwhere(~valid).tolist() == [[0, 0, 0]]
+    with pytest.raises(ValueError, match="no data"):
+        read_values(tiff(np.full((8, 8), np.nan, np.float32)))
+    with pytest.raises(ValueError, match="infinite values"):
+        read_values(npy(np.full((8, 8), np.inf, np.float32)))
+
+
+def test_whole_numbers_of_32_bits_are_exact_or_refused() -> None:
+    values = scene().astype(np.int32)
+    for content in (tiff(values[:, :, 0]), npy(values[:, :, 0])):
+        np.testing.assert_array_equal(exact(content), values.astype(np.float32))
+    for content in (tiff(values[:, :, 0] + 2**25 + 1), npy(values[:, :, 0] + 2**25 + 1)):
+        with pytest.raises(ValueError, match="int32 values above 16,777,216"):
+            read_values(content)
+
+
+def test_sixteen_bits_become_eight_only_if_they_use_their_range() -> None:
+    values = scene(3)
+    found = decode(deep_png(values), 3)
+    assert np.abs(found.astype(float) - values / 257).max() <= 0.51
+    with pytest.raises(ValueError, match=r"16 bits: values run from 0 to 4095, a fraction of 0 to 65535.*--range"):
+        decode(deep_png(scene(3, largest=4095)), 3)
+
+
+def test_what_cannot_be_meant_is_refused_by_name() -> None:
+    refused = {
+        "too many pixels: 40 x 40": (tiff(scene(2)), 1599),
+        "too many channels: 65": (tiff(np.zeros((8, 8, 65), np.uint8)), 10**6),
+        "unsupported pixels: complex": (tiff(np.zeros((8, 8), np.complex64)), 10**6),
+        "unclear layout": (npy(np.zeros((3, 40, 3), np.uint16)), 10**6),
+        "other dimensions: an array of 4": (npy(np.zeros((3, 40, 40, 3), np.uint16)), 10**6),
+        "damaged image: 0 bytes": (npy(np.zeros((40, 40), np.uint16))[:-3200], 10**6),
+        "objects or records": (npy(np.zeros((4, 4), [("a", "u1")])), 10**6),
+    }
+    for reason, (content, max_pixels) in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            inspect(content, max_pixels)
+
+
+def test_bombs_are_refused_by_their_header() -> None:
+    header = tiff(scene(13))
+    with pytest.raises(ValueError, match="too many pixels: 40 x 40 is more than max_pixels 100"):
+        read_values(header, max_pixels=100)
+    circle = bytearray(tiff(np.zeros((8, 8, 2), np.uint8)))
+    with tifffile.TiffFile(io.BytesIO(circle)) as file:
+        first = file.pages[0].offset
+        num_tags = int.from_bytes(circle[first : first + 2], "little")
+    end = first + 2 + 12 * num_tags
+    circle[end : end + 4] = first.to_bytes(4, "little")
+    with pytest.raises(ValueError, match="pages in a circle"):
+        inspect(bytes(circle))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("channels", [1, 2, 13])
+def test_storage_is_lossless(dtype: str, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    values = (
+        rng.normal(0, 1e4, (17, 23, channels)) if dtype == "float32" else rng.integers(0, 2**16, (17, 23, channels))
+    )
+    values = values.astype(dtype)
+    limits = np.arange(channels) - 0.5, np.arange(channels) + 7.25
+    content = pack(values, limits)
+    np.testing.assert_array_equal(exact(content), values)
+    found, first = planes_of(content, Scratch())
+    assert first == 0
+    np.testing.assert_array_equal(np.moveaxis(found, 0, 2), values)
+    assert found.dtype == values.dtype
+    own = ValueRange(dtype=dtype, kind="percentiles", by="image", percentiles=(1.0, 99.0))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(unit_pixels(content, channels, own), to_unit(values, *limits))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_an_error_or_an_image_and_nothing_else(data: st.DataObject) -> None:
+    whole = [tiff(scene(13)), tiff(scene(2)), deep_png(scene(3)), npy(scene(2)), pack(scene(2)), geotiff(scene(5))]
+    content = bytearray(data.draw(st.sampled_from(whole)))
+    places = st.integers(0, len(content) - 1) | st.integers(0, 200)
+    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)):
+        content[place] = value
+    damaged = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    try:
+        header = inspect(damaged, 100_000)
+        values, _ = read_values(damaged, max_pixels=100_000)
+    except ValueError:
+        return
+    assert values.shape == (header.height_px, header.width_px, header.channels)
+
+
+def test_crops_of_values_are_what_pillow_makes_of_them() -> None:
+    values = scene(2, side_px=90)
+    low, high = np.array([1000.0, 0.0]), np.array([60000.0, 65535.0])
+    unit = to_unit(values, low, high)
+    content = pack(values)
+    for box in ((0, 0, 90, 90), (10, 20, 30, 50), (3, 7, 80, 61), (40, 40, 5, 4)):
+        top, left, height, width = box
+        for flip in (False, True):
+            out = np.empty((24, 32, 2), np.float32)
+            crop_values_into(out, content, (low, high), box, flip, Scratch())
+            part = unit[top : top + height, left : left + width]
+            for channel in range(2):
+                image = Image.fromarray(np.ascontiguousarray(part[:, :, channel]))
+                expected = np.asarray(image.resize((32, 24), Image.Resampling.BICUBIC)).clip(0, 1)
+                np.testing.assert_allclose(out[:, :: -1 if flip else 1, channel], expected, atol=2e-6)
+    out = np.empty((90, 90, 2), np.float32)
+    crop_values_into(out, content, (low, high), (0, 0, 90, 90), False, Scratch())
+    np.testing.assert_array_equal(out, unit)
+    with pytest.raises(ValueError, match="is not within the image of 90 x 90"):
+        crop_values_into(out, content, (low, high), (1, 0, 90, 90), False, Scratch())
+
+
+def test_a_file_gives_the_same_input_whatever_it_is_stored_in() -> None:
+    """What training reads from a shard equals what a served model reads from any file of the same values."""
+    values = scene(3, side_px=64)
+    for own in (
+        ValueRange(dtype="uint16", kind="window", low=(1000.0,) * 3, high=(50000.0,) * 3),
+        ValueRange(dtype="uint16", kind="percentiles", by="image", percentiles=(2.0, 98.0)),
+    ):
+        limits = limits_of(values, own)
+        files = [tiff(values, photometric="rgb"), geotiff(values), deep_png(values), npy(values)]
+        stored = pack(values, limits if own.by == "image" else None)
+        expected = evaluation_view(to_unit(values, *limits), (32, 32))
+        for content in (*files, stored):
+            np.testing.assert_array_equal(input_view(content, 3, (32, 32), own), expected)
+    with pytest.raises(ValueError, match="other pixels: uint8, where uint16 is read"):
+        input_view(tiff((values >> 8).astype(np.uint8), photometric="rgb"), 3, (32, 32), own)
+    with pytest.raises(ValueError, match="other pixels: 2 channels, where 3 are read"):
+        input_view(npy(values[:, :, :2]), 3, (32, 32), own)
+
+
+def test_people_see_every_kind_of_image() -> None:
+    for content in (tiff(scene(13)), tiff(scene(1)[:, :, 0]), geotiff((scene(4) >> 8).astype(np.uint8)), npy(scene(2))):
+        shown = preview(content)
+        assert (shown.shape, shown.dtype) == ((40, 40, 3), np.uint8)
+        assert shown.min() == 0
+        assert shown.max() == 255
+
+
+def test_jpegs_with_bytes_that_belong_to_nothing_are_as_pillow_reads_them() -> None:
+    image = Image.fromarray((scene(3) >> 8).astype(np.uint8))
+    for mode in ("RGB", "L"):
+        file = io.BytesIO()
+        image.convert(mode).save(file, "JPEG", quality=95)
+        content = file.getvalue()[:-2] + b"\0\0\0\0" + b"\xff\xd9"
+        notes: list[str] = []
+        channels = len(mode)
+        found = decode(content, channels, notes=notes)
+        expected = np.asarray(Image.open(io.BytesIO(content)))
+        np.testing.assert_array_equal(found.squeeze(), expected.squeeze())
+        assert notes == ["JPEG with extraneous bytes before marker"]
+        with pytest.raises(ValueError, match="damaged JPEG"):
+            decode(content[: len(content) // 2], channels)
