@@ -121,6 +121,12 @@ class PrepareConfig(SourceConfig):
     axis: Literal["axial", "coronal", "sagittal"] = field(default="axial", metadata=ADDED)
     """Direction in which a medical volume is cut into slices, which are its frames."""
 
+    tile_px: int | None = field(default=None, metadata=ADDED)
+    """Side of the square tiles into which images are cut, such as scenes and slides; the last ones of a row or column
+    overlap those before. Without a value images stay whole."""
+    min_data: float = field(default=0.5, metadata=ADDED)
+    """Smallest share of pixels with data of a tile that is kept."""
+
     @property
     def reading(self) -> Reading:
         """How files of several frames and unclear bands are read."""
@@ -152,6 +158,10 @@ class PrepareConfig(SourceConfig):
             raise UserError(f"window width {numbers[1]:g} is not above 0; try window 2048 4096")
         if self.range_by == "image" and kind not in ("min-max", "percentiles", "voi"):
             raise UserError(f"range_by is image, but range {kind} is the same for all; try --range percentiles 1 99")
+        if self.tile_px is not None and self.tile_px < 1:
+            raise UserError(f"tile_px {self.tile_px} is below 1; try 512, or leave it out")
+        if not 0 <= self.min_data <= 1:
+            raise UserError(f"min_data {self.min_data} is outside [0, 1]; try 0.5")
         if self.frames not in ("one", "first", "all") and not (self.frames.isdecimal() and int(self.frames) > 0):
             raise UserError(f"frames {self.frames!r} is none of one, first, all, or a number; try --frames first")
 

@@ -33,11 +33,11 @@ def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: Enco
     """
     if config.kind == "shrink" and min(header.height_px, header.width_px) > config.short_side_px:
         return _shrunk(pixels, config)
-    if not header.is_plain:
-        return _as_png(pixels)
     kept = StoredImage(
         content=content, height_px=header.height_px, width_px=header.width_px, orientation=header.orientation
     )
+    if config.kind != "keep" and not header.is_plain:
+        return as_png(pixels)
     if config.kind == "keep" or header.format != "JPEG":
         return kept
     rewritten = _add_offsets(content, config)
@@ -47,7 +47,7 @@ def encode(content: bytes, header: ImageHeader, pixels: ImageArray, config: Enco
     return stored if _decodes_to(stored, pixels) else kept
 
 
-def _as_png(pixels: ImageArray) -> StoredImage:
+def as_png(pixels: ImageArray) -> StoredImage:
     """Encode upright pixels of a format that the feed's decoder does not read, without loss."""
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")

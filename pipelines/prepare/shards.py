@@ -12,9 +12,9 @@ from mae_core.config import ValueRange
 from mae_core.randomness import Purpose, uniform_numpy
 from mae_core.values import limits_of
 from pipelines.config import PrepareConfig
-from pipelines.images.decode import ImageHeader, ValueArray, decode, inspect, own_window, read_values
+from pipelines.images.decode import ImageArray, ImageHeader, ValueArray, decode, inspect, own_window, read_values
 from pipelines.images.decode.stored import pack
-from pipelines.images.encode import encode
+from pipelines.images.encode import as_png, encode
 from pipelines.prepare.kinds import PLAIN, PixelKind
 from pipelines.prepare.quarantine import Quarantine
 from pipelines.prepare.slices import Slice
@@ -128,11 +128,35 @@ def _examine(content: Content, config: PrepareConfig, kind: PixelKind, notes: li
     kind.check(header)
     notes += header.notes
     if not kind.is_plain:
-        return [_frame(content, header, frame, config) for frame in _frames(header, config)]
+        frames = _frames(header, config)
+        return [row for frame in frames for row in _rows_of_frame(content, header, frame, config, notes)]
     pixels = decode(content, header.channels, header.orientation, notes=notes)
+    if config.tile_px is not None:
+        return [_tile_row(pixels[tile], tile) for tile in tiles_of(*pixels.shape[:2], config.tile_px)]
     stored = encode(content, header, pixels, config.encode)
     size = stored.height_px, stored.width_px
     return [_Row(stored.content, *size, stored.orientation, stored.segment_offsets, pixels)]
+
+
+def tiles_of(height_px: int, width_px: int, side_px: int) -> list[tuple[slice, slice]]:
+    """Return the rows and columns of square tiles that cover an image, the last ones overlapping those before.
+
+    An image that is smaller in one dimension is as small there.
+    """
+    sides = []
+    for size in (height_px, width_px):
+        starts = [*range(0, max(1, size - side_px), side_px), max(0, size - side_px)]
+        sides.append([slice(start, min(start + side_px, size)) for start in dict.fromkeys(starts)])
+    return [(rows, columns) for rows in sides[0] for columns in sides[1]]
+
+
+def _tile_row(pixels: ImageArray, tile: tuple[slice, slice]) -> _Row:
+    stored = as_png(pixels)
+    return _Row(stored.content, stored.height_px, stored.width_px, 1, None, pixels, suffix=_suffix_of(tile))
+
+
+def _suffix_of(tile: tuple[slice, slice]) -> str:
+    return f"@{tile[0].start},{tile[1].start}"
 
 
 def _frames(header: ImageHeader, config: PrepareConfig) -> range:
@@ -142,8 +166,13 @@ def _frames(header: ImageHeader, config: PrepareConfig) -> range:
     return range(0, header.num_frames, 1 if config.frames == "all" else int(config.frames))
 
 
-def _frame(content: bytes, header: ImageHeader, frame: int, config: PrepareConfig) -> _Row:
-    """Read a frame and store its values without loss, with its own value range if the config says so."""
+def _rows_of_frame(
+    content: bytes, header: ImageHeader, frame: int, config: PrepareConfig, notes: list[str]
+) -> list[_Row]:
+    """Read a frame, or its tiles, and store its values without loss, with its own value range if it has one.
+
+    Tiles have the range of the image that they are cut from. Raises ValueError if none has enough data.
+    """
     values, valid = read_values(content, config.reading, frame, config.max_pixels)
     limits = None
     if config.range[:1] == ("voi",):
@@ -157,9 +186,20 @@ def _frame(content: bytes, header: ImageHeader, frame: int, config: PrepareConfi
             percentiles=(shares[0], shares[1]) if shares else None,
         )
         limits = limits_of(values, own, valid)
-    height, width = values.shape[:2]
     suffix = f"#{frame}" if header.num_frames > 1 and config.frames not in ("one", "first") else ""
-    return _Row(pack(values, limits), height, width, 1, None, values, valid, limits, suffix)
+    if config.tile_px is None:
+        return [_Row(pack(values, limits), *values.shape[:2], 1, None, values, valid, limits, suffix)]
+    found = []
+    for tile in tiles_of(*values.shape[:2], config.tile_px):
+        part, mask = values[tile], None if valid is None else valid[tile]
+        if mask is not None and mask.mean() < config.min_data:
+            notes.append("tiles left out for too little data")
+            continue
+        name = suffix + _suffix_of(tile)
+        found.append(_Row(pack(part, limits), *part.shape[:2], 1, None, part, mask, limits, name))
+    if not found:
+        raise ValueError(f"no data: no tile has data in {config.min_data:.0%} of its pixels")
+    return found
 
 
 def text_of(path: str) -> str:

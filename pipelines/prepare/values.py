@@ -140,7 +140,7 @@ def described(total: ValueSums, config: PrepareConfig) -> tuple[PixelValues, lis
         maximum=[sums.maximum for sums in channels],
         percentiles={f"{share:g}": [sums.percentile(share, levels) for sums in channels] for share in PERCENTILES},
     )
-    return description, [mean for mean, _ in found], [std for _, std in found]
+    return description, [float(mean) for mean, _ in found], [float(std) for _, std in found]
 
 
 def levels_of(dtype: str) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from mae_core.augment import (
     crop_boxes,
+    drop_bands,
     erase,
     flips,
     input_to_pixels,
@@ -17,8 +18,10 @@ from mae_core.augment import (
     pixels_to_input,
     rand_augment,
     soft_targets,
+    turns,
 )
-from mae_core.config import AugmentConfig, Normalization
+from mae_core.config import AugmentConfig, Normalization, ValueRange
+from mae_core.values import FULL, NO_DATA, limits_of, to_unit
 
 CONFIG = AugmentConfig()
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -195,3 +198,67 @@ def test_without_mixup_and_cutmix_images_are_unchanged():
     found, targets = mixup(images, torch.tensor([0, 1]), 2, AugmentConfig(), seed=0, step=0, micro=0)
     assert found is images
     assert targets.tolist() == [[1, 0], [0, 1]]
+
+
+def test_turns_are_keyed_and_uniform():
+    config = AugmentConfig(flip_vertical=True, quarter_turns=True)
+    key = {"seed": 0, "epoch": 0, "sample_ids": np.arange(4000)}
+    upside_down, quarters = turns(config, **key)
+    assert abs(upside_down.mean() - 0.5) < 0.03
+    assert np.abs(np.bincount(quarters, minlength=4) / 4000 - 0.25).max() < 0.03
+    assert abs(np.corrcoef(upside_down, quarters)[0, 1]) < 0.05
+    some = turns(config, seed=0, epoch=0, sample_ids=np.array([7, 3]))
+    assert (some[0] == upside_down[[7, 3]]).all()
+    assert (some[1] == quarters[[7, 3]]).all()
+    assert (turns(config, **{**key, "epoch": 1})[1] != quarters).any()
+    assert (turns(config, **key, view=1)[1] != quarters).any()
+    none = turns(AugmentConfig(), **key)
+    assert not none[0].any()
+    assert not none[1].any()
+
+
+def test_dropped_bands_are_keyed_and_never_all():
+    images, ids = torch.randn(8, 13, 4, 4), torch.arange(4)
+    key = {"seed": 0, "epoch": 0}
+    found = drop_bands(images, 0.3, **key, sample_ids=ids)
+    dropped = (found == 0).all(dim=(2, 3))
+    assert 0.15 < dropped.float().mean() < 0.45
+    torch.testing.assert_close(found[~dropped], images[~dropped], rtol=0, atol=0)
+    # Rows run over the samples, then over their crops.
+    alone = drop_bands(images[[2, 6]], 0.3, **key, sample_ids=ids[[2]])
+    torch.testing.assert_close(alone, found[[2, 6]], rtol=0, atol=0)
+    assert (dropped[2] != dropped[6]).any(), "each crop drops bands of its own"
+    nearly_all = drop_bands(images, 0.999, **key, sample_ids=ids)
+    assert ((nearly_all != 0).any(dim=(2, 3)).sum(1) >= 1).all()
+    assert drop_bands(images, 0.0, **key, sample_ids=ids) is images
+
+
+@pytest.mark.parametrize("dtype", sorted(FULL))
+def test_the_full_range_of_a_type_is_0_to_1(dtype):
+    low, high = FULL[dtype]
+    values = np.array([low, (low + high) / 2, high], np.float64).astype(dtype).reshape(1, 3, 1)
+    unit = to_unit(values, np.array([low]), np.array([high]))
+    assert unit.dtype == np.float32
+    np.testing.assert_allclose(unit.ravel(), [0, 0.5, 1], atol=0.003)
+    assert unit[0, 2, 0] == 1
+    missing = np.full((1, 1, 1), NO_DATA[dtype], dtype)
+    assert to_unit(missing, np.array([low]), np.array([high])).item() == 0
+
+
+def test_values_outside_the_range_are_clipped_and_one_value_is_nothing():
+    values = np.array([[[-5.0], [5.0], [15.0]]], np.float32)
+    assert to_unit(values, np.array([0.0]), np.array([10.0])).ravel().tolist() == [0, 0.5, 1]
+    flat = np.full((2, 2, 1), 7, np.uint16)
+    own = ValueRange(dtype="uint16", kind="min-max", by="image")
+    assert not to_unit(flat, *limits_of(flat, own)).any()
+
+
+def test_images_from_0_to_1_are_normalized_and_left_alone():
+    normalization = Normalization(mean=(0.4, 0.5), std=(0.2, 0.25))
+    images = torch.rand(2, 3, 3, 2)
+    before = images.clone()
+    inputs = pixels_to_input(images, normalization)
+    assert torch.equal(images, before)
+    expected = (before - torch.tensor([0.4, 0.5])) / torch.tensor([0.2, 0.25])
+    torch.testing.assert_close(inputs, expected.permute(0, 3, 1, 2))
+    assert (input_to_pixels(inputs, normalization).float() / 255 - images).abs().max() <= 0.5 / 255 + 1e-6

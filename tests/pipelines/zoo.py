@@ -86,7 +86,7 @@ def broken() -> Iterator[Animal]:
     yield Animal("moving.gif", _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "animated")
     yield Animal("moving.webp", _encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "animated")
     yield Animal("moving.png", _encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), "animated")
-    yield Animal("float.tiff", _encoded(colour.convert("F"), "TIFF"), "unsupported pixels")
+    yield Animal("float.tiff", _encoded(colour.convert("F"), "TIFF"), "other pixels")
     yield Animal("bomb.png", _claiming(png, 30_000, 30_000), "too many pixels")
     yield Animal("bomb.jpg", _jpeg_claiming(jpeg, 30_000, 30_000), "too many pixels")
 

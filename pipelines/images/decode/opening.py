@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from mae_core.config import Reading, ValueRange
 from mae_core.values import FULL, limits_of, to_unit
 
-from . import arrays, deep_png, dicom, nifti, plain, stored, tiff
+from . import arrays, deep_png, dicom, jpeg2000, nifti, plain, stored, tiff
 from .headers import MAX_PIXELS, ImageArray, ImageHeader, ValueArray
 from .views import evaluation_view
 
-_VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz")
+_VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz", ".jp2", ".j2k", ".avif")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", *_VALUES)
 _DEFAULT = Reading()
 Mask = NDArray[np.bool_]
@@ -33,7 +33,7 @@ class Reader(Protocol):
         ...
 
 
-_READERS: tuple[Reader, ...] = (stored, tiff, deep_png, dicom, arrays, nifti)  # pyright: ignore[reportAssignmentType] -- modules
+_READERS: tuple[Reader, ...] = (stored, tiff, deep_png, dicom, arrays, jpeg2000, nifti)  # pyright: ignore[reportAssignmentType] -- modules
 
 
 def _reader_of(content: bytes) -> Reader | None:
@@ -87,8 +87,8 @@ def decode(
 def _eight_bits(values: ValueArray) -> ImageArray:
     if values.shape[2] not in (1, 3) or values.dtype not in (np.uint8, np.uint16):
         raise ValueError(
-            f"other pixels: {values.dtype.name} in {values.shape[2]} channels, where 8 bits in 1 or 3 are read; use a "
-            "dataset or model of such images"
+            f"other pixels: {values.dtype.name}, channels: {values.shape[2]}, where 8 bits in 1 or 3 channels are read; "
+            "use a dataset or model of such images"
         )
     if values.dtype == np.uint8:
         return values

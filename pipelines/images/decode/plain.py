@@ -5,6 +5,7 @@ allocate them.
 """
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -21,13 +22,14 @@ from .tiff_header import SIGNATURES, UNASSOCIATED, TiffHeader, read_tiff_header
 
 Box = tuple[int, int, int, int]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 _GRAY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 _MODES = (*_GRAY_MODES, "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _EXIF_ORIENTATION = 0x0112
 _TOLERATED = "extraneous bytes before marker"
 """libjpeg's warning about bytes that belong to nothing; every pixel is there."""
 TOLERATED_NOTE = f"JPEG with {_TOLERATED}"
+_MAX_GAPS = 8
 UNCLEAR_ALPHA = (
     "unclear fourth band: the last band is declared as unassociated alpha, as GDAL also declares near infrared, and is "
     "no mask of 0 and the largest value; say --fourth-band band, or --fourth-band alpha to composite it over white"
@@ -57,6 +59,8 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS, tiff: TiffHeader | Non
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
         # Each scan is decoded over the entire image, so a file of a few kB could take minutes.
         raise ValueError(f"too many scans: more than {_MAX_JPEG_SCANS}")
+    if content[4:8] == b"ftyp":
+        _refuse_deep_avif(content)
     may_turn = _png_may_turn(content) if content.startswith(_PNG_SIGNATURE) else True
     with opened(content, "damaged header") as image:
         return _header(image, max_pixels, may_turn, tiff)
@@ -78,6 +82,15 @@ def _png_may_turn(content: bytes) -> bool:
         if text_bytes > _MAX_TEXT_BYTES:
             raise ValueError(f"too much text: more than {_MAX_TEXT_BYTES} bytes beside the pixels")
     raise ValueError(f"too many chunks: more than {_MAX_PNG_CHUNKS}")
+
+
+def _refuse_deep_avif(content: bytes) -> None:
+    """Raise ValueError for AVIF of more than 8 bits, of which Pillow keeps 8, and for HEIC."""
+    if content[8:12] not in (b"avif", b"avis"):
+        raise ValueError(f"not a known image format: a container of {content[8:12]!r}; convert it, such as to PNG")
+    at = content.find(b"av1C", 0, 2**16)
+    if at >= 0 and content[at + 6 : at + 7] and content[at + 6] & 0x40:
+        raise ValueError("unsupported pixels: AVIF of more than 8 bits; convert it to TIFF or PNG of 16 bits")
 
 
 @contextmanager
@@ -167,12 +180,46 @@ def _jpeg(content: bytes, channels: int, scratch: Scratch | None, notes: list[st
     try:
         return decode_jpeg(content, channels, scratch)
     except ValueError as error:
-        is_whole = content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda") > 0
-        if _TOLERATED not in str(error) or not is_whole:
+        if not _is_whole(content, str(error)):
             raise
         if notes is not None:
             notes.append(TOLERATED_NOTE)
         return None
+
+
+def _is_whole(content: bytes, reason: str) -> bool:
+    """Return whether a JPEG decodes without a complaint once bytes that belong to nothing are taken out.
+
+    These are bytes between the segments of the header, and padding of equal bytes before the end. Others before the end
+    are what damaged codes leave over.
+    """
+    for _ in range(_MAX_GAPS):
+        found = re.search(rf"(\d+) {_TOLERATED} 0x([0-9a-f]{{2}})", reason)
+        if found is None:
+            return False
+        num_bytes, marker = int(found[1]), bytes([0xFF, int(found[2], 16)])
+        first_scan, end = content.find(b"\xff\xda"), content.rfind(b"\xff\xd9")
+        at = end if marker == b"\xff\xd9" else _after_gap(content, num_bytes, marker)
+        gap = content[at - num_bytes : at]
+        if at < num_bytes or (at > first_scan and len(set(gap)) > 1):
+            return False
+        content = content[: at - num_bytes] + content[at:]
+        try:
+            decode_jpeg(content, 1, None)
+            return True
+        except ValueError as error:
+            reason = str(error)
+    return False
+
+
+def _after_gap(content: bytes, num_bytes: int, marker: bytes) -> int:
+    """Return where the header goes on after bytes that belong to no segment; -1 if that is nowhere."""
+    at = 2
+    while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
+        if content[at + 1] == 0xDA:
+            return -1
+        at += 1 if content[at + 1] == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return at + num_bytes if content[at + num_bytes : at + num_bytes + 2] == marker else -1
 
 
 def decode_jpeg(content: bytes | bytearray | ImageArray, channels: int, scratch: Scratch | None) -> ImageArray | None:

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dataset.manifest import MANIFEST, Manifest, Shard, Split, is_prepared, read_manifest, write_manifest
+from mae_core.config import Normalization, ValueRange
+from mae_core.errors import UserError
+from pipelines.dataset.manifest import (
+    MANIFEST,
+    Manifest,
+    PixelValues,
+    Shard,
+    Split,
+    check_value_range,
+    is_prepared,
+    read_manifest,
+    write_manifest,
+)
 from pipelines.storage import open_storage
 
 SHARD = Shard(path="train/part-00000.parquet", num_rows=7, num_bytes=9, first_id=0, sha256="ab", rows_per_group=3)
@@ -24,6 +36,13 @@ MADE = Manifest(
     std=[0.2],
     config={"seed": 0},
     source_digest="cd",
+)
+
+VALUES = PixelValues(
+    range=ValueRange(dtype="uint16", kind="window", low=(0.0,), high=(4096.0,)),
+    minimum=[3.0],
+    maximum=[4095.0],
+    percentiles={"50": [2000.0]},
 )
 
 
@@ -56,12 +75,37 @@ def test_the_digest_covers_every_other_field() -> None:
     others = {
         "channels": 3, "image_px": None, "classes": ["a"], "splits": {}, "num_found": 9, "num_ok": 8,
         "num_quarantined": 2, "num_duplicates": 1, "quarantine_reasons": {}, "mean": [0.3], "std": [0.3],
-        "config": {}, "source_digest": "", "schema": 2, "label_sets": [[0]],
+        "config": {}, "source_digest": "", "values": VALUES, "notes": {"overviews left out": 2}, "schema": 2,
+        "label_sets": [[0]],
     }  # fmt: skip
     notes = {"digest", "passed_over", "label_candidates", "num_unlabelled"}
     assert set(others) == {field.name for field in dataclasses.fields(Manifest)} - notes
     digests = {dataclasses.replace(MADE, **{name: value}).computed_digest() for name, value in others.items()}
     assert len(digests | {MADE.computed_digest()}) == len(others) + 1
+
+
+def test_values_and_notes_say_something_or_are_not_there(tmp_path: Path) -> None:
+    """A dataset of plain pixels keeps the digest that earlier versions gave it."""
+    assert not {"values", "notes"} & set(MADE.to_dict())
+    storage = open_storage(tmp_path)
+    written = write_manifest(storage, dataclasses.replace(MADE, values=VALUES, notes={"a": 1}, schema=2))
+    assert read_manifest(storage) == written
+
+
+def test_a_model_reads_the_values_that_it_was_trained_on() -> None:
+    plain, other = Normalization(mean=(0.5,), std=(0.2,)), ValueRange(dtype="int16", kind="full")
+    by_image = ValueRange(dtype="uint16", kind="percentiles", by="image", percentiles=(1.0, 99.0))
+    deep = dataclasses.replace(MADE, values=VALUES)
+    check_value_range("d", MADE, plain, "m")
+    check_value_range("d", deep, dataclasses.replace(plain, values=VALUES.range), "m")
+    for manifest, values, message in (
+        (deep, None, r"d has uint16 values .* but m was trained on 8-bit pixels"),
+        (MADE, other, r"d has 8-bit pixels but m was trained on int16 values"),
+        (deep, other, r"prepare the dataset anew from files of that kind"),
+        (deep, by_image, r"range percentiles 1 99 by image; prepare the dataset anew with that --range and --range-by"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_value_range("d", manifest, dataclasses.replace(plain, values=values), "m")
 
 
 def test_a_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:

@@ -12,19 +12,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mae_core.augment import crop_boxes, flips
-from mae_core.config import AugmentConfig
+from mae_core.augment import crop_boxes, flips, turns
+from mae_core.config import AugmentConfig, ValueRange
+from mae_core.values import limits_of, to_unit
 from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, _values, window_micro_batches
-from pipelines.images.crops import crop_into
+from pipelines.images.crops import crop_into, crop_values_into
 from pipelines.images.decode import Scratch, decode, evaluation_view, inspect
+from pipelines.images.decode.stored import pack
 from pipelines.images.jpeg import read_header
 from pipelines.images.jpeg.index import indexed
 from pipelines.images.jpeg.restarts import rewritten
 from pipelines.images.jpeg.scan import read_scan
 from pipelines.prepare.shards import SCHEMA
+from tests.pipelines.images.field_files import scene
 
 SHARD_ROWS, PER_GROUP = (30, 23), 8
 
@@ -134,6 +137,64 @@ def test_training_pixels_are_the_keyed_crops_of_the_stored_image(
             expected = np.empty((16, 20, channels), np.uint8)
             crop_into(expected, pixels, tuple(box.tolist()), bool(flip), Scratch())
             np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize("by", ["set", "image"])
+@pytest.mark.parametrize("train", [True, False])
+def test_values_are_cropped_and_turned_as_they_are_keyed(tmp_path: Path, by: Any, train: bool) -> None:
+    """Sixteen bits of two channels become float32 from 0 to 1, by the range of the set or of each image."""
+    images = [scene(2, seed, side_px=40) for seed in range(sum(SHARD_ROWS))]
+    own = ValueRange(dtype="uint16", kind="percentiles", by="image", percentiles=(2.0, 98.0))
+    of_set = ValueRange(dtype="uint16", kind="window", low=(1000.0, 0.0), high=(60000.0, 65535.0))
+    values_range = of_set if by == "set" else own
+    contents = [pack(values, limits_of(values, own) if by == "image" else None) for values in images]
+    manifest = write_dataset(tmp_path, contents, [1] * len(contents))
+    augment = AugmentConfig(flip_vertical=True, quarter_turns=True)
+    plan = EpochPlan(
+        index=Index.from_manifest(manifest, "train"),
+        seed=5,
+        shuffle=train,
+        batch=12,
+        micro_batch=4,
+        num_workers=2,
+        window=24,
+    )
+    transform = Transform(
+        train=train,
+        image_px=(16, 16),
+        channels=2,
+        augment=augment,
+        seed=9,
+        crops=2 if train else 1,
+        values=values_range,
+    )
+    segment = FeedSegment(
+        dataset_uri=str(tmp_path), plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch
+    )
+    seen = 0
+    for batch in all_of(segment):
+        assert batch.images.dtype == torch.float32
+        for row, image in enumerate(batch.images.numpy()):
+            view, place = divmod(row, len(batch.ids))
+            sample = int(batch.ids[place])
+            if sample == PLACEHOLDER:
+                assert not image.any()
+                continue
+            seen += 1
+            limits = limits_of(images[sample], values_range)
+            if not train:
+                np.testing.assert_array_equal(image, evaluation_view(to_unit(images[sample], *limits), (16, 16)))
+                continue
+            key: dict[str, Any] = {"seed": 9, "epoch": 0, "sample_ids": np.array([sample]), "view": view}
+            side = np.array([40])
+            box = crop_boxes(augment, **key, heights_px=side, widths_px=side)[0]
+            expected = np.empty((16, 16, 2), np.float32)
+            flip = bool(flips(augment, **key)[0])
+            crop_values_into(expected, contents[sample], limits, tuple(box.tolist()), flip, Scratch())
+            upside_down, quarters = turns(augment, **key)
+            expected = expected[::-1] if upside_down[0] else expected
+            np.testing.assert_array_equal(image, np.rot90(expected, int(quarters[0])))
+    assert seen == len(images) * (2 if train else 1)
 
 
 def test_evaluation_sees_every_image_as_it_is(make_segment: Callable, zoo: list) -> None:

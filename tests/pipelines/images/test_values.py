@@ -1,8 +1,10 @@
 """Images beyond 8 bits and three channels are read exactly, or refused by name; nothing is lost without a word."""
 
 import io
+import warnings
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import rasterio
@@ -136,7 +138,7 @@ def test_a_mask_as_fourth_band_is_transparency() -> None:
 def test_two_bands_stay_two() -> None:
     values = (scene(2) >> 8).astype(np.uint8)
     np.testing.assert_array_equal(exact(geotiff(values)), values)
-    with pytest.raises(ValueError, match="other pixels: uint8 in 2 channels"):
+    with pytest.raises(ValueError, match="other pixels: uint8, channels: 2"):
         decode(geotiff(values), 1)
 
 
@@ -311,6 +313,37 @@ def test_a_file_gives_the_same_input_whatever_it_is_stored_in() -> None:
         input_view(npy(values[:, :, :2]), 3, (32, 32), own)
 
 
+def jpeg2000(values: NDArray[Any], bits: int) -> bytes:
+    return imagecodecs.jpeg2k_encode(values.squeeze(), level=0, reversible=True, bitspersample=bits)
+
+
+def test_jpeg_2000_is_what_rasterio_makes_of_it() -> None:
+    """Pillow would scale twelve bits up by sixteen."""
+    for channels, bits in ((1, 12), (3, 16), (3, 8), (1, 16)):
+        values = scene(channels, largest=2**bits - 1).astype(np.uint8 if bits == 8 else np.uint16)
+        content = jpeg2000(values, bits)
+        np.testing.assert_array_equal(exact(content), values)
+        with warnings.catch_warnings(action="ignore", category=rasterio.errors.NotGeoreferencedWarning):
+            np.testing.assert_array_equal(exact(content), bands_of(content))
+    with pytest.raises(ValueError, match="too many pixels"):
+        inspect(jpeg2000(scene(), 16), 100)
+    with pytest.raises(ValueError, match="damaged"):
+        read_values(jpeg2000(scene(), 16)[:300])
+
+
+def test_avif_of_8_bits_is_read_and_of_more_refused() -> None:
+    pixels = (scene(3) >> 8).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "AVIF", quality=100, subsampling="4:4:4")
+    content = file.getvalue()
+    np.testing.assert_array_equal(decode(content, 3), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+    deep = imagecodecs.avif_encode(scene(3) >> 6, bitspersample=10)
+    with pytest.raises(ValueError, match="unsupported pixels: AVIF of more than 8 bits"):
+        decode(deep, 3)
+    with pytest.raises(ValueError, match="not a known image format: a container of b'heic'"):
+        inspect(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
 def test_people_see_every_kind_of_image() -> None:
     for content in (tiff(scene(13)), tiff(scene(1)[:, :, 0]), geotiff((scene(4) >> 8).astype(np.uint8)), npy(scene(2))):
         shown = preview(content)
@@ -324,12 +357,19 @@ def test_jpegs_with_bytes_that_belong_to_nothing_are_as_pillow_reads_them() -> N
     for mode in ("RGB", "L"):
         file = io.BytesIO()
         image.convert(mode).save(file, "JPEG", quality=95)
-        content = file.getvalue()[:-2] + b"\0\0\0\0" + b"\xff\xd9"
-        notes: list[str] = []
-        channels = len(mode)
-        found = decode(content, channels, notes=notes)
-        expected = np.asarray(Image.open(io.BytesIO(content)))
-        np.testing.assert_array_equal(found.squeeze(), expected.squeeze())
-        assert notes == ["JPEG with extraneous bytes before marker"]
-        with pytest.raises(ValueError, match="damaged JPEG"):
-            decode(content[: len(content) // 2], channels)
+        whole, channels = file.getvalue(), len(mode)
+        table, size = whole.index(b"\xff\xdb"), whole.index(b"\xff\xc0")
+        in_header = whole[:table] + b"\0abc" + whole[table:size] + b"xyz" + whole[size:]
+        for content in (in_header, whole[:-2] + bytes(64) + b"\xff\xd9"):
+            notes: list[str] = []
+            found = decode(content, channels, notes=notes)
+            expected = np.asarray(Image.open(io.BytesIO(content)))
+            np.testing.assert_array_equal(found.squeeze(), expected.squeeze())
+            assert notes == ["JPEG with extraneous bytes before marker"]
+        for damaged in (
+            in_header[: len(in_header) // 2],
+            in_header[:-60] + b"\xff\xd9",
+            whole[:-2] + bytes(range(64)) + b"\xff\xd9",
+        ):
+            with pytest.raises(ValueError, match="damaged JPEG"):
+                decode(damaged, channels)

@@ -150,6 +150,24 @@ def test_frames_are_images_of_one_file(tmp_path: Path) -> None:
             np.testing.assert_array_equal(values, wanted)
 
 
+def test_scenes_are_cut_into_tiles_and_those_without_data_are_left_out(tmp_path: Path) -> None:
+    scenes = [scene(2, seed, side_px=100).astype(np.float32) for seed in range(2)]
+    scenes[0][:50, :50] = np.nan
+    files = {f"{i}.tif": tiff(values) for i, values in enumerate(scenes)}
+    uri, manifest = prepared(tmp_path, files, range=("min-max",), tile_px=40)
+    assert (manifest.num_found, manifest.num_ok, manifest.image_px) == (2, 2, (40, 40))
+    assert manifest.notes["tiles left out for too little data"] == 1
+    corners = [(top, left) for top in (0, 40, 60) for left in (0, 40, 60)]
+    found = rows_of(uri)
+    wanted = {f"{i}.tif@{top},{left}" for i in range(2) for top, left in corners} - {"0.tif@0,0"}
+    assert set(found) == wanted
+    np.testing.assert_array_equal(found["1.tif@40,60"], scenes[1][40:80, 60:100])
+    photograph = {"a.tif": tiff((scene(3, side_px=100) >> 8).astype(np.uint8))}
+    uri, manifest = prepared(tmp_path / "eight", photograph, tile_px=64)
+    assert (manifest.values, manifest.image_px) == (None, (64, 64))
+    np.testing.assert_array_equal(rows_of(uri)["a.tif@36,0"], (scene(3, side_px=100) >> 8)[36:, :64])
+
+
 def test_what_is_done_to_images_is_counted(tmp_path: Path) -> None:
     images = [(scene(3, i) >> 8).astype(np.uint8) for i in range(3)]
     files = {f"{i}.tif": cloud_optimised(values, photometric="rgb") for i, values in enumerate(images)}
