@@ -147,7 +147,8 @@ def transformers_preprocessor(model: ModelConfig, normalization: Normalization) 
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": height_px, "width": width_px},
-        "do_rescale": True,
+        # Values of another range are from 0 to 1 when they come here.
+        "do_rescale": normalization.values is None,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(normalization.mean),

@@ -173,7 +173,7 @@ def _rows_of_frame(
 
     Tiles have the range of the image that they are cut from. Raises ValueError if none has enough data.
     """
-    values, valid = read_values(content, config.reading, frame, config.max_pixels)
+    values, valid = read_values(content, config.reading, frame, config.max_pixels, notes)
     limits = None
     if config.range[:1] == ("voi",):
         limits = own_window(content, header.channels)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mae_core.config import Normalization
 from mae_core.errors import UserError
 from mae_core.formats.configs import EVALUATION_CROP
 from pipelines import registry
@@ -62,6 +63,20 @@ def origin_of_folder(folder: Path, shown: str) -> Origin:
     return Origin(shown=found.model or shown, digest=found.dataset, licence=found.licence, url=found.origin)
 
 
+def _scaled(normalization: Normalization) -> str:
+    """Return in words how pixels become 0 to 1."""
+    values = normalization.values
+    if values is None:
+        return "pixel / 255"
+    if values.by == "set":
+        limits = ", ".join(f"{low:g} to {high:g}" for low, high in zip(values.low, values.high))
+        return f"{values.dtype} values, of each channel from {limits}, clipped and scaled to 0 to 1,"
+    shares = "their own window" if values.kind == "voi" else "their smallest to their largest value"
+    if values.percentiles is not None:
+        shares = f"percentiles {values.percentiles[0]:g} to {values.percentiles[1]:g} of each image and channel"
+    return f"{values.dtype} values, from {shares}, clipped and scaled to 0 to 1,"
+
+
 def model_card(
     model: Exportable, origin: Origin, naming: str, written: Written, load: str, *, has_picture: bool
 ) -> str:
@@ -76,7 +91,7 @@ def model_card(
         "origin": origin.url or "trained by this project, or not stated",
         "trained on the dataset with digest": origin.digest or "unknown",
         "input size": f"{height_px} x {width_px} px, {config.channels} channel{'s' if config.channels > 1 else ''}",
-        "input values": "float32, (pixel / 255 - mean) / std, layout batch, channels, height, width",
+        "input values": f"float32, ({_scaled(normalization)} - mean) / std, layout batch, channels, height, width",
         "mean": ", ".join(map(repr, normalization.mean)),
         "std": ", ".join(map(repr, normalization.std)),
         "resize and crop": f"bicubic with antialiasing, centre crop of {EVALUATION_CROP:g}; see below",

@@ -16,6 +16,8 @@ from .views import evaluation_view
 _VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz", ".jp2", ".j2k", ".avif")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", *_VALUES)
 _DEFAULT = Reading()
+_CHECKED = 2**62
+"""In place of max_pixels, for an image whose size was checked before."""
 Mask = NDArray[np.bool_]
 
 
@@ -81,13 +83,14 @@ def decode(
         if orientation is None:
             orientation = inspect(content).orientation
         return plain.decode(content, channels, orientation, scratch, notes)
-    return plain.as_channels(_eight_bits(read_values(content)[0]), channels)
+    max_pixels = MAX_PIXELS if orientation is None else _CHECKED
+    return plain.as_channels(_eight_bits(read_values(content, max_pixels=max_pixels)[0]), channels)
 
 
 def _eight_bits(values: ValueArray) -> ImageArray:
     if values.shape[2] not in (1, 3) or values.dtype not in (np.uint8, np.uint16):
         raise ValueError(
-            f"other pixels: {values.dtype.name}, channels: {values.shape[2]}, where 8 bits in 1 or 3 channels are read; "
+            f"other pixels: {values.dtype.name}, channels: {values.shape[2]}, where 8 bits in 1 or 3 are read; "
             "use a dataset or model of such images"
         )
     if values.dtype == np.uint8:
@@ -101,15 +104,20 @@ def _eight_bits(values: ValueArray) -> ImageArray:
 
 
 def read_values(
-    content: bytes, reading: Reading = _DEFAULT, frame: int = 0, max_pixels: int = MAX_PIXELS
+    content: bytes,
+    reading: Reading = _DEFAULT,
+    frame: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    notes: list[str] | None = None,
 ) -> tuple[ValueArray, Mask | None]:
     """Return a frame's upright values [height width channels] as stored, and which of them are data; None if all are.
 
-    Values are uint8, uint16, int16 or float32. Raises ValueError with the reason if the file is damaged or refused.
+    Values are uint8, uint16, int16 or float32. Raises ValueError with the reason if the file is damaged or refused. A
+    fault that costs no pixel is added to `notes`.
     """
     header, reader = inspect(content, max_pixels, reading), _reader_of(content)
     if header.is_plain or reader is None:
-        return plain.decode(content, header.channels, header.orientation), None
+        return plain.decode(content, header.channels, header.orientation, notes=notes), None
     values, valid = reader.read(content, frame, reading)
     if valid is not None and not valid.any():
         raise ValueError("no data: every pixel is marked as having none")
@@ -123,7 +131,9 @@ def unit_pixels(content: bytes, channels: int, values_range: ValueRange, max_pix
     Raises ValueError with the reason if the image is damaged, or has other values or channels.
     """
     reading = values_range.reading
-    num_frames = 1 if stored.recognises(content) else inspect(content, max_pixels, reading).num_frames
+    if stored.recognises(content):
+        max_pixels = _CHECKED
+    num_frames = inspect(content, max_pixels, reading).num_frames
     if num_frames > 1 and reading.frames != "first":
         raise ValueError(f"several frames: {num_frames}, where one image is read; give each frame as a file of its own")
     values, valid = read_values(content, reading, max_pixels=max_pixels)
