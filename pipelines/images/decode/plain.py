@@ -59,8 +59,8 @@ def inspect(content: bytes, max_pixels: int = MAX_PIXELS, tiff: TiffHeader | Non
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
         # Each scan is decoded over the entire image, so a file of a few kB could take minutes.
         raise ValueError(f"too many scans: more than {_MAX_JPEG_SCANS}")
-    if content[4:8] == b"ftyp":
-        _refuse_deep_avif(content)
+    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+        raise ValueError(f"not a known image format: a container of {content[8:12]!r}; convert it, such as to PNG")
     may_turn = _png_may_turn(content) if content.startswith(_PNG_SIGNATURE) else True
     with opened(content, "damaged header") as image:
         return _header(image, max_pixels, may_turn, tiff)
@@ -82,15 +82,6 @@ def _png_may_turn(content: bytes) -> bool:
         if text_bytes > _MAX_TEXT_BYTES:
             raise ValueError(f"too much text: more than {_MAX_TEXT_BYTES} bytes beside the pixels")
     raise ValueError(f"too many chunks: more than {_MAX_PNG_CHUNKS}")
-
-
-def _refuse_deep_avif(content: bytes) -> None:
-    """Raise ValueError for AVIF of more than 8 bits, of which Pillow keeps 8, and for HEIC."""
-    if content[8:12] not in (b"avif", b"avis"):
-        raise ValueError(f"not a known image format: a container of {content[8:12]!r}; convert it, such as to PNG")
-    at = content.find(b"av1C", 0, 2**16)
-    if at >= 0 and content[at + 6 : at + 7] and content[at + 6] & 0x40:
-        raise ValueError("unsupported pixels: AVIF of more than 8 bits; convert it to TIFF or PNG of 16 bits")
 
 
 @contextmanager

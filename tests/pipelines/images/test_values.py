@@ -331,16 +331,28 @@ def test_jpeg_2000_is_what_rasterio_makes_of_it() -> None:
         read_values(jpeg2000(scene(), 16)[:300])
 
 
-def test_avif_of_8_bits_is_read_and_of_more_refused() -> None:
+def test_avif_and_jpeg_xl_keep_their_bits() -> None:
     pixels = (scene(3) >> 8).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "AVIF", quality=100, subsampling="4:4:4")
     content = file.getvalue()
     np.testing.assert_array_equal(decode(content, 3), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
-    deep = imagecodecs.avif_encode(scene(3) >> 6, bitspersample=10)
-    with pytest.raises(ValueError, match="unsupported pixels: AVIF of more than 8 bits"):
-        decode(deep, 3)
-    with pytest.raises(ValueError, match="not a known image format: a container of b'heic'"):
+    twelve = scene(3, largest=4095)
+    for lossless in (
+        imagecodecs.avif_encode(twelve, level=100, bitspersample=12),
+        imagecodecs.jpegxl_encode(twelve, lossless=True, bitspersample=12),
+    ):
+        np.testing.assert_array_equal(exact(lossless), twelve)
+        with pytest.raises(ValueError, match="too many pixels: 40 x 40"):
+            inspect(lossless, 100)
+    rng = np.random.default_rng(0)
+    for shape in ((40, 40), (8, 300, 3), (512, 17), (90, 160, 3), (4000, 3)):
+        values = rng.integers(0, 65536, shape, dtype=np.uint16)
+        found = exact(imagecodecs.jpegxl_encode(values, lossless=True, effort=1))
+        np.testing.assert_array_equal(found.squeeze(), values)
+    with pytest.raises(ValueError, match=r"unsupported pixels: uint8 of \(40, 40, 4\)"):
+        inspect(imagecodecs.jpegxl_encode((scene(4) >> 8).astype(np.uint8)))
+    with pytest.raises(ValueError, match=r"not a known image format: a container of b'heic'"):
         inspect(b"\0\0\0\x18ftypheic" + bytes(100))
 
 
