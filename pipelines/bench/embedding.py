@@ -146,6 +146,7 @@ def _ours(model: _Model, folder: Path, batch: int, cores: int) -> _Round:
         config_json=model.config_json,
         image_px=tuple(config["image_px"]),
         channels=config["channels"],
+        values=None,
         pool="avg",
         last_layers=1,
         patch_tokens=False,

@@ -18,6 +18,7 @@ from pipelines.prepare import prepare
 from pipelines.prepare.values import ValueSums, described, levels_of
 from pipelines.storage import open_storage
 from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, scene, tiff, tiff_pages
+from tests.pipelines.images.test_medical import dicom
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 ALL = {"val_fraction": 0.0}
@@ -132,6 +133,25 @@ def test_other_kinds_are_quarantined_by_name(tmp_path: Path) -> None:
         prepared(tmp_path, files, range=("full",))
     _, manifest = prepared(tmp_path, files, range=("full",), max_bad=0.5)
     assert (manifest.num_ok, manifest.num_quarantined, manifest.quarantine_reasons) == (5, 2, {"other pixels": 2})
+
+
+def test_radiographs_of_both_polarities_are_alike(tmp_path: Path) -> None:
+    """Two patients a class, one of each stored with white as its lowest value."""
+    films = {
+        f"{label}/{n}.dcm": scene(1, 10 * n + len(label), largest=4095) for label in ("sick", "well") for n in (1, 2)
+    }
+    for name, film in films.items():
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = film[:, :, 0]
+        content = dicom(4095 - stored, "MONOCHROME1", bits=12) if name.endswith("1.dcm") else dicom(stored, bits=12)
+        path.write_bytes(content)
+    options = PrepareConfig(**ALL, range=("window", "2048", "4096"))
+    manifest = prepare(str(tmp_path / "source"), str(tmp_path / "out"), options)
+    assert manifest.classes == ["sick", "well"]
+    assert manifest.notes == {"MONOCHROME1, inverted": 2}
+    for name, values in rows_of(str(tmp_path / "out")).items():
+        np.testing.assert_array_equal(values, films[name])
 
 
 def test_frames_are_images_of_one_file(tmp_path: Path) -> None:
