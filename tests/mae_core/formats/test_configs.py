@@ -65,9 +65,9 @@ def test_the_preprocessor_is_read_again_and_crops_as_evaluation() -> None:
 
 
 def test_the_crop_is_that_of_evaluation() -> None:
-    from pipelines.images import decode
+    from pipelines.images.decode import views
 
-    assert 1 / EVALUATION_CROP == decode._EVALUATION_COVER
+    assert 1 / EVALUATION_CROP == views._EVALUATION_COVER
 
 
 def test_a_built_encoder_fits_what_timm_builds() -> None:
