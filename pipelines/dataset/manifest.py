@@ -14,10 +14,11 @@ from pipelines.storage import Storage
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-_NOTES = ("notes", "passed_over", "label_candidates", "num_unlabelled")
-_LATER = ("values", "label_sets")
 VALUES_SCHEMA = 2
 """Schema of datasets with `values`, which earlier versions cannot read."""
+_LATER = ("values", "label_sets")
+_NOTES = ("notes", "passed_over", "label_candidates", "num_unlabelled")
+"""Fields that say how the dataset came about, which neither images nor labels depend on: the digest leaves them out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,8 @@ class Manifest:
     values: PixelValues | None = None
     """Values of the images; None for 8 bits in one or three channels."""
     notes: dict[str, int] = field(default_factory=dict)
-    """What was done to how many images that their owner may not expect."""
+    """What was done to how many images that their owner may not expect; not part of the identity, since the stored
+    images are."""
     schema: int = SCHEMA
     digest: str = field(default="")
     label_sets: list[list[int]] = field(default_factory=list)
@@ -158,12 +160,11 @@ class Manifest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, later ones only if they say something: manifests of earlier versions have
-        none, and digests stay."""
+        """Return the fields as JSON has them; later ones only if they say something, so that digests stay."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value or key not in (*_LATER, *_NOTES)}
 
     def computed_digest(self) -> str:
-        """Compute the sha256 over canonical JSON of every field, without `digest`, notes and what was passed over."""
+        """Compute the sha256 over canonical JSON of every field, without `digest` and what the identity leaves out."""
         values = self.to_dict()
         for name in ("digest", *_NOTES):
             values.pop(name, None)

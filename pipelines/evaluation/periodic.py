@@ -54,10 +54,10 @@ class PeriodicEvaluator:
         self._vit.requires_grad_(False).eval().to(self._device)
         storage = open_storage(config.data.uri)
         subset = choose_subset(manifest, storage, config.evaluate.images, seed=config.seed)
-        self._fitted = _Images(config, manifest, "train", subset.fitted)
+        self._fitted = _Images(config, pixels, manifest, "train", subset.fitted)
         self._held_out = None
         if subset.held_out is not None:
-            self._held_out = _Images(config, manifest, subset.held_out_split, subset.held_out)
+            self._held_out = _Images(config, pixels, manifest, subset.held_out_split, subset.held_out)
 
     def evaluate(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, float]:
         """Return the metrics of an encoder with these weights, by name; accuracies are in percent.
@@ -111,7 +111,9 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
 class _Images:
     """The images of a subset in the evaluation view, decoded once if they are few enough to be kept."""
 
-    def __init__(self, config: PretrainConfig, manifest: Manifest, split: str, index: Index) -> None:
+    def __init__(
+        self, config: PretrainConfig, pixels: Normalization, manifest: Manifest, split: str, index: Index
+    ) -> None:
         model, self.split = config.model, split
         num_groups = int(np.count_nonzero(index.group_counts()))
         group_bytes = manifest.splits[split].num_bytes / len(index.group)
@@ -127,7 +129,12 @@ class _Images:
             shuffle=False,
         )
         transform = Transform(
-            train=False, image_px=model.image_px, channels=model.channels, augment=config.augment, seed=config.seed
+            train=False,
+            image_px=model.image_px,
+            channels=model.channels,
+            augment=config.augment,
+            seed=config.seed,
+            values=pixels.values,
         )
         self._segment = FeedSegment(
             dataset_uri=config.data.uri, plan=plan, transform=transform, first_step=0, last_step=plan.steps_per_epoch
@@ -136,7 +143,7 @@ class _Images:
         self._is_kept = self._segment.micro_batch_bytes * plan.steps_per_epoch <= _KEPT_BYTES
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels, uint8 [n height width channels], and labels [n], without images that cannot be decoded."""
+        """Yield pixels [n height width channels], uint8 or from 0 to 1, and labels [n]; leave out unreadable images."""
         if not self._is_kept:
             return self._read()
         if self._kept is None:

@@ -1,29 +1,36 @@
 """Describe what a URI holds: counts, sizes and classes of a prepared dataset or a source, and a contact sheet."""
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mae_core.config import Reading
+from mae_core.errors import UserError
 from pipelines.config import InspectConfig
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest
 from pipelines.dataset.row_groups import RowGroups
-from pipelines.images.decode import decode, inspect
+from pipelines.images.decode import ValueArray, inspect, read_values
+from pipelines.images.decode.headers import MissingLibraryError
 from pipelines.pictures.contact_sheet import Tile, contact_sheet
+from pipelines.prepare.kinds import shown
 from pipelines.prepare.quarantine import quarantined
 from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels, numbers_of_labels
+from pipelines.prepare.values import Mask, ValueSums, levels_of
 from pipelines.sources import Entry, open_source
 from pipelines.sources.labels import members
 from pipelines.sources.reading import Content
 from pipelines.storage import Storage, open_storage, storage_of
 
 _NUM_SHOWN_CLASSES = 1000
+_ANY = Reading(frames="first", fourth_band="band")
+"""Reads every image that some options would take."""
 
 
 def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
@@ -54,6 +61,7 @@ def _describe_dataset(manifest: Manifest) -> dict[str, Any]:
         "image_px": manifest.image_px,
         "mean": manifest.mean,
         "std": manifest.std,
+        **({"values": dataclasses.asdict(manifest.values)} if manifest.values else {}),
     }
 
 
@@ -67,7 +75,9 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
     classes = class_names(tally, source, config)
     log_labels(tally, source, classes, config)
     chosen = sorted(sample.entries, key=lambda entry: entry.name)
-    tiles, bad, ranges = _looked_at(chosen, list(source.place.contents(chosen)), frozenset(classes))
+    looked = _Looked()
+    for entry, content in zip(chosen, source.place.contents(chosen)):
+        looked.add(entry, content, frozenset(classes))
     passed, numbers = source.passed_over, numbers_of_labels(tally, classes, config)[0]
     labels = sum((folder.labels for folder in tally.folders.values()), Counter())
     num_labelled = sum(count for label, count in labels.items() if label in numbers)
@@ -85,10 +95,12 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
         "label_candidates": dict(source.candidates.found),
         "passed_over": passed.counts,
         "passed_over_examples": {reason: passed.groups[reason].example for reason in sorted(passed.groups)},
-        "value_ranges": ranges,
-        "num_bad_of_sample": f"{len(bad)} of {len(chosen)}",
+        "pixels": {shown(*kind): count for kind, count in looked.kinds.most_common()},
+        "value_ranges": looked.value_ranges,
+        "options_needed": looked.options_needed,
+        "num_bad_of_sample": f"{len(looked.bad)} of {len(chosen)}",
     }
-    return facts, tiles, bad
+    return facts, looked.tiles, looked.bad
 
 
 def _counted(tally: Tally, classes: list[str]) -> dict[str, int]:
@@ -100,41 +112,65 @@ def _counted(tally: Tally, classes: list[str]) -> dict[str, int]:
     return {name: counts[name] for name in classes[:_NUM_SHOWN_CLASSES]}
 
 
-def _looked_at(
-    entries: list[Entry], contents: list[Content], classes: frozenset[str]
-) -> tuple[list[Tile], list[Tile], list[dict[str, float]]]:
-    """Decode the images; return tiles of readable and of bad ones, and the range of each channel's values."""
-    tiles: list[Tile] = []
-    bad: list[Tile] = []
-    values: list[NDArray[np.uint8]] = []
-    for entry, content in zip(entries, contents):
+@dataclass
+class _Looked:
+    """What a look at the images of a sample found."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    bad: list[Tile] = field(default_factory=list)
+    kinds: Counter[tuple[str, int]] = field(default_factory=Counter)
+    options_needed: dict[str, str] = field(default_factory=dict)
+    """Why `mae prepare` would refuse images unless it is told how to read them, and by which option."""
+    _sums: dict[tuple[str, int], ValueSums] = field(default_factory=dict)
+
+    def add(self, entry: Entry, content: Content, classes: frozenset[str]) -> None:
+        """Read an image and count its values. Raises UserError if a library that reads it is missing."""
         try:
             if isinstance(content, ValueError):
                 raise content
-            header = inspect(content)
-            values.append(decode(content, header.channels, header.orientation))
-            tiles.append(Tile(entry.name, "; ".join(c for c in members(entry.label) if c in classes), content))
+            kind, values, valid = self._read(content)
+        except MissingLibraryError as error:
+            raise UserError(str(error)) from None
         except ValueError as error:
-            bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
-    return tiles, bad, _ranges(values)
+            self.bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
+            return
+        self.kinds[kind] += 1
+        self._sums.setdefault(kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
+        self.tiles.append(Tile(entry.name, "; ".join(c for c in members(entry.label) if c in classes), content))
 
+    def _read(self, content: bytes) -> tuple[tuple[str, int], ValueArray, Mask | None]:
+        """Return an image's kind, its values, those of the middle one of several frames, and which are data."""
+        try:
+            return inspect(content).kind, *read_values(content)
+        except MissingLibraryError:
+            raise
+        except ValueError as error:
+            header = inspect(content, reading=_ANY)
+            found = header.kind, *read_values(content, _ANY, header.num_frames // 2)
+            reason, _, remedy = str(error).partition(": ")
+            self.options_needed.setdefault(reason, remedy)
+            return found
 
-def _ranges(images: Sequence[NDArray[np.uint8]]) -> list[dict[str, float]]:
-    """Return minimum, percentiles and maximum of each channel over images [height width channels] as decoded to 8 bits.
+    @property
+    def value_ranges(self) -> list[dict[str, float]]:
+        """Minimum, percentiles and maximum of each channel, over the images of the most frequent kind.
 
-    Gray images count for every channel.
-    """
-    if not images:
-        return []
-    channels = max(image.shape[2] for image in images)
-    ranges = []
-    for channel in range(channels):
-        planes = [image[:, :, channel if image.shape[2] > 1 else 0] for image in images]
-        counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in planes)
-        levels, shares = np.flatnonzero(counts), np.cumsum(counts) / np.sum(counts)
-        low, high = (int(np.searchsorted(shares, share)) for share in (0.01, 0.99))
-        ranges.append({"min": int(levels[0]), "p1": low, "p99": high, "max": int(levels[-1])})
-    return ranges
+        Gray images count for every channel of colour ones.
+        """
+        if not self.kinds:
+            return []
+        sums = self._sums[self.kinds.most_common(1)[0][0]]
+        levels, number = levels_of(sums.dtype), float if sums.dtype == "float32" else int
+        return [
+            {
+                "min": number(channel.minimum),
+                **{f"p{share}": number(channel.percentile(share, levels)) for share in (1, 99)},
+                "max": number(channel.maximum),
+            }
+            if channel.counts.any()
+            else {}
+            for channel in sums.channels()
+        ]
 
 
 @dataclass

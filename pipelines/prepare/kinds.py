@@ -34,8 +34,8 @@ class PixelKind:
         fitting = (_EIGHT_BITS, _SIXTEEN_BITS) if self.is_plain else ((self.dtype, self.channels),)
         if header.kind not in fitting:
             raise ValueError(
-                f"other pixels: {_shown(*header.kind)}, but most images of the source are "
-                f"{_shown(self.dtype, self.channels)}; prepare them apart"
+                f"other pixels: {shown(*header.kind)}, but most images of the source are "
+                f"{shown(self.dtype, self.channels)}; prepare them apart"
             )
 
 
@@ -61,7 +61,8 @@ def kind_of(contents: Iterable[Content], config: PrepareConfig) -> PixelKind:
     return PixelKind(dtype=kind[0], channels=kind[1], is_plain=is_plain)
 
 
-def _shown(dtype: str, channels: int) -> str:
+def shown(dtype: str, channels: int) -> str:
+    """Describe a kind for people."""
     if dtype in ("uint8", "uint16") and channels == 3:
         return f"{dtype} in 1 or 3 channels"
     return f"{dtype} in {channels} channel{'s' if channels > 1 else ''}"

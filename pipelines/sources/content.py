@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pipelines.images.decode import arrays, dicom, nifti
 from pipelines.storage import Storage, stays_inside
 from pipelines.storage.listing import ListedFile
 
-HEAD_BYTES = 160
+HEAD_BYTES = 1024
+"""Enough for the header of a NIfTI volume that gzip has packed."""
 _THREADS = 16
 # JPEG, PNG, GIF, TIFF and BigTIFF, JPEG 2000, JPEG XL, Photoshop.
 _STARTS = (
@@ -15,6 +17,7 @@ _STARTS = (
 )  # fmt: skip
 # TIFFs by their first bytes, of which decoders see only a preview.
 _RAW = (".cr2", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".pef", ".srw", ".erf", ".3fr", ".iiq", ".mos", ".dcr")
+_DICOM_INDEX = "dicomdir"
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"hevc")
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
@@ -26,13 +29,13 @@ def is_image(head: bytes) -> bool:
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
         or (head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS)
-        or head[128:132] == b"DICM"
+        or any(reader.recognises(head) for reader in (dicom, arrays, nifti))
     )
 
 
-def is_camera_raw(path: str) -> bool:
-    """Return whether the name is that of a camera's raw file, which is not read."""
-    return path.lower().endswith(_RAW)
+def is_never_read(path: str) -> bool:
+    """Return whether the name is that of a camera's raw file, or of the index of a DICOM medium, whatever is in it."""
+    return path.lower().endswith(_RAW) or path.rpartition("/")[2].lower() == _DICOM_INDEX
 
 
 def images_among(storage: Storage, files: Sequence[ListedFile]) -> list[bool]:
@@ -45,7 +48,7 @@ def images_among(storage: Storage, files: Sequence[ListedFile]) -> list[bool]:
 
 def _looks(storage: Storage, found: ListedFile) -> bool:
     is_path = stays_inside(found.path) and not found.path.endswith("/")
-    if found.fault or not found.num_bytes or is_camera_raw(found.path) or not is_path:
+    if found.fault or not found.num_bytes or is_never_read(found.path) or not is_path:
         return False
     try:
         return is_image(storage.read_range(found.path, 0, HEAD_BYTES))

@@ -10,6 +10,7 @@ from pipelines.config import SourceConfig
 from pipelines.sources.candidates import URI_COLUMNS, delimiter
 from pipelines.sources.entry import SPLIT_WORDS
 from pipelines.sources.labels import LABEL_NAMES, class_of_text, is_likely
+from pipelines.sources.masks import stem_of
 from pipelines.sources.passed_over import PassedOver
 from pipelines.storage import Storage, storage_of
 
@@ -85,7 +86,7 @@ class LabelFile:
         Raises UserError if another image had the same name there.
         """
         name = path.rpartition("/")[2]
-        for key in (path, name, name.rpartition(".")[0]):
+        for key in (path, name, stem_of(name)):
             if key in self._labels:
                 other = self._matched.setdefault(key, path)
                 if other != path:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from mae_core.errors import UserError
 from pipelines.storage import Storage, stays_inside
 
+DOUBLE_SUFFIX = ".nii.gz"
 _MASK = re.compile(
     r"(?P<base>.+?)[-_. ](?:"
-    r"(?:masks?|seg|segm|segmentations?|segmask|gt|groundtruth|ground_truth|trimap)\d*\.[^.]+"
+    r"(?:masks?|seg|segm|segmentations?|segmask|gt|groundtruth|ground_truth|trimap)\d*\.(?:nii\.)?[^.]+"
     # Words that photographs have in their names, too: their labels have no loss.
-    r"|(?:labels?|labelids|matte|annotations?|anno|instances?|instanceids)\d*\.(?:png|gif|bmp|tiff?))",
+    r"|(?:labels?|labelids|matte|annotations?|anno|instances?|instanceids)\d*\.(?:png|gif|bmp|tiff?|nii(?:\.gz)?))",
     re.IGNORECASE,
 )
 _MASK_FOLDERS = frozenset((
@@ -29,8 +30,9 @@ def masked_stem(path: str) -> str:
 
 
 def stem_of(path: str) -> str:
-    """Return a path without the suffix of its name."""
+    """Return a path without the suffix of its name, such as .jpg or .nii.gz."""
     folder, slash, name = path.rpartition("/")
+    name = name[: -len(".gz")] if name.lower().endswith(DOUBLE_SUFFIX) else name
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
@@ -41,7 +43,7 @@ class Twins:
     """
 
     _JPEG = (".jpg", ".jpeg", ".JPG", ".JPEG")
-    _LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff")
+    _LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff", ".npy")
     _MAX_LOOKUPS = 64
 
     def __init__(self, storage: Storage) -> None:

@@ -9,7 +9,7 @@ from mae_core.errors import UserError
 log = logging.getLogger(__name__)
 
 _DOCUMENT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|attribution|manifest)\b.*|(thumbs\.db|desktop\.ini)|.*\.md",
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|attribution|manifest)\b.*|(thumbs\.db|desktop\.ini|dicomdir)|.*\.md",
     re.IGNORECASE,
 )
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9_]{0,11}")

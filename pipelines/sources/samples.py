@@ -98,8 +98,8 @@ def key_of(name: str, config: SourceConfig) -> str:
     if config.sample_key == "first-dot":
         folder, slash, file = name.rpartition("/")
         return folder + slash + file.partition(".")[0]
-    stem = stem_of(name)
-    return stem_of(stem) if suffix_of(name, config).count(".") else stem
+    suffix = suffix_of(name, config)
+    return name[: -len(suffix) - 1] if "." in suffix else stem_of(name)
 
 
 def suffix_of(name: str, config: SourceConfig) -> str:
@@ -107,7 +107,8 @@ def suffix_of(name: str, config: SourceConfig) -> str:
     file = name.rpartition("/")[2].lower()
     if config.sample_key == "first-dot":
         return file.partition(".")[2]
-    for double in ("cls.txt", "class.txt", config.label_name.lower().lstrip("."), config.image_member.lower()):
+    own = config.label_name.lower().lstrip("."), config.image_member.lower()
+    for double in ("cls.txt", "class.txt", "nii.gz", *own):
         if "." in double and file.endswith(f".{double}"):
             return double
     return file.rpartition(".")[2] if "." in file else ""

@@ -15,7 +15,7 @@ from mae_core.errors import UserError
 from pipelines.config import SourceConfig
 from pipelines.images.decode import SUFFIXES
 from pipelines.sources.candidates import Candidates, refuse_labels
-from pipelines.sources.content import HEAD_BYTES, is_camera_raw, is_image
+from pipelines.sources.content import HEAD_BYTES, is_image, is_never_read
 from pipelines.sources.entry import Entry, by_folder
 from pipelines.sources.label_file import LabelFile
 from pipelines.sources.labels import LABEL_MEMBERS, class_in_json, class_of_member
@@ -219,7 +219,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _has_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    if not member.size or is_camera_raw(member.name):
+    if not member.size or is_never_read(member.name):
         return False
     file = tar.extractfile(member)
     return file is not None and is_image(file.read(HEAD_BYTES))

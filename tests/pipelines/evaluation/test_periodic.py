@@ -4,17 +4,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from mae_core.config import ModelConfig, OptimConfig
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
-from pipelines.config import DataConfig, PeriodicEvaluationConfig, PretrainConfig
+from pipelines.config import DataConfig, PeriodicEvaluationConfig, PrepareConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.pretrain import pixels_of
 from pipelines.evaluation import periodic
 from pipelines.evaluation.periodic import PeriodicEvaluator
+from pipelines.images.decode import input_view
+from pipelines.prepare import prepare
+from tests.pipelines.images.field_files import scene, tiff
 
 
 def config_of(uri: str, **evaluate: Any) -> PretrainConfig:
@@ -50,6 +54,32 @@ def test_equal_weights_have_equal_values_and_others_have_others(tiles: tuple[str
     assert first == again == evaluator(tiles).evaluate(weights(0))
     assert first["rankme"] != other["rankme"]
     assert first["rankme"] != evaluator(tiles, pool="token").evaluate(weights(0))["rankme"]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_bands_of_sixteen_bits_are_evaluated_as_they_are_trained_on(tmp_path: Path) -> None:
+    source, dataset = tmp_path / "source", str(tmp_path / "dataset")
+    for number in range(20):
+        values = scene(4, number, side_px=16, largest=3000)
+        values[:, :, 2] += 6000 * (number % 2)
+        path = source / ("field", "town")[number % 2] / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tiff(values))
+    prepared = prepare(str(source), dataset, PrepareConfig(range=("percentiles", "1", "99"), hold_out="stratified"))
+    config = config_of(dataset, knn=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=4))
+    pixels = pixels_of(prepared, 4)
+    encoder = {k: t.numpy() for k, t in export_tensors(build_mae(config.model, 0).encoder).items()}
+    evaluated = PeriodicEvaluator(config, pixels, prepared)
+    found = evaluated.evaluate(encoder)
+    assert found["linear_top1"] == found["knn_top1"] == 100
+    ((images, labels),) = evaluated._fitted.batches()
+    assert pixels.values is not None
+    files = [input_view(path.read_bytes(), 4, (8, 8), pixels.values) for path in source.rglob("*.tif")]
+    differences = np.abs(images.numpy()[:, None] - np.stack(files)).max((2, 3, 4))
+    assert (differences.min(1) < 1e-6).all()
+    assert len(set(differences.argmin(1))) == len(images)
+    assert labels.bincount().tolist() == [9, 9]
 
 
 def test_images_that_are_read_again_are_the_same(tiles: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:

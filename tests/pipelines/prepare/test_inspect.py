@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +13,8 @@ from pipelines import prepare as module
 from pipelines.config import InspectConfig, PrepareConfig
 from pipelines.prepare.inspect import inspect_uri
 from pipelines.storage import storage_of
+from tests.pipelines.images.field_files import png as png_of
+from tests.pipelines.images.field_files import scene, tiff, tiff_pages
 from tests.pipelines.sources.packing import fill
 
 
@@ -105,6 +108,39 @@ def test_value_ranges_are_those_of_each_channel(tmp_path: Path) -> None:
     found, _ = looked_at(tmp_path, tmp_path)
     assert [(c["min"], c["max"]) for c in found["value_ranges"]] == [(10, 60), (20, 60), (30, 90)]
     assert found["value_ranges"][1] == {"min": 20, "p1": 20, "p99": 20, "max": 60}
+
+
+def test_value_ranges_are_those_of_the_file_whatever_their_type(tmp_path: Path) -> None:
+    images = [scene(13, seed, largest=9000) for seed in range(3)]
+    for number, values in enumerate(images):
+        (tmp_path / f"{number}.tif").write_bytes(tiff(values, compression="zlib"))
+    (tmp_path / "preview.png").write_bytes(png_of(Image.new("L", (4, 4))))
+    found, _ = looked_at(tmp_path, tmp_path)
+    assert found["pixels"] == {"uint16 in 13 channels": 3, "uint8 in 1 or 3 channels": 1}
+    channels = np.stack(images).reshape(-1, 13)
+    wanted = zip(channels.min(0), *np.percentile(channels, (1, 99), 0, method="inverted_cdf"), channels.max(0))
+    assert [tuple(channel.values()) for channel in found["value_ranges"]] == list(wanted)
+    assert (found["options_needed"], found["num_bad_of_sample"]) == ({}, "0 of 4")
+
+
+def test_what_needs_an_option_is_named_with_it_and_looked_at(tmp_path: Path) -> None:
+    pages = np.stack([scene(1, k)[:, :, 0] for k in range(3)]).astype(np.float32) / 65535
+    (tmp_path / "stack.tif").write_bytes(tiff_pages(pages))
+    found, _ = looked_at(tmp_path, tmp_path)
+    assert list(found["options_needed"]) == ["several frames"]
+    assert "--frames first" in found["options_needed"]["several frames"]
+    (fractions,) = found["value_ranges"]
+    assert (fractions["min"], fractions["max"]) == (pages[1].min(), pages[1].max())
+
+
+def test_a_dataset_shows_its_values(tmp_path: Path, without_ray: None) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.tif").write_bytes(tiff(scene(4)))
+    config = PrepareConfig(val_fraction=0, range=("min-max",))
+    module.prepare(str(tmp_path / "s"), str(tmp_path / "out"), config)
+    found, _ = looked_at(tmp_path / "out", tmp_path)
+    assert (found["dtype"], found["channels"], found["values"]["range"]["kind"]) == ("uint16", 4, "min-max")
+    assert len(found["values"]["maximum"]) == 4
 
 
 def test_what_would_be_refused_is_refused_by_inspect_too(png: Callable[[int], bytes], tmp_path: Path) -> None:
