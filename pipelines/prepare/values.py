@@ -97,7 +97,15 @@ class ValueSums:
 
 
 def refuse_fraction(total: ValueSums, source: str, config: PrepareConfig) -> None:
-    """Raise UserError if no range is chosen and the values use a fraction of their type's, or exceed it."""
+    """Raise UserError if no range is chosen and the values use a fraction of their type's, or exceed it.
+
+    It is also raised for a channel without data, which has no statistics.
+    """
+    if empty := [number for number, sums in enumerate(total.channels()) if not sums.counts.any()]:
+        raise UserError(
+            f"channels {', '.join(map(str, empty))} (from 0) of {source} have no data in any image; write the files "
+            "without them"
+        )
     if config.range or total.dtype == "uint8":
         return
     levels, together = levels_of(total.dtype), _empty(total.dtype)

@@ -71,7 +71,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
                 views.append(input_view(content, network.channels, network.image_px, values))
             except ValueError as error:
                 raise ValueError(
-                    f"image {i} cannot be read ({error}); send a complete JPEG, PNG or WebP file"
+                    f"image {i} cannot be read ({error}); send a complete image file, as those the model was trained on"
                 ) from None
         return torch.from_numpy(np.stack(views))
 

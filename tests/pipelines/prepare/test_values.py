@@ -188,6 +188,14 @@ def test_scenes_are_cut_into_tiles_and_those_without_data_are_left_out(tmp_path:
     np.testing.assert_array_equal(rows_of(uri)["a.tif@36,0"], (scene(3, side_px=100) >> 8)[36:, :64])
 
 
+def test_a_channel_without_data_is_named(tmp_path: Path) -> None:
+    values = scene(3).astype(np.float32) / 65535
+    values[:, :, 1] = np.nan
+    with pytest.raises(UserError, match=r"channels 1 \(from 0\) of .* have no data in any image"):
+        prepared(tmp_path, {"a.npy": npy(values)}, range=("full",))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
 def test_what_is_done_to_images_is_counted(tmp_path: Path) -> None:
     images = [(scene(3, i) >> 8).astype(np.uint8) for i in range(3)]
     files = {f"{i}.tif": cloud_optimised(values, photometric="rgb") for i, values in enumerate(images)}
