@@ -4,13 +4,14 @@ The arithmetic is integer, so that a sample's pixels are equal on every machine 
 It is also closer to Pillow's than torch's, whose uint8 kernel has weights of fewer bits.
 """
 
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.images.crops.kernel import LINES, PIXEL, crop, padded
-from pipelines.images.crops.value_kernel import crop_plane, undo_filter, weigh_values
+from pipelines.images.crops.value_kernel import GROUP, crop_plane, undo_filter, weigh_values
 from pipelines.images.decode import Box, ImageArray, Scratch
 from pipelines.images.decode import stored as stored_values
 
@@ -77,7 +78,8 @@ def crop_values_into(
         tables.append((firsts, weights))
     lines = scratch.of("value lines", height * width, np.float32)[: height * width].reshape(height, width)
     between = scratch.of("value between", width * out_height, np.float32)[: width * out_height]
-    room = lines, between.reshape(width, out_height), scratch.of("value line", max(width, out_height), np.float32)
+    group = scratch.of("value group", GROUP * width, np.float32)[: GROUP * width].reshape(GROUP, width)
+    room = lines, group, between.reshape(width, out_height), scratch.of("value line", out_height, np.float32)
     low = limits[0].astype(np.float32)
     span = (limits[1] - limits[0]).astype(np.float32)
     span = np.where(span > 0, span, np.float32(np.inf))
@@ -96,16 +98,21 @@ def planes_of(content: bytes | memoryview, scratch: Scratch, rows: range | None 
     """
     dtype, channels, height, width = stored_values.layout_of(content)
     size = np.dtype(dtype).itemsize
-    chunks = stored_values.chunks_of(content, range(height) if rows is None else rows)
-    start, stop = chunks[0].rows.start, chunks[-1].rows.stop
+    bands = stored_values.bands_of(content, range(height) if rows is None else rows)
+    start, stop = bands.rows[0].start, bands.rows[-1].stop
     count = channels * (stop - start) * width
     planes = scratch.of(f"planes {size}", count, _UNSIGNED[size])[:count].reshape(channels, stop - start, width)
-    for chunk in chunks:
-        num_values = channels * len(chunk.rows) * width
-        in_bytes = scratch.of("filtered", size * num_values)[: size * num_values].reshape(size, num_values)
-        for byte, part in enumerate(chunk.parts):
-            in_bytes[byte] = stored_values.unpacked(part, num_values)
-        undo_filter(in_bytes.reshape(size, channels, len(chunk.rows), width), chunk.rows.start - start, planes)
+    further = [
+        stored_values.unpacked(part, channels * height * width).reshape(channels, height, width) if len(part) else 0
+        for part in bands.further
+    ]
+    for band, part in zip(bands.rows, bands.lowest):
+        shape = channels, len(band), width
+        in_bytes = scratch.of("filtered", size * prod(shape))[: size * prod(shape)].reshape(size, *shape)
+        in_bytes[0] = stored_values.unpacked(part, prod(shape)).reshape(shape)
+        for byte, found in enumerate(further, 1):
+            in_bytes[byte] = found if isinstance(found, int) else found[:, band.start : band.stop]
+        undo_filter(in_bytes, band.start - start, planes)
     return planes.view(dtype), start
 
 

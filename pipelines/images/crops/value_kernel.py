@@ -13,6 +13,9 @@ import numpy as np
 from pipelines.images.crops.kernel import _cubic
 from pipelines.images.crops.vectors import compiled
 
+GROUP = 16
+"""Number of lines that are summed before they are stored across."""
+
 
 @compiled
 def undo_filter(in_bytes, first, out):
@@ -73,13 +76,13 @@ def crop_plane(plane, limits, mirrored, down, across, room, out, channel):
     """Resize a plane [height width], which is the box alone, into one channel of `out` [height width channels].
 
     `limits` are the value that becomes 0, and the span from it to 1. `room` holds buffers for the values from 0 to 1
-    [height width], the lines in between [width, out height], and a line.
+    [height width], for GROUP lines [GROUP width], for the lines in between [width, out height], and for a line.
     """
     height, width = plane.shape
     low, span = limits
     down_firsts, down_weights = down
     across_firsts, across_weights = across
-    lines, between, line = room
+    lines, group, between, line = room
     out_height, out_width = out.shape[0], out.shape[1]
     zero, one = np.float32(0), np.float32(1)
     for row in range(height):
@@ -87,17 +90,22 @@ def crop_plane(plane, limits, mirrored, down, across, room, out, channel):
             value = (np.float32(plane[row, x]) - low) / span
             value = value if value > zero else zero
             lines[row, x] = value if value < one else one
-    for row in range(out_height):
+    for start in range(0, out_height, GROUP):
+        stop = min(start + GROUP, out_height)
+        for row in range(start, stop):
+            summed = row - start
+            for x in range(width):
+                group[summed, x] = zero
+            for tap in range(down_weights.shape[1]):
+                weight = np.float32(down_weights[row, tap])
+                source = down_firsts[row] + tap
+                if weight != zero:
+                    for x in range(width):
+                        group[summed, x] += weight * lines[source, x]
+        # Several rows at a time, so that neighbours in memory are written together.
         for x in range(width):
-            line[x] = zero
-        for tap in range(down_weights.shape[1]):
-            weight = np.float32(down_weights[row, tap])
-            source = down_firsts[row] + tap
-            if weight != zero:
-                for x in range(width):
-                    line[x] += weight * lines[source, x]
-        for x in range(width):
-            between[x, row] = line[x]
+            for summed in range(stop - start):
+                between[x, start + summed] = group[summed, x]
     for place in range(out_width):
         for row in range(out_height):
             line[row] = zero

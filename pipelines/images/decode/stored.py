@@ -2,9 +2,10 @@
 
     magic "MAEV", version, dtype, channels (uint16), height, width (uint32), flags, 3 bytes of padding
     flag 1: low of each channel, then high of each, as float64: the image's own value range
-    for each band of 64 rows, and each byte of a value, lowest first: a length in bytes (uint32)
-    for each of these: that byte of all values [channels rows width]: nothing if all are 0, else by zstd, or as it is if
-    zstd saves little
+    a length in bytes (uint32) for each part, and then the parts
+    for each band of 64 rows: the lowest byte of its values [channels rows width]
+    for each further byte of a value: that byte of all values [channels height width]
+    a part is nothing if all bytes are 0, else by zstd, or as it is if zstd saves little
 
 The filter replaces each value by its difference d from the one above it in its band, modulo 2**bits, and that by
 2 d, or by -2 d - 1 if it is negative, so that the upper bytes of small differences are 0. float32 counts as uint32.
@@ -27,7 +28,8 @@ _MAGIC = b"MAEV"
 _HEADER = struct.Struct("<4sBBHIIB3x")
 _VERSION, _HAS_LIMITS = 1, 1
 _DTYPES = ("uint8", "uint16", "int16", "float32")
-_LEVEL, _BAND_ROWS = 3, 64
+_LEVEL = 3
+BAND_ROWS = 64
 _WORTHWHILE = 0.75
 """Largest share of its bytes to which a part must shrink: noise shrinks little, and takes the decoder the longest."""
 Limits = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -37,11 +39,15 @@ def recognises(content: bytes | memoryview) -> bool:
     return content[:4] == _MAGIC
 
 
-class Chunk(NamedTuple):
-    """A band of rows, and its packed bytes: one part for each byte of a value."""
+class Bands(NamedTuple):
+    """Bands of 64 rows that hold some rows of an image, and their folded bytes."""
 
-    rows: range
-    parts: tuple[memoryview, ...]
+    rows: list[range]
+    """Rows of each band."""
+    lowest: list[memoryview]
+    """For each band, the part with the lowest byte of its values."""
+    further: list[memoryview]
+    """For each further byte, the part with that byte of all values of the image."""
 
 
 def pack(values: ValueArray, limits: Limits | None = None) -> bytes:
@@ -49,14 +55,14 @@ def pack(values: ValueArray, limits: Limits | None = None) -> bytes:
     height, width, channels = values.shape
     code, size = _DTYPES.index(values.dtype.name), values.dtype.itemsize
     planes = np.ascontiguousarray(np.moveaxis(values, 2, 0)).view(f"<u{size}")
-    parts: list[bytes] = []
-    for start in range(0, height, _BAND_ROWS):
-        band = planes[:, start : start + _BAND_ROWS]
-        differences = band.copy()
-        differences[:, 1:] -= band[:, :-1]
-        folded = differences << 1 ^ (differences.view(f"<i{size}") >> (8 * size - 1)).view(differences.dtype)
-        in_bytes = folded.reshape(-1, 1).view(np.uint8)
-        parts += [_packed(np.ascontiguousarray(in_bytes[:, byte])) for byte in range(size)]
+    differences = planes.copy()
+    for start in range(0, height, BAND_ROWS):
+        stop = min(start + BAND_ROWS, height)
+        differences[:, start + 1 : stop] -= planes[:, start : stop - 1]
+    folded = differences << 1 ^ (differences.view(f"<i{size}") >> (8 * size - 1)).view(differences.dtype)
+    in_bytes = folded[..., None].view(np.uint8)
+    parts = [_packed(in_bytes[:, start : start + BAND_ROWS, :, 0]) for start in range(0, height, BAND_ROWS)]
+    parts += [_packed(in_bytes[..., byte]) for byte in range(1, size)]
     head = _HEADER.pack(_MAGIC, _VERSION, code, channels, height, width, _HAS_LIMITS if limits else 0)
     own = b"" if limits is None else np.concatenate(limits).astype("<f8").tobytes()
     lengths = np.array([len(part) for part in parts], "<u4").tobytes()
@@ -66,8 +72,9 @@ def pack(values: ValueArray, limits: Limits | None = None) -> bytes:
 def _packed(content: NDArray[np.uint8]) -> bytes:
     if not content.any():
         return b""
+    content = np.ascontiguousarray(content)
     found = _codec().compress(content.data, asbytes=True)
-    return found if len(found) < _WORTHWHILE * len(content) else content.tobytes()
+    return found if len(found) < _WORTHWHILE * content.size else content.tobytes()
 
 
 def unpacked(part: memoryview, num_values: int) -> NDArray[np.uint8]:
@@ -82,24 +89,26 @@ def unpacked(part: memoryview, num_values: int) -> NDArray[np.uint8]:
         raise ValueError(f"damaged image: {str(error).splitlines()[0]}") from None
 
 
-def chunks_of(content: bytes | memoryview, rows: range) -> list[Chunk]:
-    """Return the bands that hold these rows. Raises ValueError if they are not within the file."""
+def bands_of(content: bytes | memoryview, rows: range) -> Bands:
+    """Return the bands that hold these rows. Raises ValueError if the parts are not those of the file."""
     dtype, channels, height, _, has_limits = _parsed(content)
-    size, num_bands = np.dtype(dtype).itemsize, -(-height // _BAND_ROWS)
+    num_bands = -(-height // BAND_ROWS)
+    num_parts = num_bands + np.dtype(dtype).itemsize - 1
     at = _HEADER.size + (16 * channels if has_limits else 0)
-    if len(content) < at + 4 * num_bands * size:
+    if len(content) < at + 4 * num_parts:
         raise ValueError("damaged header: stored values end early")
-    lengths = np.frombuffer(content, "<u4", num_bands * size, at).astype(np.int64)
-    ends = at + 4 * num_bands * size + lengths.cumsum()
+    lengths = np.frombuffer(content, "<u4", num_parts, at).astype(np.int64)
+    ends = at + 4 * num_parts + lengths.cumsum()
     if ends[-1] != len(content):
         raise ValueError("damaged image: stored values end early, or too late")
-    view, starts = memoryview(content), ends - lengths
-    bounds = list(zip(starts.tolist(), ends.tolist()))
-    found = []
-    for band in range(rows.start // _BAND_ROWS, -(-rows.stop // _BAND_ROWS)):
-        parts = tuple(view[start:stop] for start, stop in bounds[band * size : (band + 1) * size])
-        found.append(Chunk(range(band * _BAND_ROWS, min((band + 1) * _BAND_ROWS, height)), parts))
-    return found
+    view = memoryview(content)
+    parts = [view[start:stop] for start, stop in zip((ends - lengths).tolist(), ends.tolist())]
+    chosen = range(rows.start // BAND_ROWS, -(-rows.stop // BAND_ROWS))
+    return Bands(
+        rows=[range(band * BAND_ROWS, min((band + 1) * BAND_ROWS, height)) for band in chosen],
+        lowest=[parts[band] for band in chosen],
+        further=parts[num_bands:],
+    )
 
 
 def layout_of(content: bytes | memoryview) -> tuple[str, int, int, int]:
@@ -120,15 +129,17 @@ def planes_of(content: bytes | memoryview) -> NDArray[Any]:
     """Return the values as [channels height width]. Raises ValueError if they are damaged."""
     dtype, channels, height, width, _ = _parsed(content)
     size = np.dtype(dtype).itemsize
-    found = np.empty((channels, height, width), f"<u{size}")
-    for chunk in chunks_of(content, range(height)):
-        shape = channels, len(chunk.rows), width
-        in_bytes = np.empty((*shape, size), np.uint8)
-        for byte, part in enumerate(chunk.parts):
-            in_bytes[..., byte] = unpacked(part, math.prod(shape)).reshape(shape)
-        folded = in_bytes.view(f"<u{size}")[..., 0]
-        differences = folded >> 1 ^ -(folded & 1)
-        found[:, chunk.rows.start : chunk.rows.stop] = np.cumsum(differences, axis=1, dtype=found.dtype)
+    in_bytes = np.empty((channels, height, width, size), np.uint8)
+    bands = bands_of(content, range(height))
+    for rows, part in zip(bands.rows, bands.lowest):
+        shape = channels, len(rows), width
+        in_bytes[:, rows.start : rows.stop, :, 0] = unpacked(part, math.prod(shape)).reshape(shape)
+    for byte, part in enumerate(bands.further, 1):
+        in_bytes[..., byte] = unpacked(part, channels * height * width).reshape(channels, height, width)
+    folded = in_bytes.view(f"<u{size}")[..., 0]
+    found = folded >> 1 ^ -(folded & 1)
+    for rows in bands.rows:
+        found[:, rows.start : rows.stop] = np.cumsum(found[:, rows.start : rows.stop], axis=1, dtype=found.dtype)
     return found.view(dtype)
 
 
