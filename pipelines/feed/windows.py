@@ -22,7 +22,7 @@ from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.images.crops import crop_into, crop_values_into
 from pipelines.images.decode import ImageArray, Scratch, decode, evaluation_view, unit_pixels
-from pipelines.images.decode.opening import limits_of_stored
+from pipelines.images.decode.opening import ANY_SIZE, limits_of_stored
 from pipelines.images.jpeg.partial_decode import decode_crop
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class _Views:
             if transform.values is None:
                 pixels = decode(content, transform.channels, orientation, self._scratch)
             else:
-                pixels = unit_pixels(content, transform.channels, transform.values)
+                pixels = unit_pixels(content, transform.channels, transform.values, ANY_SIZE)
             pixels = evaluation_view(pixels, transform.image_px)
             images[0] = pixels[:, ::-1] if transform.train and self._flips[0][position] else pixels
         for (upside_down, quarters), view in zip(self._turns, images):

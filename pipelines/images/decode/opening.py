@@ -16,7 +16,7 @@ from .views import evaluation_view
 _VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz", ".jp2", ".j2k", ".avif", ".jxl")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", *_VALUES)
 _DEFAULT = Reading()
-_CHECKED = 2**62
+ANY_SIZE = 2**62
 """In place of max_pixels, for an image whose size was checked before."""
 Mask = NDArray[np.bool_]
 
@@ -83,7 +83,7 @@ def decode(
         if orientation is None:
             orientation = inspect(content).orientation
         return plain.decode(content, channels, orientation, scratch, notes)
-    max_pixels = MAX_PIXELS if orientation is None else _CHECKED
+    max_pixels = MAX_PIXELS if orientation is None else ANY_SIZE
     return plain.as_channels(_eight_bits(read_values(content, max_pixels=max_pixels)[0]), channels)
 
 
@@ -131,8 +131,6 @@ def unit_pixels(content: bytes, channels: int, values_range: ValueRange, max_pix
     Raises ValueError with the reason if the image is damaged, or has other values or channels.
     """
     reading = values_range.reading
-    if stored.recognises(content):
-        max_pixels = _CHECKED
     num_frames = inspect(content, max_pixels, reading).num_frames
     if num_frames > 1 and reading.frames != "first":
         raise ValueError(f"several frames: {num_frames}, where one image is read; give each frame as a file of its own")
@@ -205,10 +203,12 @@ def input_view(
 ) -> NDArray[Any]:
     """Return an image as evaluation sees it: uint8 without a value range, otherwise float32 from 0 to 1.
 
-    Raises ValueError with the reason if the image cannot be read, or has more than `max_pixels`.
+    Pass `orientation` if the image was checked before, as those of a shard were. Raises ValueError with the reason if
+    the image cannot be read, or has more than `max_pixels` and was not checked.
     """
     if values_range is not None:
-        return evaluation_view(unit_pixels(content, channels, values_range, max_pixels), image_px)
+        limit = max_pixels if orientation is None else ANY_SIZE
+        return evaluation_view(unit_pixels(content, channels, values_range, limit), image_px)
     if orientation is None:
         orientation = inspect(content, max_pixels).orientation
     return evaluation_view(decode(content, channels, orientation), image_px)

@@ -1,6 +1,7 @@
 """Images beyond 8 bits and three channels are read exactly, or refused by name; nothing is lost without a word."""
 
 import io
+import struct
 import warnings
 from typing import Any
 
@@ -253,6 +254,16 @@ def test_storage_is_lossless(dtype: str, channels: int) -> None:
     assert found.dtype == values.dtype
     own = ValueRange(dtype=dtype, kind="percentiles", by="image", percentiles=(1.0, 99.0))  # pyright: ignore[reportArgumentType]
     np.testing.assert_array_equal(unit_pixels(content, channels, own), to_unit(values, *limits))
+
+
+def test_stored_values_from_elsewhere_cannot_claim_much_memory() -> None:
+    """Bytes that are all zero take no space, so a short file could claim any size."""
+    content = bytearray(pack(np.zeros((64, 64, 1), np.uint16)))
+    assert len(content) < 100
+    content[8:16] = struct.pack("<II", 2**31, 2**31)
+    own = ValueRange(dtype="uint16", kind="full", low=(0.0,), high=(65535.0,))
+    with pytest.raises(ValueError, match="too many pixels: 2147483648 x 2147483648"):
+        input_view(bytes(content), 1, (32, 32), own)
 
 
 @settings(max_examples=300, deadline=None)
