@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ModelConfig,
         Normalization,
         OptimConfig,
+        ValueRange,
         parse_arch,
     )
     from mae_core.encoder import build_encoder, encode
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mae_core.model import MaskedAutoencoder, build_mae
     from mae_core.pretrained import Classifier, Encoder, load_classifier, load_encoder, load_mae
     from mae_core.step import pretrain_loss
+    from mae_core.values import limits_of, to_unit
 
     __version__: str
 
@@ -38,6 +40,7 @@ _MODULES = {
         "ModelConfig",
         "Normalization",
         "OptimConfig",
+        "ValueRange",
         "parse_arch",
     ),
     "encoder": ("build_encoder", "encode"),
@@ -46,6 +49,7 @@ _MODULES = {
     "model": ("MaskedAutoencoder", "build_mae"),
     "pretrained": ("Classifier", "Encoder", "load_classifier", "load_encoder", "load_mae"),
     "step": ("pretrain_loss",),
+    "values": ("limits_of", "to_unit"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -59,6 +63,9 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "AugmentConfig",
     "ClassifierConfig",
     "Normalization",
+    "ValueRange",
+    "limits_of",
+    "to_unit",
     "pixels_to_input",
     "input_to_pixels",
     "parse_arch",
