@@ -11,7 +11,7 @@ from mae_core.errors import UserError
 from mae_core.pretrained import Classifier, classifier_of
 from pipelines import registry
 from pipelines.config import EvaluateConfig, to_dict
-from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.dataset.manifest import Manifest, check_value_range, read_manifest
 from pipelines.evaluation.metrics import Metrics, measure
 from pipelines.evaluation.models import device_of, digest_of, needed_tracking
 from pipelines.evaluation.outputs import claim, log_run, write_files

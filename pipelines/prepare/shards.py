@@ -132,7 +132,8 @@ def _examine(content: Content, config: PrepareConfig, kind: PixelKind, notes: li
         return [row for frame in frames for row in _rows_of_frame(content, header, frame, config, notes)]
     pixels = decode(content, header.channels, header.orientation, notes=notes)
     if config.tile_px is not None:
-        return [_tile_row(pixels[tile], tile) for tile in tiles_of(*pixels.shape[:2], config.tile_px)]
+        height, width = pixels.shape[:2]
+        return [_tile_row(pixels[tile], tile) for tile in tiles_of(height, width, config.tile_px)]
     stored = encode(content, header, pixels, config.encode)
     size = stored.height_px, stored.width_px
     return [_Row(stored.content, *size, stored.orientation, stored.segment_offsets, pixels)]
@@ -188,15 +189,17 @@ def _rows_of_frame(
         limits = limits_of(values, own, valid)
     suffix = f"#{frame}" if header.num_frames > 1 and config.frames not in ("one", "first") else ""
     if config.tile_px is None:
-        return [_Row(pack(values, limits), *values.shape[:2], 1, None, values, valid, limits, suffix)]
+        height, width = values.shape[:2]
+        return [_Row(pack(values, limits), height, width, 1, None, values, valid, limits, suffix)]
     found = []
-    for tile in tiles_of(*values.shape[:2], config.tile_px):
+    for tile in tiles_of(values.shape[0], values.shape[1], config.tile_px):
         part, mask = values[tile], None if valid is None else valid[tile]
         if mask is not None and mask.mean() < config.min_data:
             notes.append("tiles left out for too little data")
             continue
         name = suffix + _suffix_of(tile)
-        found.append(_Row(pack(part, limits), *part.shape[:2], 1, None, part, mask, limits, name))
+        height, width = part.shape[:2]
+        found.append(_Row(pack(part, limits), height, width, 1, None, part, mask, limits, name))
     if not found:
         raise ValueError(f"no data: no tile has data in {config.min_data:.0%} of its pixels")
     return found

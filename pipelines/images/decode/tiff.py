@@ -133,7 +133,7 @@ def _samples(content: bytes, header: TiffHeader, frame: int) -> NDArray[np.gener
     return found.reshape(height, width, header.num_samples)
 
 
-def _inverted(stored: NDArray[np.generic], bits: int) -> NDArray[np.generic]:
+def _inverted(stored: ValueArray, bits: int) -> ValueArray:
     """Turn white-is-zero to black-is-zero: the largest value becomes the smallest."""
     if stored.dtype.kind == "i":
         return ~stored

@@ -6,7 +6,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import pydicom
+import pydicom.pixels
 import pytest
 import SimpleITK
 from numpy.typing import NDArray

@@ -59,7 +59,7 @@ def eight_bits() -> dict[str, bytes]:
         "cog": cloud_optimised(BYTES, photometric="rgb"),
         "white-is-zero": tiff(BYTES[:, :, 0], photometric="miniswhite"),
         "dicom": dicom(BYTES, "RGB"),
-        "jxl": imagecodecs.jpegxl_encode(BYTES, lossless=True),
+        "jxl": bytes(imagecodecs.jpegxl_encode(BYTES, lossless=True)),
         "deep-png": deep_png(VALUES),
     }
 
@@ -73,7 +73,7 @@ def sixteen_bits() -> dict[str, bytes]:
         "gray-png": deep_png(GRAY),
         "npy": npy(VALUES),
         "jpeg2000": jpeg2000(VALUES, 16),
-        "jxl": imagecodecs.jpegxl_encode(VALUES, lossless=True),
+        "jxl": bytes(imagecodecs.jpegxl_encode(VALUES, lossless=True)),
         "dicom": dicom(GRAY[:, :, 0]),
         "monochrome1": dicom(GRAY[:, :, 0], "MONOCHROME1"),
     }

@@ -21,7 +21,7 @@ from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, s
 from tests.pipelines.images.test_medical import dicom
 
 pytestmark = pytest.mark.usefixtures("without_ray")
-ALL = {"val_fraction": 0.0}
+ALL: dict[str, Any] = {"val_fraction": 0.0}
 
 
 def write(folder: Path, files: dict[str, bytes]) -> str:
@@ -101,10 +101,10 @@ def test_ranges_of_the_set_and_of_each_image(tmp_path: Path, dtype: str) -> None
     _, manifest = prepared(tmp_path / "by", files, range=("percentiles", "2", "98"), range_by="image")
     assert manifest.values is not None
     assert manifest.values.range == ValueRange(
-        dtype=dtype,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
         kind="percentiles",
         by="image",
-        percentiles=(2.0, 98.0),  # pyright: ignore[reportArgumentType]
+        percentiles=(2.0, 98.0),
     )
     units = []
     for values in images:
