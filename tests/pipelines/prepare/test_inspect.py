@@ -124,13 +124,13 @@ def test_value_ranges_are_those_of_the_file_whatever_their_type(tmp_path: Path) 
 
 
 def test_what_needs_an_option_is_named_with_it_and_looked_at(tmp_path: Path) -> None:
-    pages = np.stack([scene(1, k)[:, :, 0] for k in range(3)]).astype(np.float32) / 65535
+    pages = np.stack([scene(1, k)[:, :, 0] for k in range(5)]).astype(np.float32) / 65535
     (tmp_path / "stack.tif").write_bytes(tiff_pages(pages))
     found, _ = looked_at(tmp_path, tmp_path)
     assert list(found["options_needed"]) == ["several frames"]
     assert "--frames first" in found["options_needed"]["several frames"]
     (fractions,) = found["value_ranges"]
-    assert (fractions["min"], fractions["max"]) == (pages[1].min(), pages[1].max())
+    assert (fractions["min"], fractions["max"]) == (pages[2].min(), pages[2].max())
 
 
 def test_a_dataset_shows_its_values(tmp_path: Path, without_ray: None) -> None:
