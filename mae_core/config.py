@@ -345,7 +345,9 @@ class ValueRange:
     """How the values of images become numbers from 0 to 1, where they are not 8 bits in one or three channels."""
 
     dtype: Literal["uint8", "uint16", "int16", "float32"]
+    """Type of the values as they are stored."""
     kind: Literal["full", "min-max", "percentiles", "window", "voi"]
+    """What 0 and 1 are: the limits of the type, of the values, percentiles, a stated window, or a DICOM's own."""
     by: Literal["set", "image"] = "set"
     """set: low and high are those of all training images; image: each image has its own."""
     low: tuple[float, ...] = ()

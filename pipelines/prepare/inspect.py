@@ -16,10 +16,10 @@ from mae_core.errors import UserError
 from pipelines.config import InspectConfig
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest
 from pipelines.dataset.row_groups import RowGroups
-from pipelines.images.decode import ValueArray, inspect, read_values
+from pipelines.images.decode import ImageHeader, ValueArray, decode, inspect, read_values
 from pipelines.images.decode.headers import MissingLibraryError
 from pipelines.pictures.contact_sheet import Tile, contact_sheet
-from pipelines.prepare.kinds import shown
+from pipelines.prepare.kinds import PLAIN, PixelKind, shown
 from pipelines.prepare.quarantine import quarantined
 from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels, numbers_of_labels
 from pipelines.prepare.values import Mask, ValueSums, levels_of
@@ -78,6 +78,7 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
     looked = _Looked()
     for entry, content in zip(chosen, source.place.contents(chosen)):
         looked.add(entry, content, frozenset(classes))
+    tiles, bad = looked.judged()
     passed, numbers = source.passed_over, numbers_of_labels(tally, classes, config)[0]
     labels = sum((folder.labels for folder in tally.folders.values()), Counter())
     num_labelled = sum(count for label, count in labels.items() if label in numbers)
@@ -98,9 +99,9 @@ def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], l
         "pixels": {shown(*kind): count for kind, count in looked.kinds.most_common()},
         "value_ranges": looked.value_ranges,
         "options_needed": looked.options_needed,
-        "num_bad_of_sample": f"{len(looked.bad)} of {len(chosen)}",
+        "num_bad_of_sample": f"{len(bad)} of {len(chosen)}",
     }
-    return facts, looked.tiles, looked.bad
+    return facts, tiles, bad
 
 
 def _counted(tally: Tally, classes: list[str]) -> dict[str, int]:
@@ -116,37 +117,57 @@ def _counted(tally: Tally, classes: list[str]) -> dict[str, int]:
 class _Looked:
     """What a look at the images of a sample found."""
 
-    tiles: list[Tile] = field(default_factory=list)
-    bad: list[Tile] = field(default_factory=list)
     kinds: Counter[tuple[str, int]] = field(default_factory=Counter)
     options_needed: dict[str, str] = field(default_factory=dict)
     """Why `mae prepare` would refuse images unless it is told how to read them, and by which option."""
     _sums: dict[tuple[str, int], ValueSums] = field(default_factory=dict)
+    _found: list[tuple[Tile, ImageHeader]] = field(default_factory=list)
+    _bad: list[Tile] = field(default_factory=list)
 
     def add(self, entry: Entry, content: Content, classes: frozenset[str]) -> None:
         """Read an image and count its values. Raises UserError if a library that reads it is missing."""
         try:
             if isinstance(content, ValueError):
                 raise content
-            kind, values, valid = self._read(content)
+            header, values, valid = self._read(content)
         except MissingLibraryError as error:
             raise UserError(str(error)) from None
         except ValueError as error:
-            self.bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
+            self._bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
             return
-        self.kinds[kind] += 1
-        self._sums.setdefault(kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
-        self.tiles.append(Tile(entry.name, "; ".join(c for c in members(entry.label) if c in classes), content))
+        self.kinds[header.kind] += 1
+        self._sums.setdefault(header.kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
+        label = "; ".join(name for name in members(entry.label) if name in classes)
+        self._found.append((Tile(entry.name, label, content), header))
 
-    def _read(self, content: bytes) -> tuple[tuple[str, int], ValueArray, Mask | None]:
-        """Return an image's kind, its values, those of the middle one of several frames, and which are data."""
+    def judged(self) -> tuple[list[Tile], list[Tile]]:
+        """Return the images that a dataset of the most frequent kind would have, and the others with the reason."""
+        found, bad = [], list(self._bad)
+        for tile, header in self._found:
+            try:
+                self._kind.check(header)
+                if self._kind.is_plain and not header.is_plain:
+                    decode(tile.content, 3)
+                found.append(tile)
+            except ValueError as error:
+                bad.append(Tile(tile.name, str(error), tile.content))
+        return found, bad
+
+    @property
+    def _kind(self) -> PixelKind:
+        dtype, channels = self.kinds.most_common(1)[0][0] if self.kinds else (PLAIN.dtype, PLAIN.channels)
+        is_plain = (dtype, channels) == (PLAIN.dtype, PLAIN.channels)
+        return PixelKind(dtype=dtype, channels=channels, is_plain=is_plain and not self.options_needed)
+
+    def _read(self, content: bytes) -> tuple[ImageHeader, ValueArray, Mask | None]:
+        """Return an image's header, its values, those of the middle one of several frames, and which are data."""
         try:
-            return inspect(content).kind, *read_values(content)
+            return inspect(content), *read_values(content)
         except MissingLibraryError:
             raise
         except ValueError as error:
             header = inspect(content, reading=_ANY)
-            found = header.kind, *read_values(content, _ANY, header.num_frames // 2)
+            found = header, *read_values(content, _ANY, header.num_frames // 2)
             reason, _, remedy = str(error).partition(": ")
             self.options_needed.setdefault(reason, remedy)
             return found

@@ -152,7 +152,7 @@ def test_a_probe_reads_the_values_and_colour_operations_are_refused(pretrained: 
     colours = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1")
     tuning = ClassifyConfig(
         name="t", output=config.output, backbone=config.backbone, epochs=1, data=config.data, augment=colours,
-        classifier=ClassifierConfig(method="finetune"), eval_split="val",
+        classifier=ClassifierConfig(method="finetune"), optim=OptimConfig(warmup_epochs=0.0), eval_split="val",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"rand_augment .* changes colours of 8-bit photographs, but .* uint16 in 13"):
         finetune(tuning, "finetune")
