@@ -29,7 +29,16 @@ def recognises(content: bytes) -> bool:
 
 
 def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
-    tags = _tags(content)
+    try:
+        return _inspect(_tags(content), max_pixels)
+    except ValueError:
+        raise
+    except Exception as error:
+        # Values of damaged tags are of any type.
+        raise ValueError(f"damaged header: {error or type(error).__name__}") from None
+
+
+def _inspect(tags: Any, max_pixels: int) -> ImageHeader:
     height, width = int(tags.get("Rows", 0)), int(tags.get("Columns", 0))
     photometric, samples = str(tags.get("PhotometricInterpretation", "")), int(tags.get("SamplesPerPixel", 1))
     check_size(height, width, samples, max_pixels)

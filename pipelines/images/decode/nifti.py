@@ -7,6 +7,7 @@ and the right on the left; sagittal ones the head up and the front on the left. 
 
 import gzip
 import io
+import logging
 import zlib
 from functools import lru_cache
 from typing import Any
@@ -77,6 +78,8 @@ def _header(content: bytes) -> Any:
         import nibabel
     except ImportError:
         raise MissingLibraryError("NIfTI", "nibabel", "medical") from None
+    # Its warnings about malformed headers would drown the reason that is raised.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     head = _head(content) if content[:2] == b"\x1f\x8b" else content[:_HEAD_BYTES]
     kind = nibabel.Nifti1Header if head[344:348] == b"n+1\0" else nibabel.Nifti2Header
     try:

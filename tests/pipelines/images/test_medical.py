@@ -9,6 +9,8 @@ import numpy as np
 import pydicom.pixels
 import pytest
 import SimpleITK
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -202,3 +204,27 @@ def test_volumes_that_cannot_be_meant_are_refused_by_name() -> None:
         inspect(huge, reading=Reading(frames="first"))
     with pytest.raises(ValueError, match="damaged image"):
         read_values(nifti(VOLUME, np.eye(4))[:-500], Reading(frames="first"))
+
+
+WHOLE = [
+    dicom(FILM, "MONOCHROME1", bits=12, RescaleSlope="1", RescaleIntercept="-1024", PixelPaddingValue=3),
+    nifti(VOLUME, np.eye(4), ".nii.gz"),
+    nifti(VOLUME, np.eye(4)),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_an_error_or_an_image_and_nothing_else(data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from(WHOLE)))
+    places = st.integers(0, len(content) - 1) | st.integers(0, 900)
+    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)):
+        content[place] = value
+    damaged = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    reading = Reading(frames="first")
+    try:
+        header = inspect(damaged, 100_000, reading)
+        values, _ = read_values(damaged, reading, max_pixels=100_000)
+    except ValueError:
+        return
+    assert values.shape == (header.height_px, header.width_px, header.channels)
