@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -119,7 +119,7 @@ class _Looked:
 
     kinds: Counter[tuple[str, int]] = field(default_factory=Counter)
     options_needed: dict[str, str] = field(default_factory=dict)
-    """Why `mae prepare` would refuse images unless it is told how to read them, and by which option."""
+    """Why `mae prepare` would quarantine images unless it is told how to read them, and by which option."""
     _sums: dict[tuple[str, int], ValueSums] = field(default_factory=dict)
     _found: list[tuple[Tile, ImageHeader]] = field(default_factory=list)
     _bad: list[Tile] = field(default_factory=list)
@@ -129,19 +129,40 @@ class _Looked:
         try:
             if isinstance(content, ValueError):
                 raise content
-            header, values, valid = self._read(content)
+            header = self._counted(content)
         except MissingLibraryError as error:
             raise UserError(str(error)) from None
         except ValueError as error:
             self._bad.append(Tile(entry.name, str(error), b"" if isinstance(content, ValueError) else content))
             return
-        self.kinds[header.kind] += 1
-        self._sums.setdefault(header.kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
         label = "; ".join(name for name in members(entry.label) if name in classes)
         self._found.append((Tile(entry.name, label, content), header))
 
+    def _counted(self, content: bytes) -> ImageHeader:
+        """Count the values of an image, those of the middle one of several frames; return its header.
+
+        Raises ValueError if it is damaged or needs an option, whose values are counted all the same.
+        """
+        try:
+            header = inspect(content)
+            self._count(header, *read_values(content))
+            return header
+        except MissingLibraryError:
+            raise
+        except ValueError as error:
+            reason, _, remedy = str(error).partition(": ")
+            with suppress(ValueError):
+                header = inspect(content, reading=_ANY)
+                self._count(header, *read_values(content, _ANY, header.num_frames // 2))
+                self.options_needed.setdefault(reason, remedy)
+            raise
+
+    def _count(self, header: ImageHeader, values: ValueArray, valid: Mask | None) -> None:
+        self.kinds[header.kind] += 1
+        self._sums.setdefault(header.kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
+
     def judged(self) -> tuple[list[Tile], list[Tile]]:
-        """Return the images that a dataset of the most frequent kind would have, and the others with the reason."""
+        """Return the images that `mae prepare` would take, those of the most frequent kind, and the others by reason."""
         found, bad = [], list(self._bad)
         for tile, header in self._found:
             try:
@@ -157,20 +178,7 @@ class _Looked:
     def _kind(self) -> PixelKind:
         dtype, channels = self.kinds.most_common(1)[0][0] if self.kinds else (PLAIN.dtype, PLAIN.channels)
         is_plain = (dtype, channels) == (PLAIN.dtype, PLAIN.channels)
-        return PixelKind(dtype=dtype, channels=channels, is_plain=is_plain and not self.options_needed)
-
-    def _read(self, content: bytes) -> tuple[ImageHeader, ValueArray, Mask | None]:
-        """Return an image's header, its values, those of the middle one of several frames, and which are data."""
-        try:
-            return inspect(content), *read_values(content)
-        except MissingLibraryError:
-            raise
-        except ValueError as error:
-            header = inspect(content, reading=_ANY)
-            found = header, *read_values(content, _ANY, header.num_frames // 2)
-            reason, _, remedy = str(error).partition(": ")
-            self.options_needed.setdefault(reason, remedy)
-            return found
+        return PixelKind(dtype=dtype, channels=channels, is_plain=is_plain)
 
     @property
     def value_ranges(self) -> list[dict[str, float]]:

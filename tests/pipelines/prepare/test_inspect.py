@@ -129,6 +129,7 @@ def test_what_needs_an_option_is_named_with_it_and_looked_at(tmp_path: Path) -> 
     found, _ = looked_at(tmp_path, tmp_path)
     assert list(found["options_needed"]) == ["several frames"]
     assert "--frames first" in found["options_needed"]["several frames"]
+    assert found["num_bad_of_sample"] == "1 of 1"
     (fractions,) = found["value_ranges"]
     assert (fractions["min"], fractions["max"]) == (pages[2].min(), pages[2].max())
 
