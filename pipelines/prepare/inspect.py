@@ -162,7 +162,7 @@ class _Looked:
         self._sums.setdefault(header.kind, ValueSums(dtype=values.dtype.name)).add(values, valid, None)
 
     def judged(self) -> tuple[list[Tile], list[Tile]]:
-        """Return the images that `mae prepare` would take, those of the most frequent kind, and the others by reason."""
+        """Return the images that `mae prepare` would take, those of the most frequent kind, and the others with why."""
         found, bad = [], list(self._bad)
         for tile, header in self._found:
             try:
