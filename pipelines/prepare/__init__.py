@@ -31,7 +31,7 @@ from pipelines.prepare.slices import (
     log_labels,
     numbers_of_labels,
 )
-from pipelines.prepare.values import refuse_fraction
+from pipelines.prepare.values import refuse_empty, refuse_fraction
 from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, Source, open_source
 from pipelines.sources.sorting import SortedEntries
@@ -198,12 +198,16 @@ class _Job:
         refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
 
     def refuse_fraction(self, source: str) -> None:
-        """Raise UserError if no value range is chosen where one is needed; the target is then empty again."""
+        """Raise UserError if no value range is chosen where one is needed; the target is then empty again.
+
+        It is also raised for a channel without data.
+        """
         if self._kind.is_plain:
             return
-        total = total_values(self._work.summaries())
+        total, train = (total_values(self._work.summaries(), split) for split in (None, "train"))
         assert total is not None, "an image was read"
         try:
+            refuse_empty(train or total, source, "training image" if train else "image")
             refuse_fraction(total, source, self._config)
         except UserError:
             # What is there was made with another config than what will be asked for.

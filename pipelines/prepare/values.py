@@ -96,16 +96,17 @@ class ValueSums:
         return cls(dtype=dtype, by_channels=found)
 
 
-def refuse_fraction(total: ValueSums, source: str, config: PrepareConfig) -> None:
-    """Raise UserError if no range is chosen and the values use a fraction of their type's, or exceed it.
-
-    It is also raised for a channel without data, which has no statistics.
-    """
-    if empty := [number for number, sums in enumerate(total.channels()) if not sums.counts.any()]:
+def refuse_empty(counted: ValueSums, source: str, images: str) -> None:
+    """Raise UserError if a channel of the images that statistics are made of has no data, and so no statistics."""
+    if empty := [number for number, sums in enumerate(counted.channels()) if not sums.counts.any()]:
         raise UserError(
-            f"channels {', '.join(map(str, empty))} (from 0) of {source} have no data in any image; write the files "
-            "without them"
+            f"channels {', '.join(map(str, empty))} (from 0) of {source} have no data in any {images}; write the "
+            "files without them"
         )
+
+
+def refuse_fraction(total: ValueSums, source: str, config: PrepareConfig) -> None:
+    """Raise UserError if no range is chosen and the values use a fraction of their type's, or exceed it."""
     if config.range or total.dtype == "uint8":
         return
     levels, together = levels_of(total.dtype), _empty(total.dtype)

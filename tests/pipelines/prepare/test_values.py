@@ -25,8 +25,8 @@ ALL: dict[str, Any] = {"val_fraction": 0.0}
 
 
 def write(folder: Path, files: dict[str, bytes]) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return str(folder)
 
@@ -191,9 +191,11 @@ def test_scenes_are_cut_into_tiles_and_those_without_data_are_left_out(tmp_path:
 def test_a_channel_without_data_is_named(tmp_path: Path) -> None:
     values = scene(3).astype(np.float32) / 65535
     values[:, :, 1] = np.nan
-    with pytest.raises(UserError, match=r"channels 1 \(from 0\) of .* have no data in any image"):
-        prepared(tmp_path, {"a.npy": npy(values)}, range=("full",))
-    assert not list((tmp_path / "out").rglob("*.parquet"))
+    full = scene(3).astype(np.float32) / 65535
+    for files in ({"a.npy": npy(values)}, {"train/a.npy": npy(values), "val/b.npy": npy(full)}):
+        with pytest.raises(UserError, match=r"channels 1 \(from 0\) of .* have no data in any training image"):
+            prepared(tmp_path / str(len(files)), files, range=("full",))
+        assert not list((tmp_path / str(len(files)) / "out").rglob("*.parquet"))
 
 
 def test_what_is_done_to_images_is_counted(tmp_path: Path) -> None:
