@@ -136,6 +136,17 @@ def few(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_prepared(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the URI of a prepared dataset of `few`: shards of 64 rows in row groups of 16. Read only."""
+    from pipelines.config import PrepareConfig
+    from pipelines.prepare import prepare
+
+    uri = str(tmp_path_factory.mktemp("few-prepared"))
+    prepare(str(few), uri, PrepareConfig(rows_per_shard=64, rows_per_group=16))
+    return uri
+
+
 def _tile(label: int, number: int) -> bytes:
     """Draw a noisy tile, dark or bright by its label."""
     pixels = np.random.default_rng(number).integers(0, 60, (8, 8, 3))

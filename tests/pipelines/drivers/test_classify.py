@@ -19,11 +19,9 @@ from mae_core.errors import UserError
 from mae_core.pretrained import load_encoder, load_mae
 from mae_core.state import unpack
 from pipelines.config import (
-    CheckpointConfig,
     ClassifyConfig,
     ComputeConfig,
     DataConfig,
-    PrepareConfig,
     PretrainConfig,
     ReconstructConfig,
     RegisterConfig,
@@ -33,10 +31,9 @@ from pipelines.images.decode import decode
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage, storage_of
 from tests.digest import tensors_digest
+from tests.pipelines.drivers.small import ARCH, pretraining, working_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-ARCH = "vit_pico_patch7"
 
 
 @dataclass(frozen=True)
@@ -53,30 +50,13 @@ class Pretrained:
 
 
 @pytest.fixture(scope="module")
-def pretrained(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
+def pretrained(few_prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pretrained]:
     from pipelines.drivers.pretrain import pretrain
     from pipelines.drivers.register import register
-    from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("handoff")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.chdir(folder)
-        dataset = str(folder / "data")
-        prepare(str(few), dataset, PrepareConfig(rows_per_shard=64, rows_per_group=16))
-        config = PretrainConfig(
-            name="mae",
-            output=str(folder / "runs"),
-            epochs=2,
-            data=DataConfig(uri=dataset, batch=64, micro_batch=32),
-            model=ModelConfig(
-                arch=ARCH, image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
-            ),
-            optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
-            checkpoint=CheckpointConfig(keep=5),
-        )
-        outcome = pretrain(config, "mae")
+    with working_in(folder):
+        outcome = pretrain(pretraining(folder, few_prepared, "mae"), "mae")
         run = RunFolder(str(folder / "runs" / "mae"))
         digests = {
             step: tensors_digest(unpack(run.checkpoints.load(step).files["model.safetensors"]))
@@ -84,7 +64,7 @@ def pretrained(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) 
         }
         by_hand = register(f"{folder / 'runs' / 'mae'}@{min(digests)}", RegisterConfig(name="by-hand"))
         run.storage.delete_tree()
-        yield Pretrained(folder, dataset, outcome, by_hand, digests)
+        yield Pretrained(folder, few_prepared, outcome, by_hand, digests)
 
 
 def classify(pretrained: Pretrained, method: Any, **changes: Any) -> ClassifyConfig:

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import ModelConfig, OptimConfig
+from mae_core.config import OptimConfig
 from mae_core.state import unpack
 from pipelines.config import (
-    CheckpointConfig,
-    DataConfig,
-    PrepareConfig,
     PretrainConfig,
     RegisterConfig,
     TrackingConfig,
@@ -22,6 +19,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.listing import list_runs
 from pipelines.runs.metrics import read_points
 from tests.digest import tensors_digest
+from tests.pipelines.drivers.small import pretraining, working_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -55,37 +53,23 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(few_prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     from mlflow import MlflowClient
 
     from pipelines import extension_of, pretrain
-    from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("extend")
-    with pytest.MonkeyPatch.context() as patch:
-        uri = f"sqlite:///{folder / 'mlflow.db'}"
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.chdir(folder)
-        prepare(str(few), "data", PrepareConfig(rows_per_shard=64, rows_per_group=16))
-        config = PretrainConfig(
-            name="short",
-            epochs=2,
-            data=DataConfig(uri="data", batch=64, micro_batch=32),
-            model=ModelConfig(
-                arch="vit_pico_patch7",
-                image_px=(28, 28),
-                channels=1,
-                decoder_depth=1,
-                decoder_width=32,
-                decoder_heads=2,
-            ),
+    with working_in(folder):
+        config = pretraining(
+            folder,
+            few_prepared,
+            "short",
+            output="runs",  # where the name of a run is looked up
             optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0, schedule="constant", decay_share=0.0),
-            checkpoint=CheckpointConfig(keep=5),
             tracking=TrackingConfig(log_every_steps=1, pictures_every_epochs=1000),
         )
         short = pretrain(config)
-        client = MlflowClient(uri)
+        client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
         for tag, value in (("mae.licence", "CC-BY-NC-4.0"), ("mae.origin", "https://example.org")):
             client.set_model_version_tag(MODEL, short["model"].rsplit("/", 1)[1], tag, value)
         yield Place(folder, config, short, pretrain(extension_of("short", CHANGES)))

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import ModelConfig, Normalization
+from mae_core.config import Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Split
 from pipelines.drivers.launch import RunFailed, launch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, IndexedJob, PretrainJob
+from tests.pipelines.drivers.small import MODEL
 
 
 class Trainer:
@@ -51,12 +52,9 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
 
 
 def job_in(folder: Path) -> IndexedJob:
-    model = ModelConfig(
-        arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
-    )
     config = PretrainConfig(
         data=DataConfig(uri=str(folder), batch=8, micro_batch=8),
-        model=model,
+        model=MODEL,
         compute=ComputeConfig(stall_s=30, max_failures=2),
         checkpoint=CheckpointConfig(patience_s=100),
     )

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import yaml
 
-from mae_core.config import ModelConfig, OptimConfig
 from mae_core.state import unpack
-from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PrepareConfig, PretrainConfig, to_dict
+from pipelines.config import ComputeConfig, PretrainConfig, to_dict
 from pipelines.runs.folder import RunFolder
 from tests.digest import tensors_digest
+from tests.pipelines.drivers.small import pretraining, working_in
 from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -38,7 +38,7 @@ class Place:
     undisturbed: dict[str, Any]
 
     def config(self, name: str) -> PretrainConfig:
-        return config_of(self.folder, self.dataset, name)
+        return pretraining(self.folder, self.dataset, name)
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(str(self.folder / "runs" / name))
@@ -56,33 +56,13 @@ class Place:
         return [str(v.version) for v in self.client().search_model_versions(f"name = '{MODEL}'") if v.run_id == run_id]
 
 
-def config_of(folder: Path, dataset: str, name: str) -> PretrainConfig:
-    return PretrainConfig(
-        name=name,
-        output=str(folder / "runs"),
-        epochs=2,
-        data=DataConfig(uri=dataset, batch=64, micro_batch=32),
-        model=ModelConfig(
-            arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
-        ),
-        optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
-        checkpoint=CheckpointConfig(keep=5),
-    )
-
-
 @pytest.fixture(scope="module")
-def place(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(few_prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     from pipelines.drivers.pretrain import pretrain
-    from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("pretrain")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.chdir(folder)
-        dataset = str(folder / "data")
-        prepare(str(few), dataset, PrepareConfig(rows_per_shard=64, rows_per_group=16))
-        yield Place(folder, dataset, pretrain(config_of(folder, dataset, "calm"), "calm"))
+    with working_in(folder):
+        yield Place(folder, few_prepared, pretrain(pretraining(folder, few_prepared, "calm"), "calm"))
 
 
 def test_killed_after_the_last_checkpoint_only_the_export_is_left_to_do(place: Place) -> None:

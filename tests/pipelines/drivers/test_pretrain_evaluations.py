@@ -13,16 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mae_core.config import ModelConfig, OptimConfig
 from mae_core.state import unpack
-from pipelines.config import (
-    CheckpointConfig,
-    DataConfig,
-    PeriodicEvaluationConfig,
-    PrepareConfig,
-    PretrainConfig,
-    TrackingConfig,
-)
+from pipelines.config import CheckpointConfig, PeriodicEvaluationConfig, PretrainConfig, TrackingConfig
 from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.pretrain import pixels_of
 from pipelines.evaluation.periodic import PeriodicEvaluator
@@ -31,6 +23,7 @@ from pipelines.runs.metrics import Evaluations
 from pipelines.storage import open_storage
 from pipelines.worker.evaluations import EvaluationProcess, encoder_tensors
 from tests.digest import tensors_digest
+from tests.pipelines.drivers.small import pretraining, working_in
 from tests.waiting import JOB_DEADLINE_S, join, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -39,6 +32,12 @@ EPOCHS = 6
 STEPS_PER_EPOCH = 4
 EVERY = 2
 DUE = [EVERY * STEPS_PER_EPOCH * number for number in (1, 2, 3)]
+# Some evaluations share the copy of a checkpoint and others do not.
+RUN: dict[str, Any] = {
+    "epochs": EPOCHS,
+    "checkpoint": CheckpointConfig(every_epochs=3, keep=5),
+    "tracking": TrackingConfig(register=False),
+}
 EVALUATE = PeriodicEvaluationConfig(every_epochs=EVERY, images=60, knn=True, wait_s=JOB_DEADLINE_S)
 
 
@@ -52,7 +51,7 @@ class Place:
     """Digest of that run's weights."""
 
     def config(self, name: str, **changes: Any) -> PretrainConfig:
-        return dataclasses.replace(config_of(self.folder, self.dataset, name), **changes)
+        return pretraining(self.folder, self.dataset, name, **RUN, **changes)
 
     def run(self, name: str) -> RunFolder:
         return RunFolder(str(self.folder / "runs" / name))
@@ -67,41 +66,19 @@ class Place:
         return found
 
 
-def config_of(folder: Path, dataset: str, name: str) -> PretrainConfig:
-    return PretrainConfig(
-        name=name,
-        output=str(folder / "runs"),
-        epochs=EPOCHS,
-        data=DataConfig(uri=dataset, batch=64, micro_batch=32),
-        model=ModelConfig(
-            arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
-        ),
-        optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
-        # Some evaluations share the copy of a checkpoint and others do not.
-        checkpoint=CheckpointConfig(every_epochs=3, keep=5),
-        tracking=TrackingConfig(register=False),
-    )
-
-
 def weights(folder: RunFolder) -> str:
     return tensors_digest(unpack(folder.storage.read("export/mae.safetensors")))
 
 
 @pytest.fixture(scope="module")
-def place(ray4: None, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(few_prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     from pipelines.drivers.pretrain import pretrain
-    from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("evaluated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.chdir(folder)
-        dataset = str(folder / "data")
-        prepare(str(few), dataset, PrepareConfig(rows_per_shard=64, rows_per_group=16))
-        found = pretrain(config_of(folder, dataset, "calm"), "calm")
+    with working_in(folder):
+        found = pretrain(pretraining(folder, few_prepared, "calm", **RUN), "calm")
         assert "evaluation" not in found
-        yield Place(folder, dataset, weights(RunFolder(found["folder"])))
+        yield Place(folder, few_prepared, weights(RunFolder(found["folder"])))
 
 
 def test_values_are_those_of_the_weights_at_their_step_in_run_folder_outcome_and_mlflow(place: Place) -> None:

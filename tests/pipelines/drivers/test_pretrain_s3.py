@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.config import ModelConfig, OptimConfig
+from mae_core.config import OptimConfig
 from mae_core.state import unpack
 from pipelines.config import (
     CheckpointConfig,
@@ -18,6 +18,7 @@ from pipelines.config import (
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage
 from tests.digest import tensors_digest
+from tests.pipelines.drivers.small import MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
@@ -28,9 +29,7 @@ def config(name: str, dataset: str, output: str) -> PretrainConfig:
         output=output,
         epochs=2,
         data=DataConfig(uri=dataset, batch=32, micro_batch=8, window=64),
-        model=ModelConfig(
-            arch="vit_pico_patch7", image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2
-        ),
+        model=MODEL,
         optim=OptimConfig(base_lr=1e-3, warmup_epochs=1.0),
         compute=ComputeConfig(num_workers=1),
         checkpoint=CheckpointConfig(every_epochs=1.0, keep=1),

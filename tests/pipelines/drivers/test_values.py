@@ -25,6 +25,7 @@ from pipelines.config import (
 )
 from pipelines.dataset.manifest import Manifest
 from pipelines.images.decode import input_view
+from tests.pipelines.drivers.small import working_in
 from tests.pipelines.images.field_files import scene, tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -59,10 +60,7 @@ def pretrained(ray4: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     from pipelines.prepare import prepare
 
     folder = tmp_path_factory.mktemp("bands")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        patch.chdir(folder)
+    with working_in(folder):
         satellite(folder / "source")
         dataset = str(folder / "data")
         options = PrepareConfig(rows_per_shard=16, rows_per_group=8, range=("percentiles", "1", "99"))

@@ -12,7 +12,7 @@ import torch
 
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
-from pipelines.dataset.manifest import Manifest
+from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.data_task import max_per_block
 from pipelines.feed.driver import data_config, feed
 from pipelines.feed.executions import Executions, dataset_name
@@ -21,6 +21,7 @@ from pipelines.feed.rank import micro_batches
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.prepare import prepare
+from pipelines.storage import open_storage
 from tests.waiting import JOB_DEADLINE_S, join
 
 pytestmark = [
@@ -31,10 +32,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def dataset(few: Path, ray4: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
-    folder = tmp_path_factory.mktemp("dataset")
-    return str(folder), prepare(str(few), str(folder), PrepareConfig(rows_per_shard=64, rows_per_group=16))
+@pytest.fixture
+def dataset(few_prepared: str) -> tuple[str, Manifest]:
+    return few_prepared, read_manifest(open_storage(few_prepared))
 
 
 def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, steps: tuple[int, int]) -> FeedSegment:

@@ -23,7 +23,6 @@ from pipelines.config import (
     DataConfig,
     ExportConfig,
     ImportConfig,
-    PrepareConfig,
     ReconstructConfig,
     from_dict,
 )
@@ -305,11 +304,10 @@ def test_weights_come_from_s3(place: Path, s3: str) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_licence_and_origin_reach_the_classifier_that_is_fine_tuned_from_an_import(
-    place: Path, ray4: None, few: Path
+    place: Path, few_prepared: str
 ) -> None:
     """The imported table is learned and its epsilon 1e-12; both reach the classifier, at another image size."""
     from pipelines.drivers.classify import finetune
-    from pipelines.prepare import prepare
 
     model = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -323,14 +321,13 @@ def test_licence_and_origin_reach_the_classifier_that_is_fine_tuned_from_an_impo
     torch.nn.init.normal_(model.vit.embeddings.position_embeddings)
     model.save_pretrained(place / "vitmae")
     backbone = imported("vitmae", "mae-tuned")["model"]
-    prepare(str(few), str(place / "data"), PrepareConfig(rows_per_shard=64, rows_per_group=16))
     outcome = finetune(
         ClassifyConfig(
             output=str(place / "runs"),
             backbone=backbone,
             image_px=(28, 42),
             epochs=1,
-            data=DataConfig(uri=str(place / "data"), batch=64, micro_batch=32),
+            data=DataConfig(uri=few_prepared, batch=64, micro_batch=32),
             classifier=ClassifierConfig(pool="avg"),
             optim=OptimConfig(base_lr=1e-3, warmup_epochs=0.0),
             augment=AugmentConfig(crop="none", flip=False),
