@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from mae_core.config import Reading
 
 from . import plain
-from .headers import ImageHeader, MissingLibraryError, ValueArray
+from .headers import ImageHeader, MissingLibraryError, ValueArray, damage_named
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY, _COLOUR = (0, 4), (2, 6)
@@ -36,11 +36,8 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
         from imagecodecs import png_decode
     except ImportError:
         raise MissingLibraryError("a PNG of 16 bits in colour or with alpha", "imagecodecs", "deep") from None
-    try:
+    with damage_named():
         stored = png_decode(content)
-    except Exception as error:
-        # The reader may raise anything on malformed bytes.
-        raise ValueError(f"damaged image: {error or type(error).__name__}") from None
     assert stored.dtype == np.uint16
     if stored.shape[2] == 3:
         return stored, None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mae_core.config import Reading
 from mae_core.values import NO_DATA
 
-from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size
+from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named
 
 _GRAY, _COLOUR = (
     ("MONOCHROME1", "MONOCHROME2"),
@@ -73,16 +73,14 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
     from pydicom.pixels import apply_modality_lut, pixel_array
 
     tags = _tags(content)
-    try:
-        stored = pixel_array(io.BytesIO(content), index=frame)
+    with damage_named():
+        try:
+            stored = pixel_array(io.BytesIO(content), index=frame)
+        except Exception as error:
+            if "missing dependencies" in str(error) or "additional" in str(error):
+                raise MissingLibraryError("this compression of DICOM", "python-gdcm", "medical") from None
+            raise
         values = np.asarray(apply_modality_lut(stored, tags)) if int(tags.get("SamplesPerPixel", 1)) == 1 else stored
-    except Exception as error:
-        # The reader may raise anything on malformed bytes, and a RuntimeError for a codec that is not installed.
-        if "missing dependencies" in str(error) or "additional" in str(error):
-            raise MissingLibraryError("this compression of DICOM", "python-gdcm", "medical") from None
-        raise ValueError(
-            f"damaged image: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
     if values.ndim == 3:
         return as_kept(values), None
     valid = _valid(stored, tags)

@@ -1,5 +1,7 @@
 """What is known of an image before its pixels are decoded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,3 +87,14 @@ class MissingLibraryError(ValueError):
 
     def __init__(self, what: str, library: str, extra: str) -> None:
         super().__init__(f"missing library: {what} needs {library}; pip install '.[{extra}]'")
+
+
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Turn what a reader raises, which may be anything on malformed bytes, into a ValueError of one line."""
+    try:
+        yield
+    except MissingLibraryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"damaged image: {str(error).partition(chr(10))[0] or type(error).__name__}") from None

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mae_core.config import Reading
 
-from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size
+from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size, damage_named
 
 _BOX, _CODESTREAM = b"jP  \r\n\x87\n", b"\xff\x4f\xff\x51"
 _SEARCHED_BYTES = 2**20
@@ -37,11 +37,8 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
         from imagecodecs import jpeg2k_decode
     except ImportError:
         raise MissingLibraryError("JPEG 2000", "imagecodecs", "deep") from None
-    try:
+    with damage_named():
         found = jpeg2k_decode(content)
-    except Exception as error:
-        # The reader may raise anything on malformed bytes.
-        raise ValueError(f"damaged image: {error or type(error).__name__}") from None
     if found.size != height * width * channels:
         raise ValueError(f"damaged image: {found.shape} values, where the header says {height} x {width} x {channels}")
     return found.reshape(height, width, channels).astype("uint8" if bits <= 8 else "uint16", copy=False), None

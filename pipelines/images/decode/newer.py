@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mae_core.config import Reading
 
-from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size
+from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size, damage_named
 
 _JXL_CODESTREAM, _JXL_BOX = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 _SEARCHED_BYTES = 2**16
@@ -100,11 +100,8 @@ def _decoded(content: bytes) -> ValueArray:
         from imagecodecs import avif_decode, jpegxl_decode
     except ImportError:
         raise MissingLibraryError("JPEG XL and AVIF of more than 8 bits", "imagecodecs", "deep") from None
-    try:
+    with damage_named():
         found = avif_decode(content) if _is_deep_avif(content) else jpegxl_decode(content)
-    except Exception as error:
-        # The reader may raise anything on malformed bytes.
-        raise ValueError(f"damaged image: {error or type(error).__name__}") from None
     found = found[:, :, None] if found.ndim == 2 else found
     if found.ndim != 3 or found.shape[2] not in (1, 3) or found.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"unsupported pixels: {found.dtype} of {found.shape}, with alpha or several frames perhaps")

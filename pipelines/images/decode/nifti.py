@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mae_core.config import Reading
 from mae_core.values import NO_DATA
 
-from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, kept_dtype
+from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named, kept_dtype
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _MAX_VOLUME_BYTES = 4 * 2**30
@@ -135,15 +135,10 @@ def _volume(content: bytes) -> NDArray[Any]:
     header = _header(content)
     shape = _shape(header)
     needed = int(header.get_data_offset()) + int(np.prod(shape)) * header.get_data_dtype().itemsize
-    try:
+    with damage_named():
         if content[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(needed)
         kind = nibabel.Nifti1Image if content[344:348] == b"n+1\0" else nibabel.Nifti2Image
         image = nibabel.as_closest_canonical(kind.from_bytes(content))
         return np.asarray(image.dataobj).reshape(*image.shape[:3], -1)
-    except Exception as error:
-        # The reader may raise anything on malformed bytes.
-        raise ValueError(
-            f"damaged image: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None

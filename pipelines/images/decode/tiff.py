@@ -15,7 +15,7 @@ from mae_core.config import Reading
 from mae_core.values import NO_DATA
 
 from . import plain
-from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, kept_dtype
+from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named, kept_dtype
 from .tiff_header import (
     CIELAB,
     CMYK,
@@ -113,21 +113,21 @@ def _samples(content: bytes, header: TiffHeader, frame: int) -> NDArray[np.gener
     # Its warnings about malformed tags would drown the reason that is raised.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     height, width = header.size_px
-    try:
-        with tifffile.TiffFile(io.BytesIO(content)) as file:
-            if len(header.pages) == 1 and header.num_frames > 1:
-                # ImageJ: the images follow each other behind one page.
-                found = file.series[0].asarray().reshape(header.num_frames, height, width, -1)[frame]
-            else:
-                page = file.pages[header.pages[frame].number]
-                found, axes = page.asarray(), page.axes
-                if axes == "SYX":
-                    found = np.moveaxis(found, 0, 2)
-    except Exception as error:
-        # The reader may raise anything on malformed bytes.
-        if "imagecodecs" in str(error):
-            raise MissingLibraryError("this compression of TIFF", "imagecodecs", "deep") from None
-        raise ValueError(f"damaged image: {error or type(error).__name__}") from None
+    with damage_named():
+        try:
+            with tifffile.TiffFile(io.BytesIO(content)) as file:
+                if len(header.pages) == 1 and header.num_frames > 1:
+                    # ImageJ: the images follow each other behind one page.
+                    found = file.series[0].asarray().reshape(header.num_frames, height, width, -1)[frame]
+                else:
+                    page = file.pages[header.pages[frame].number]
+                    found, axes = page.asarray(), page.axes
+                    if axes == "SYX":
+                        found = np.moveaxis(found, 0, 2)
+        except Exception as error:
+            if "imagecodecs" in str(error):
+                raise MissingLibraryError("this compression of TIFF", "imagecodecs", "deep") from None
+            raise
     if found.size != height * width * header.num_samples:
         raise ValueError(f"damaged image: {found.shape} values, where the header says {height} x {width}")
     return found.reshape(height, width, header.num_samples)
