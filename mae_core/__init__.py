@@ -11,20 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mae_core.augment import input_to_pixels, pixels_to_input
-    from mae_core.config import (
-        AugmentConfig,
-        ClassifierConfig,
-        MaskConfig,
-        ModelConfig,
-        Normalization,
-        OptimConfig,
-        ValueRange,
-        parse_arch,
-    )
+    from mae_core.config import AugmentConfig, ClassifierConfig, MaskConfig, ModelConfig, OptimConfig, parse_arch
     from mae_core.encoder import build_encoder, encode
     from mae_core.errors import UserError
     from mae_core.masking import Mask, mask_from_noise, random_masks, sample_masks
     from mae_core.model import MaskedAutoencoder, build_mae
+    from mae_core.normalization import Normalization, ValueRange
     from mae_core.pretrained import Classifier, Encoder, load_classifier, load_encoder, load_mae
     from mae_core.step import pretrain_loss
     from mae_core.values import limits_of, to_unit
@@ -33,20 +25,12 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "augment": ("input_to_pixels", "pixels_to_input"),
-    "config": (
-        "AugmentConfig",
-        "ClassifierConfig",
-        "MaskConfig",
-        "ModelConfig",
-        "Normalization",
-        "OptimConfig",
-        "ValueRange",
-        "parse_arch",
-    ),
+    "config": ("AugmentConfig", "ClassifierConfig", "MaskConfig", "ModelConfig", "OptimConfig", "parse_arch"),
     "encoder": ("build_encoder", "encode"),
     "errors": ("UserError",),
     "masking": ("Mask", "mask_from_noise", "random_masks", "sample_masks"),
     "model": ("MaskedAutoencoder", "build_mae"),
+    "normalization": ("Normalization", "ValueRange"),
     "pretrained": ("Classifier", "Encoder", "load_classifier", "load_encoder", "load_mae"),
     "step": ("pretrain_loss",),
     "values": ("limits_of", "to_unit"),

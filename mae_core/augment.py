@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mae_core.config import AugmentConfig, Normalization
+from mae_core.config import AugmentConfig
+from mae_core.normalization import Normalization
 from mae_core.random_tensors import hash64, uniform
 from mae_core.randomness import Purpose, hash64_numpy, seed_of, uniform_numpy
 

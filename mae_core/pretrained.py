@@ -18,20 +18,11 @@ from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import build_classifier, features
-from mae_core.config import (
-    LAYER_NORM_EPS,
-    ClassifierConfig,
-    MaskConfig,
-    ModelConfig,
-    Normalization,
-    Reading,
-    Size,
-    ValueRange,
-    parse_arch,
-)
+from mae_core.config import LAYER_NORM_EPS, ClassifierConfig, MaskConfig, ModelConfig, Size, parse_arch
 from mae_core.encoder import build_encoder, encode, encode_layers
 from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder, build_mae
+from mae_core.normalization import Normalization, Reading, ValueRange
 
 Images: TypeAlias = UInt8[Tensor, "batch height width channels"] | Float32[Tensor, "batch height width channels"]
 """uint8 for a model of 8-bit images; otherwise from 0 to 1, by its `normalization.values` (`mae_core.values`)."""

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Shaped
 
-from mae_core.config import ValueRange
+from mae_core.normalization import ValueRange
 
 FULL = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0), "int16": (-32768.0, 32767.0), "float32": (0.0, 1.0)}
 """Values that become 0 and 1 with the range "full"."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mae_core.config import Normalization
+from mae_core.normalization import Normalization
 from pipelines.config import PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim

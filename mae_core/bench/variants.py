@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mae_core.augment import pixels_to_input
 from mae_core.bench.config import Precision, StepConfig
-from mae_core.config import ModelConfig, Normalization, OptimConfig, parse_arch
+from mae_core.config import ModelConfig, OptimConfig, parse_arch
 from mae_core.errors import UserError
 from mae_core.masking import training_masks
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.optim import param_groups
 from mae_core.plain import plain_loss
 from mae_core.step import pretrain_loss

@@ -7,8 +7,9 @@ that; they do it to every image, though, while evaluation leaves an image of the
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization, parse_arch
+from mae_core.config import LAYER_NORM_EPS, ModelConfig, parse_arch
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 
 EVALUATION_CROP = 224 / 256
 """Side of the centre crop, as a share of the resized image's."""

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mae_core.config import Normalization, Size
+from mae_core.config import Size
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 
 _TRANSFORMERS_EPS = 1e-12
 """Epsilon of layer norms in transformers' ViT and ViTMAE if their config.json does not give one."""

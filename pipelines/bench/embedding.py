@@ -29,9 +29,10 @@ import psutil
 import torch
 from safetensors.torch import load, save
 
-from mae_core.config import ModelConfig, Normalization
+from mae_core.config import ModelConfig
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.pretrained import Encoder, encoder_of
 from pipelines.bench.config import EmbedBenchConfig
 from pipelines.bench.data import machine, sample_images

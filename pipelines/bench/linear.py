@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mae_core.augment import pixels_to_input, soft_targets
 from mae_core.classifier import ProbeHead, features
-from mae_core.config import Normalization
 from mae_core.errors import UserError
 from mae_core.model import MaskedAutoencoder
+from mae_core.normalization import Normalization
 from mae_core.optim import build_optimizer
 from mae_core.randomness import Purpose, seed_of
 from mae_core.schedule import Schedule, apply_lr, peak_lr

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
-from mae_core.config import ModelConfig, Normalization, OptimConfig
+from mae_core.config import ModelConfig, OptimConfig
 from mae_core.masking import sample_masks
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.schedule import apply_lr
 from mae_core.step import pretrain_loss
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig

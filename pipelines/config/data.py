@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mae_core.config import ADDED, Reading
+from mae_core.config import ADDED
 from mae_core.errors import UserError
+from mae_core.normalization import Reading
 
 _LABELS = re.compile(r"auto|folder|none|(?:column|json|member|file):.+", re.DOTALL)
 

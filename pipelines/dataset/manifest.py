@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mae_core.config import Normalization, ValueRange
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization, ValueRange
 from pipelines.storage import Storage
 
 MANIFEST = "manifest.json"

@@ -5,8 +5,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization, Size, parse_arch, patch_grid
+from mae_core.config import LAYER_NORM_EPS, ModelConfig, Size, parse_arch, patch_grid
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import ClassifyConfig, from_dict, run_name
 from pipelines.dataset.manifest import Manifest, check_value_range

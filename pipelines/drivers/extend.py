@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mae_core.config import Normalization
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 from mae_core.schedule import peak_lr
 from pipelines import registry
 from pipelines.config import PretrainConfig, config_hash, dotted_fields, from_dict, options_for, with_overrides

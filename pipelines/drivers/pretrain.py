@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mae_core.config import ModelConfig, Normalization
+from mae_core.config import ModelConfig
 from mae_core.errors import UserError
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.transfer import start_from
 from pipelines import registry
 from pipelines.config import PeriodicEvaluationConfig, PretrainConfig, from_dict, run_name, to_dict, with_overrides

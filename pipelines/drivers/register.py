@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mae_core.config import Normalization
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import PretrainConfig, RegisterConfig, from_dict, to_dict
 from pipelines.dataset.manifest import read_manifest
@@ -34,7 +34,7 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     manifest = read_manifest(open_storage(folder.storage.join("dataset")))
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
-    tags = {"mae.step": str(step), **_provenance(folder).licence_tags}
+    tags = {"mae.step": str(step)}
     tracking = registry.open_tracking(config.experiment or run_config.tracking.experiment)
     run = tracking.find_run(values["id"])
     if run is not None:
@@ -42,7 +42,9 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
         parent = tracking.resolve(run.backbone) if run.backbone else None
         ref = registry.register_backbone(run, files, name, parent=parent, tags=tags)
         return {"model": ref.uri, "step": step, "run_id": run.id}
-    # This MLflow server does not know the run, for example because it was trained at another site.
+    # This MLflow server does not know the run, for example because it was trained at another site. It may not know the
+    # version either that the run started from, whose licence and origin the run folder keeps.
+    tags |= _provenance(folder).licence_tags
     run = tracking.run(
         Path(uri).name,
         "pretrain",

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_core.augment import input_to_pixels, pixels_to_input
-from mae_core.config import ModelConfig, Normalization, Size, ValueRange
+from mae_core.config import ModelConfig, Size
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder
+from mae_core.normalization import Normalization, ValueRange
 from mae_core.pretrained import mae_of
 from mae_core.state import unpack
 from pipelines.config import CurateConfig

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
-from mae_core.config import Size, ValueRange
+from mae_core.config import Size
 from mae_core.errors import UserError
+from mae_core.normalization import ValueRange
 from mae_core.pretrained import Encoder, encoder_of
 from pipelines.config import EmbedConfig
 from pipelines.embedding.parts import Forward

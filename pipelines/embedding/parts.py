@@ -26,8 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_core.config import Size, ValueRange
+from mae_core.config import Size
 from mae_core.errors import UserError
+from mae_core.normalization import ValueRange
 from pipelines.embedding.inputs import Part, Reader, Record
 from pipelines.images.decode import ImageArray, input_view
 from pipelines.prepare.quarantine import Quarantine

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import features
-from mae_core.config import ClassifierConfig, Normalization, parse_arch
+from mae_core.config import ClassifierConfig, parse_arch
 from mae_core.encoder import build_encoder
 from mae_core.errors import UserError
 from mae_core.linear_probe import fit_linear_probe
 from mae_core.neighbours import knn_probabilities
+from mae_core.normalization import Normalization
 from mae_core.rankme import rankme
 from pipelines.config import PretrainConfig
 from pipelines.dataset.manifest import Manifest

@@ -6,7 +6,8 @@ Must not import torch, since Ray's own processes import this module.
 from dataclasses import dataclass
 from functools import cached_property
 
-from mae_core.config import AugmentConfig, Size, ValueRange
+from mae_core.config import AugmentConfig, Size
+from mae_core.normalization import ValueRange
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import EpochPlan
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mae_core.augment import crop_boxes, flips, rand_augment, turns
-from mae_core.config import Size, ValueRange
+from mae_core.config import Size
 from mae_core.errors import UserError
+from mae_core.normalization import ValueRange
 from mae_core.randomness import Purpose, seed_of
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from mae_core.augment import input_to_pixels, pixels_to_input
-from mae_core.config import MaskConfig, Normalization, Size, ValueRange
+from mae_core.config import MaskConfig, Size
 from mae_core.errors import UserError
 from mae_core.masking import sample_masks
 from mae_core.model import MaskedAutoencoder
+from mae_core.normalization import Normalization, ValueRange
 from mae_core.pretrained import mae_of
 from pipelines import registry
 from pipelines.config import ReconstructConfig

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_core.config import Reading
 from mae_core.errors import UserError
+from mae_core.normalization import Reading
 from pipelines.config import InspectConfig
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest
 from pipelines.dataset.row_groups import RowGroups

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mae_core.config import Reading
 from mae_core.errors import UserError
+from mae_core.normalization import Reading
 from pipelines.config import PrepareConfig
 from pipelines.images.decode import ImageHeader, inspect
 from pipelines.images.decode.headers import MissingLibraryError

@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mae_core.config import ValueRange
+from mae_core.normalization import ValueRange
 from mae_core.randomness import Purpose, uniform_numpy
 from mae_core.values import limits_of
 from pipelines.config import PrepareConfig

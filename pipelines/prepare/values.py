@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import ValueRange
 from mae_core.errors import UserError
+from mae_core.normalization import ValueRange
 from mae_core.values import FULL, to_unit
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import PixelValues

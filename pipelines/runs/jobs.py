@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from mae_core.config import ADDED, LAYER_NORM_EPS, Normalization, Size
+from mae_core.config import ADDED, LAYER_NORM_EPS, Size
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization
 from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index

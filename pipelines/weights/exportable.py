@@ -8,10 +8,11 @@ from typing import Literal
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mae_core.config import LAYER_NORM_EPS, ModelConfig, Normalization
+from mae_core.config import LAYER_NORM_EPS, ModelConfig
 from mae_core.encoder import export_tensors
 from mae_core.errors import UserError
 from mae_core.formats.ours import Kind
+from mae_core.normalization import Normalization
 from mae_core.pretrained import load_classifier, load_encoder, load_mae
 from mae_core.state import model_tensors
 from pipelines.config import ExportConfig, from_dict

@@ -8,10 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mae_core.config import ClassifierConfig, Normalization
+from mae_core.config import ClassifierConfig
 from mae_core.errors import UserError
 from mae_core.formats.ours import encoder_part
 from mae_core.formats.weights import Weights, convert
+from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import ImportConfig, to_dict
 from pipelines.registry import PROVENANCE

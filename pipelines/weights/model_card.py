@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mae_core.config import Normalization
 from mae_core.errors import UserError
 from mae_core.formats.configs import EVALUATION_CROP
+from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.registry import ModelRef, Step, Tracking
 from pipelines.weights.exportable import Exportable

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_core.config import ModelConfig, Normalization
+from mae_core.config import ModelConfig
 from mae_core.errors import UserError
 from mae_core.formats.hints import Hints, from_arguments, from_transformers, normalization_of
 from mae_core.formats.reading import Checkpoint, read_checkpoint
+from mae_core.normalization import Normalization
 from mae_core.pretrained import load_classifier, load_encoder, load_mae
 from pipelines.config import from_dict
 from pipelines.registry import PROVENANCE, Provenance, sha256_of

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_core.config import Normalization
+from mae_core.normalization import Normalization
 from pipelines.config import PretrainConfig
 from pipelines.console import log_to_driver
 from pipelines.dataset.manifest import Manifest

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_core.config import ClassifierConfig, ModelConfig, Normalization, Size
+from mae_core.config import ClassifierConfig, ModelConfig, Size
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.state import pack, unpack
 from pipelines.config import to_dict, without_added_defaults
 

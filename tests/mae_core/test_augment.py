@@ -20,7 +20,8 @@ from mae_core.augment import (
     soft_targets,
     turns,
 )
-from mae_core.config import AugmentConfig, Normalization, ValueRange
+from mae_core.config import AugmentConfig
+from mae_core.normalization import Normalization, ValueRange
 from mae_core.values import FULL, NO_DATA, limits_of, to_unit
 
 CONFIG = AugmentConfig()

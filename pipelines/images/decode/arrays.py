@@ -6,7 +6,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 from mae_core.values import NO_DATA
 
 from .headers import MAX_CHANNELS, ImageHeader, ValueArray, as_kept, check_size, kept_dtype

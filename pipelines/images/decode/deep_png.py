@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 
 from . import plain
 from .headers import ImageHeader, MissingLibraryError, ValueArray, damage_named

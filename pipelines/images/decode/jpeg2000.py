@@ -5,7 +5,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 
 from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size, damage_named
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 
 from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size, damage_named
 

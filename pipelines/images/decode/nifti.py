@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 from mae_core.values import NO_DATA
 
 from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named, kept_dtype

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading, ValueRange
+from mae_core.normalization import Reading, ValueRange
 from mae_core.values import FULL, limits_of, to_unit
 
 from . import arrays, deep_png, dicom, jpeg2000, newer, nifti, plain, stored, tiff

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.config import Reading
+from mae_core.normalization import Reading
 
 from .headers import ImageHeader, ValueArray, check_size
 

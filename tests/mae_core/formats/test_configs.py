@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from mae_core.config import SIZES, ModelConfig, Normalization, parse_arch
+from mae_core.config import SIZES, ModelConfig, parse_arch
 from mae_core.encoder import build_encoder, encode
 from mae_core.errors import UserError
 from mae_core.formats.configs import (
@@ -19,6 +19,7 @@ from mae_core.formats.configs import (
     transformers_preprocessor,
 )
 from mae_core.formats.hints import from_transformers, normalization_of
+from mae_core.normalization import Normalization
 
 CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(28, 28), target="pixels", norm_eps=1e-12)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.config import Normalization, ValueRange
 from mae_core.errors import UserError
+from mae_core.normalization import Normalization, ValueRange
 from pipelines.dataset.manifest import (
     MANIFEST,
     Manifest,

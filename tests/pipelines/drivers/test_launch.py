@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import Normalization
+from mae_core.normalization import Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Split
 from pipelines.drivers.launch import RunFailed, launch

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from mae_core.config import MaskConfig, ModelConfig, Normalization
+from mae_core.config import MaskConfig, ModelConfig
 from mae_core.encoder import export_tensors
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 
 
 @pytest.fixture(scope="session")

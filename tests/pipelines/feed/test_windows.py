@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mae_core.augment import crop_boxes, flips, turns
-from mae_core.config import AugmentConfig, ValueRange
+from mae_core.config import AugmentConfig
+from mae_core.normalization import ValueRange
 from mae_core.values import limits_of, to_unit
 from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index

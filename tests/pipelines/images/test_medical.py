@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from mae_core.config import Reading, ValueRange
+from mae_core.normalization import Reading, ValueRange
 from pipelines.images.decode import inspect, read_values, unit_pixels
 from tests.pipelines.images.field_files import scene
 

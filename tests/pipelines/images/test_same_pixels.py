@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import mae_core
-from mae_core.config import ValueRange
+from mae_core.normalization import ValueRange
 from pipelines.config import PrepareConfig
 from pipelines.images import decode as decode_package
 from pipelines.images.decode import input_view, inspect

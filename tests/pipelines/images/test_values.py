@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio.io import MemoryFile
 
-from mae_core.config import Reading, ValueRange
+from mae_core.normalization import Reading, ValueRange
 from mae_core.values import limits_of, to_unit
 from pipelines.images.crops import crop_values_into, planes_of
 from pipelines.images.decode import (

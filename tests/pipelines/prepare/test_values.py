@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from mae_core.config import ValueRange
 from mae_core.errors import UserError
+from mae_core.normalization import ValueRange
 from mae_core.values import to_unit
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest, read_manifest

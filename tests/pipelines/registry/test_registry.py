@@ -493,8 +493,9 @@ class TestPackagedModel:
         from safetensors.torch import load
 
         from mae_core.augment import pixels_to_input
-        from mae_core.config import Normalization, parse_arch
+        from mae_core.config import parse_arch
         from mae_core.encoder import build_encoder, encode
+        from mae_core.normalization import Normalization
         from pipelines.images.decode import decode, evaluation_view
 
         register_backbone(tracking.run("p", "pretrain", {}), backbone_files, "mae-i")

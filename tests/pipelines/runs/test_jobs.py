@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, Normalization, OptimConfig
+from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
+from mae_core.normalization import Normalization
 from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split

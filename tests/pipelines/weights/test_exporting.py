@@ -17,13 +17,14 @@ from transformers import AutoImageProcessor
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import build_classifier
-from mae_core.config import ClassifierConfig, ModelConfig, Normalization, parse_arch
+from mae_core.config import ClassifierConfig, ModelConfig, parse_arch
 from mae_core.errors import UserError
 from mae_core.formats import fair, transformers
 from mae_core.formats.configs import timm_arguments, timm_name
 from mae_core.formats.reading import read_checkpoint
 from mae_core.masking import mask_from_noise
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.plain import plain_predict
 from mae_core.pretrained import load_classifier, load_mae
 from mae_core.state import model_tensors, pack

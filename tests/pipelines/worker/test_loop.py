@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from mae_core.augment import pixels_to_input
 from mae_core.classifier import ProbeHead
-from mae_core.config import ModelConfig, Normalization, OptimConfig
+from mae_core.config import ModelConfig, OptimConfig
 from mae_core.masking import sample_masks
 from mae_core.model import build_mae
+from mae_core.normalization import Normalization
 from mae_core.optim import build_optimizer
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
 from mae_core.step import pretrain_loss
