@@ -129,6 +129,18 @@ def test_the_extension_is_a_child_of_the_run(place: Place) -> None:
     assert (listed.state, listed.extends, listed.step, listed.total_steps) == ("finished", "short", 16, 16)
 
 
+def test_another_registry_gets_licence_and_origin_from_the_run_folder(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.drivers.register import register
+    from pipelines.registry import open_tracking
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    version = open_tracking("mae").resolve(register("runs/longer", RegisterConfig())["model"])
+    assert (version.tags["mae.licence"], version.tags["mae.origin"]) == ("CC-BY-NC-4.0", "https://example.org")
+    assert "mae.parent" not in version.tags, "the version that it came from is not in this registry"
+
+
 def test_the_same_command_repeats_the_outcome(place: Place) -> None:
     from pipelines import extension_of, pretrain
 
