@@ -100,8 +100,10 @@ def wait_for(work: Callable[[], object], stop: Callable[[], float]) -> None:
         finally:
             has_ended.set()
 
-    threading.Thread(target=run, name="interruptible", daemon=True).start()
+    thread = threading.Thread(target=run, name="interruptible", daemon=True)
     try:
+        # The work may begin, and a signal arrive, before start() returns.
+        thread.start()
         has_ended.wait()
     except KeyboardInterrupt:
         grace_s = stop()

@@ -88,6 +88,9 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
         dataset.context.enable_progress_bars = False
         # Each task would start a thread that polls its memory, which nobody reads.
         dataset.context.memory_usage_poll_interval_s = None
+        # Ray Data ends an execution whose blocks nobody takes for 30 minutes, as during a long fit of a probe. A worker
+        # that hangs is found by `compute.stall_s`.
+        dataset.context.execution_no_progress_timeout_s = -1
         return dataset
 
     return Feed(work.channel, tuple(dataset_of(number) for number in range(NUM_DATASETS)))

@@ -22,7 +22,7 @@ from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
-from tests.waiting import JOB_DEADLINE_S, join
+from tests.waiting import JOB_DEADLINE_S, join, let_pass
 
 pytestmark = [
     pytest.mark.ray,
@@ -163,6 +163,20 @@ def test_blocks_are_larger_for_many_ranks_and_smaller_for_small_stores(
     num_workers: int, store_bytes: int, most: int
 ) -> None:
     assert max_per_block(64 * 224 * 224 * 3, num_workers, store_bytes) == most
+
+
+def test_a_feed_paused_for_longer_than_rays_guard_resumes(
+    dataset: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    guard_s = 1.0
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", guard_s)
+    segment = segment_of(*dataset, 1, train=True, steps=(0, 90))
+    found = feed([segment], 1, 1).micro_batches()
+    first = next(found)
+    let_pass(4 * guard_s)
+    assert_same([first, *found], expected_of([segment], 0))
 
 
 def test_an_error_of_a_task_reaches_the_worker(dataset: tuple[str, Manifest]) -> None:
