@@ -6,7 +6,7 @@ Owns how Ray is started, configured and stopped, and how many data tasks may run
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster_state
 
-from pipelines.config import ComputeConfig
+from pipelines.config import ComputeConfig, FixedCompute
 from pipelines.errors import CommandFailed
 from pipelines.interrupts import handle_signals_again, interrupted_by, is_work_left
+from pipelines.machine import Machine, num_cores, this_machine
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ tasks each runs at a time."""
 _STARTS = 3
 """Attempts to start an embedded Ray: it gives up after 30 s, which a machine under full load may exceed."""
 
+_GPU_TYPE = "accelerator_type:"
+"""Begin of the Ray resource that names a node's GPUs."""
+
+_WITHOUT_BFLOAT16 = {"V100", "P100", "T4", "P4", "K80", "TITAN"}
+"""Ray's names of GPUs before Ampere."""
+
 # CPUs for the driver, trial drivers and Ray Data's split coordinators, in addition to workers and data tasks.
 _SPARE_CPUS = 2
 
@@ -43,7 +50,7 @@ def ray_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def data_tasks(compute: ComputeConfig, worker_nodes: Sequence[str]) -> tuple[int | None, float]:
+def data_tasks(compute: FixedCompute, worker_nodes: Sequence[str]) -> tuple[int | None, float]:
     """Return the limit of concurrent data tasks and the CPUs that each requests.
 
     `worker_nodes` has the node id of each worker. A limit of None leaves the number to the cluster's free CPUs. An
@@ -65,13 +72,53 @@ def _has_free_cpu(worker_nodes: Sequence[str]) -> bool:
     )
 
 
+def machine() -> Machine:
+    """Describe what a command may use: the cluster if RAY_ADDRESS names one, otherwise this machine.
+
+    Connects to the cluster for a moment unless this process is connected. Raises CommandFailed if it does not respond.
+    """
+    if not ray_address():
+        return this_machine()
+    with ray_session(None):
+        return _cluster_machine(ray.cluster_resources())
+
+
+def _cluster_machine(resources: Mapping[str, float]) -> Machine:
+    gpus = sorted(name.removeprefix(_GPU_TYPE) for name in resources if name.startswith(_GPU_TYPE))
+    num_gpus = int(resources.get("GPU", 0))
+    return Machine(
+        num_cores=max(1, int(resources.get("CPU", 1))),
+        num_gpus=num_gpus,
+        gpu=" and ".join(gpus) if num_gpus else "",
+        has_bfloat16=num_gpus > 0 and not _WITHOUT_BFLOAT16 & set(gpus),
+        is_cluster=True,
+    )
+
+
+def task_limit() -> int | None:
+    """Return how many tasks of a preparation may run at a time: as many as this machine has cores if Ray is embedded.
+
+    None leaves the number to the cluster's free CPUs.
+    """
+    return num_cores() if os.environ.get(_EMBEDDED) else None
+
+
+def task_slots() -> int:
+    """Return how many tasks that request one CPU can run at a time."""
+    limit = task_limit()
+    if limit is None and ray.is_initialized():
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return limit or num_cores()
+
+
 @contextmanager
-def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
+def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None]:
     """Connect to Ray, or start one with CPUs for `groups` worker groups and their data tasks; stop it at the end.
 
     Does nothing if Ray is initialized already. An embedded Ray declares as many logical CPUs as the work requests,
     whatever the machine has: two 1-CPU workers on a machine declared as two CPUs would leave Ray Data none, and the run
-    would hang. Raises CommandFailed if Ray does not respond.
+    would hang. For work without worker groups (`compute` is None), it declares the CPUs that this process may use.
+    Raises CommandFailed if Ray does not respond.
     """
     if ray.is_initialized():
         yield
@@ -103,12 +150,11 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
         os.environ.setdefault("RAY_event_stats", "0")
         # Ray expects fewer processes on a small machine than we start, and would warn each time.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, num_cores())))
         os.environ[_EMBEDDED] = "1"
         _init(
             _STARTS,
-            num_cpus=groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
-            resources={DATA_TASK: groups * (compute.data_tasks + 1)},
+            **_declared(compute, groups),
             include_dashboard=False,
             logging_level=logging.ERROR,
             # Applies to every process: Train's placement group cleaner warns every second without a dashboard.
@@ -121,6 +167,17 @@ def ray_session(compute: ComputeConfig, groups: int = 1) -> Iterator[None]:
         if not is_work_left():
             ray.shutdown()
         os.environ.pop(_EMBEDDED, None)
+
+
+def _declared(compute: ComputeConfig | None, groups: int) -> dict[str, Any]:
+    """Return the logical CPUs and data tasks that an embedded Ray declares."""
+    if compute is None:
+        return {"num_cpus": num_cores()}
+    compute = compute.fixed()
+    return {
+        "num_cpus": groups * (compute.num_workers + compute.data_tasks) + _SPARE_CPUS,
+        "resources": {DATA_TASK: groups * (compute.data_tasks + 1)},
+    }
 
 
 def _init(starts: int = 1, **arguments: Any) -> None:

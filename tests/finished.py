@@ -3,7 +3,7 @@
 from typing import Any
 
 from mae_core.normalization import Normalization
-from pipelines.config import PretrainConfig
+from pipelines.config import FixedCompute, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim
 from pipelines.runs.checkpoints import Checkpoint, Retention
@@ -24,12 +24,13 @@ def finished_run(
     *,
     steps_per_epoch: int = 3,
     extended: Extended | None = None,
+    chosen: FixedCompute | None = None,
     **outcome: Any,
 ) -> RunFolder:
     """Write the run with the config's name and output, with an empty checkpoint after its last step."""
     folder = open_storage(open_storage(config.output).join(config.name)).uri
     pixels = Normalization(mean=tuple(manifest.mean), std=tuple(manifest.std))
-    job = PretrainJob(folder=folder, config=config, pixels=pixels, extended=extended)
+    job = PretrainJob(folder=folder, config=config, pixels=pixels, extended=extended, chosen=chosen or FixedCompute())
     claim(job, "pretrain", manifest)
     run, steps = RunFolder(folder), (job.first_epoch + job.reading.epochs) * steps_per_epoch
     meta = {"steps_per_epoch": steps_per_epoch, "last": {"train/loss": 0.5}}

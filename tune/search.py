@@ -18,6 +18,7 @@ from pipelines.config import to_dict
 from pipelines.drivers.drive import claim, mark_interrupted
 from pipelines.interrupts import wait_for
 from pipelines.registry import Point
+from pipelines.runs.automatic import settled_config
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from pipelines.runs.stopping import StopRequest
@@ -200,7 +201,7 @@ class Children:
         child = self._tracking.run(
             self.name(trial),
             "trial",
-            to_dict(config),
+            to_dict(settled_config(trial.pretrain)),
             tags={"mae.folder": trial.folder, "mae.point": json.dumps(trial.point)},
             dataset=trial.manifest,
             dataset_uri=config.data.uri,

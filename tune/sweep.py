@@ -27,7 +27,7 @@ from pipelines.runs.jobs import ClassifyJob, IndexedDataset
 from pipelines.storage import Storage, open_storage
 from tune.space import at
 from tune.summary import Entry, best_of, figure_of, preset_of, report
-from tune.trial import MEASURES, Measure, Trial, classify_job, grouped, of_trial, plan, settled
+from tune.trial import MEASURES, Measure, Trial, classify_job, grouped, of_trial, plan, settled, with_choices
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
         log.info("sweep %s is finished; --fresh runs it again", checked.name)
         return known
     registry.refuse_local_tracking(ray_address())
+    checked = dataclasses.replace(checked, trials=with_choices(checked.trials, checked.config.max_concurrent))
     tracking = registry.open_tracking(checked.config.pretrain.tracking.experiment)
     parent = tracking.run(
         checked.name,
@@ -155,7 +156,7 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
     with ExitStack() as stack:
         if unfinished:
             # Points may differ in their number of workers: size Ray for the largest group.
-            largest = max((t.pretrain.config.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
+            largest = max((t.pretrain.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
             groups = grouped(unfinished, config.trials_per_group)
             stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
             search(groups, children, config.max_concurrent)
@@ -183,7 +184,7 @@ def _register(winner: Trial, children: Any) -> str:
 
 def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:
     """Return the winner's top-1 on test, by the classifiers that were measured on val; None without a test split."""
-    config, manifest = winner.pretrain.config, winner.manifest
+    manifest = winner.manifest
     if "test" not in manifest.splits:
         return dict.fromkeys(MEASURES)
     jobs: dict[Measure, tuple[ClassifyJob, IndexedDataset]] = {}
@@ -197,7 +198,7 @@ def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, flo
     unread = [(job, dataset) for job, dataset in jobs.values() if RunFolder(job.folder).read_result() is None]
     if unread:
         log.info("evaluating the best trial on test")
-        stack.enter_context(ray_session(config.compute))
+        stack.enter_context(ray_session(winner.pretrain.compute))
         launch(unread, f"{checked.name}-test")
     return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, (job, _) in jobs.items()}
 

@@ -4,22 +4,27 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mae_core.config import patch_grid
 from mae_core.errors import UserError
+from pipelines.cluster import machine
 from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.classify import StartingEncoder, published_classify_job, with_labelled_dataset
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import published_pretrain_job, with_dataset
+from pipelines.runs.automatic import describe_compute, is_automatic, settle
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, IndexedJob, Job, PretrainJob
 from pipelines.runs.stopping import StopRequest
 from pipelines.storage import Storage, open_storage
 from tune.space import Point, at, describe, points
+
+log = logging.getLogger(__name__)
 
 Measure = Literal["probe", "finetune"]
 MEASURES: tuple[Measure, ...] = ("probe", "finetune")
@@ -87,11 +92,27 @@ def plan(config: SweepConfig, folder: Storage) -> list[Trial]:
     return [_trial(config, point, folder) for point in points(config)]
 
 
+def with_choices(trials: Sequence[Trial], max_concurrent: int) -> list[Trial]:
+    """Return the trials with a value for every auto in their compute options, for groups that share the machine."""
+    if not any(is_automatic(trial.pretrain.config.compute) for trial in trials):
+        return list(trials)
+    here = machine().share(max_concurrent)
+    found = []
+    for trial in trials:
+        pretrain = settle(trial.pretrain, here)
+        assert isinstance(pretrain, PretrainJob)
+        probe = dataclasses.replace(trial.probe, chosen=pretrain.chosen)
+        finetune = dataclasses.replace(trial.finetune, chosen=pretrain.chosen)
+        found.append(dataclasses.replace(trial, pretrain=pretrain, probe=probe, finetune=finetune))
+    log.info("each trial: %s", describe_compute(found[0].pretrain.config, found[0].pretrain.compute, here))
+    return found
+
+
 def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
     """Split the trials into groups of at most `per_group`, each with one compute config."""
     alike = itertools.groupby(
-        sorted(trials, key=lambda trial: repr(trial.pretrain.config.compute)),
-        key=lambda trial: trial.pretrain.config.compute,
+        sorted(trials, key=lambda trial: repr(trial.pretrain.compute)),
+        key=lambda trial: trial.pretrain.compute,
     )
     kinds = [list(kind) for _, kind in alike]
     return [kind[i : i + per_group] for kind in kinds for i in range(0, len(kind), per_group)]
@@ -202,4 +223,5 @@ def classify_job(
     )
     published = published_classify_job(config, name, start, manifest)
     assert isinstance(published.job, ClassifyJob)
-    return dataclasses.replace(published.job, backbone=f"{pretrained.folder}/export"), published.dataset
+    job = dataclasses.replace(published.job, backbone=f"{pretrained.folder}/export", chosen=pretrained.chosen)
+    return job, published.dataset

@@ -1,4 +1,7 @@
-"""`mae doctor`: which Ray, MLflow, storage and device a command would use here, and whether each answers."""
+"""`mae doctor`: which Ray, MLflow, storage and device a command would use here, and whether each answers.
+
+Also what `auto` chooses in compute options, and what would bound a training step.
+"""
 
 import os
 import socket
@@ -9,8 +12,11 @@ from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipelines.cluster import ray_address
+from pipelines.cluster import machine, ray_address
+from pipelines.config import PretrainConfig
+from pipelines.machine import num_cores
 from pipelines.registry import open_tracking
+from pipelines.runs.automatic import choose, describe_compute
 from pipelines.storage import open_storage
 
 _PACKAGES = ("torch", "timm", "ray", "mlflow", "pyarrow", "boto3")
@@ -23,6 +29,8 @@ def doctor() -> dict[str, Any]:
         "python": lambda: sys.version.split()[0],
         "packages": lambda: ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         "device": _device,
+        "auto": _automatic,
+        "step": _step,
         "ray": _ray,
         "mlflow": _mlflow,
         "storage": _storage,
@@ -45,7 +53,22 @@ def _device() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return f"{len(names)} GPU(s): {', '.join(sorted(set(names)))}; bfloat16 {torch.cuda.is_bf16_supported()}"
-    return f"no GPU; {os.cpu_count()} CPU cores, so choose small models and --compute.no-gpu"
+    return f"no GPU; {num_cores()} CPU cores, so choose small models"
+
+
+def _automatic() -> str:
+    _ray()
+    config, here = PretrainConfig(), machine()
+    return f"a run gets {describe_compute(config, choose(config, here), here)}"
+
+
+def _step() -> str:
+    from pipelines.cli.step_bound import step_bound
+
+    if ray_address():
+        return "not measured: the nodes of a cluster train, not this machine"
+    config, here = PretrainConfig(), machine()
+    return step_bound(config, choose(config, here), here)
 
 
 def _ray() -> str:

@@ -6,7 +6,7 @@ import difflib
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 # Commands that resume a run or show its result, unless --fresh starts another one.
 _STARTING = ("pretrain", "probe", "finetune", "sweep", "demo")
+
+
+_SWITCH = re.compile(r"--(?P<parents>([a-z_-]+\.)*compute\.)(?P<no>no-)?(?P<name>gpu|compile)")
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -38,6 +41,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     if name in ("pretrain", "finetune", "probe"):
         # What training starts from is a registered model, as in `mae reconstruct --model`.
         rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
+    rest = list(_with_values(rest))
     as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
     wants_help = "-h" in rest or "--help" in rest
     preset = _take_option(rest, "--preset") if name == "config" or _takes_preset(name) else ""
@@ -48,6 +52,19 @@ def parse(argv: Sequence[str]) -> Invocation:
     return Invocation(
         command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh, stated=stated
     )
+
+
+def _with_values(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words with a value for every switch that may also be auto: --compute.no-gpu becomes gpu False."""
+    for i, word in enumerate(words):
+        found = _SWITCH.fullmatch(word)
+        if not found:
+            yield word
+            continue
+        yield f"--{found['parents']}{found['name']}"
+        following = words[i + 1 : i + 2]
+        if found["no"] or following not in (["auto"], ["True"], ["False"]):
+            yield str(not found["no"])
 
 
 def _stated(words: Sequence[str]) -> frozenset[str]:

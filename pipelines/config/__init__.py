@@ -18,7 +18,7 @@ from pipelines.config.reading import (
     with_overrides,
     without_added_defaults,
 )
-from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
+from pipelines.config.running import CheckpointConfig, ComputeConfig, FixedCompute, Precision, TrackingConfig
 from pipelines.config.sweeping import SweepConfig, parse_space
 from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
 from pipelines.config.view import (
@@ -45,11 +45,13 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "FixedCompute",
     "ImportConfig",
     "InspectConfig",
     "LookConfig",
     "NeighboursConfig",
     "PeriodicEvaluationConfig",
+    "Precision",
     "PrepareConfig",
     "PretrainConfig",
     "ReconstructConfig",

@@ -126,7 +126,10 @@ def identity(config: Any) -> dict[str, Any]:
         for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend"):
             part.pop(key, None)
         if "compute" in part:
-            part["precision"] = part.pop("compute")["precision"]
+            precision = part.pop("compute")["precision"]
+            # Runs from before there was an auto, whose default this was, resume with it. What auto chose is not part of
+            # a run's identity, but stays with its folder.
+            part["precision"] = "float32" if precision == "auto" else precision
         # The dataset's location does not matter either: its digest identifies it.
         part.get("data", {}).pop("uri", None)
     return values

@@ -1,34 +1,44 @@
 """Options of compute, tracking and checkpoints. Except for the precision, none changes a run's result."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from mae_core.errors import UserError
+
+Auto: TypeAlias = Literal["auto"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Workers, devices and what happens when they fail."""
+    """Workers, devices and what happens when they fail. `mae doctor` shows what auto chooses here."""
 
-    num_workers: int = 1
-    """DDP workers; with --compute.gpu each has one GPU."""
+    num_workers: int | Auto = "auto"
+    """DDP workers, each with one GPU if GPUs are used. auto: one for each GPU, but for that of
+    evaluate.gpu, or one if there is none."""
     min_workers: int | None = None
     """Fewest workers to start or continue with if no more are available; more are added when they become available.
     A change of their number restarts the group from the newest checkpoint. If not set, exactly num_workers."""
-    gpu: bool = False
-    """Give each worker a GPU and use NCCL; otherwise CPU and gloo."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the forward pass; bfloat16 needs a GPU that supports it."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    gpu: bool | Auto = "auto"
+    """Give each worker a GPU and use NCCL; otherwise CPU and gloo. auto: if there are as many GPUs as workers."""
+    precision: Precision | Auto = "auto"
+    """Autocast type of the forward pass. auto: bfloat16 on GPUs that support it, else float32, as chosen when the run
+    starts; resuming it keeps the choice, on any machine."""
+    compile: bool | Auto = "auto"
+    """Compile the model with torch.compile. auto: on GPUs."""
+    micro_batch: int | Auto = "auto"
+    """Samples per forward pass in place of data.micro_batch. auto: in pretraining on GPUs the largest that fits by
+    count, up to 1024; else data.micro_batch. Sums of gradients are rounded in another order; nothing else changes."""
     deterministic: bool = False
     """Use deterministic CUDA kernels only, so that a resumed run equals an uninterrupted one bit for bit on GPUs."""
     threads: int = 1
     """CPU threads per worker."""
-    data_tasks: int = 2
+    data_tasks: int | Auto = "auto"
     """Concurrent decoding tasks if Ray is embedded in this process, or if workers hold all CPUs of a cluster; otherwise
-    a cluster uses all free CPUs."""
+    a cluster uses all free CPUs. auto: with GPUs every core that neither a worker nor the driver needs, at most 16 a
+    worker; else 2."""
     spread: bool = False
     """Spread workers over nodes instead of filling one node after the other."""
     max_failures: int = 3
@@ -44,10 +54,15 @@ class ComputeConfig:
     update of this step; roll_back: return to the newest checkpoint and skip all steps from there to the bad one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "threads", "data_tasks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is below 1; try 1")
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+        for name in ("num_workers", "threads", "data_tasks", "micro_batch"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"{name} {value} is below 1; try 1")
+        if self.min_workers is None:
+            pass
+        elif self.num_workers == "auto":
+            raise UserError(f"min_workers {self.min_workers} needs a num_workers; try --compute.num-workers 8")
+        elif not 1 <= self.min_workers <= self.num_workers:
             raise UserError(
                 f"min_workers {self.min_workers} is not between 1 and num_workers {self.num_workers}; try 1"
             )
@@ -55,6 +70,25 @@ class ComputeConfig:
             raise UserError(f"grace_s {self.grace_s:g} is negative; try 25, or 0 to end without a checkpoint")
         if self.stall_s <= 0:
             raise UserError(f"stall_s {self.stall_s:g} is not positive; try 600")
+
+    def fixed(self, chosen: "FixedCompute | None" = None) -> "FixedCompute":
+        """Return a copy in which every auto is replaced by the value of `chosen`; without it, by that of a CPU."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        chosen = chosen or FixedCompute()
+        return FixedCompute(**{name: getattr(chosen, name) if v == "auto" else v for name, v in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCompute(ComputeConfig):
+    """Compute options with a value for every auto; the defaults are those of a machine without GPUs."""
+
+    num_workers: int = 1
+    gpu: bool = False
+    precision: Precision = "float32"
+    compile: bool = False
+    micro_batch: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride] -- a choice has no auto
+    """None for data.micro_batch."""
+    data_tasks: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Execute jobs for a command: claim run folders, run the worker group, deliver metrics to MLflow, publish results."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,13 @@ from typing import Any
 
 from mae_core.errors import UserError
 from pipelines import registry
-from pipelines.cluster import ray_address, ray_session
+from pipelines.cluster import machine, ray_address, ray_session
 from pipelines.config import PretrainConfig, identity, to_dict, without_added_defaults
 from pipelines.dataset.manifest import MANIFEST, Manifest
 from pipelines.drivers.launch import launch
 from pipelines.interrupts import first_signal, stopping_at
+from pipelines.machine import Machine
+from pipelines.runs.automatic import describe_compute, is_automatic, settle, settled_config, store_config
 from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
@@ -92,11 +95,13 @@ def drive(
         registry.check_run_name(published.name)
     folders = [RunFolder(published.job.folder) for published in jobs]
     died_s = last_alive_s(folders[0].storage)
+    if fresh:
+        for folder in folders:
+            folder.clear()
+    jobs = _settled(jobs)
     runs: dict[int, registry.Run] = {}
     try:
         for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
-            if fresh:
-                folder.clear()
             key = claim(published.job, published.kind, published.dataset.manifest)
             if folder.read_outcome() is None:
                 runs[i] = _start(published, folder, tracking, key)
@@ -139,6 +144,19 @@ def mark_interrupted(run: registry.Run, said: str) -> None:
         log.warning("MLflow was not told that run %s is interrupted: %s", run.name, error)
 
 
+def _settled(jobs: Sequence[PublishedJob]) -> list[PublishedJob]:
+    """Return the jobs with a value for every auto in their compute options, and log what they will run on."""
+    if not any(is_automatic(published.job.config.compute) for published in jobs):
+        return list(jobs)
+    is_unfinished = any(RunFolder(published.job.folder).read_outcome() is None for published in jobs)
+    # A finished run only prints its outcome, also where there is no cluster any more.
+    here = machine() if is_unfinished else Machine(num_cores=1)
+    settled = [dataclasses.replace(published, job=settle(published.job, here)) for published in jobs]
+    if is_unfinished:
+        log.info("%s", describe_compute(settled[0].job.config, settled[0].job.compute, here))
+    return settled
+
+
 def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_name: str, died_s: float | None) -> None:
     """Train the unfinished jobs among those with an MLflow run, and deliver all their metrics and pictures to MLflow.
 
@@ -149,7 +167,7 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
         for i, run in runs.items():
             stack.enter_context(_following(jobs[i], RunFolder(jobs[i].job.folder), run, shows=len(runs) == 1))
         if unfinished:
-            stack.enter_context(ray_session(jobs[0].job.config.compute))
+            stack.enter_context(ray_session(jobs[0].job.compute))
             launch([(jobs[i].job, jobs[i].dataset) for i in unfinished], group_name, died_s)
 
 
@@ -163,7 +181,7 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
     run = tracking.run(
         published.name,
         published.kind,
-        to_dict(published.job.config),
+        to_dict(settled_config(published.job)),
         tags={"mae.folder": published.job.folder, **published.tags},
         dataset=published.dataset.manifest,
         dataset_uri=published.job.config.data.uri,
@@ -206,7 +224,7 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
         {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
     )
     if folder.read_outcome() is None:
-        folder.storage.write("config.json", json.dumps(to_dict(job.config), indent=1).encode())
+        store_config(job)
         folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
     return key
 
@@ -217,7 +235,7 @@ def _resolved(job: Job) -> dict[str, Any]:
     The backbone, whose version the config pins, decides `backbone_px`.
     """
     values = without_added_defaults(job)
-    for key in ("folder", "config", "backbone", "backbone_px"):
+    for key in ("folder", "config", "backbone", "backbone_px", "chosen"):
         values.pop(key, None)
     return values
 

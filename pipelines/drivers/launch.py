@@ -10,10 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 from pipelines.cluster import data_tasks
-from pipelines.config import ComputeConfig
+from pipelines.config import FixedCompute
 from pipelines.errors import CommandFailed
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
 from pipelines.interrupts import wait_for
+from pipelines.runs.automatic import with_stored_micro_batch
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedJob, Job, PretrainJob, remaining_segments, with_workers
@@ -60,6 +61,8 @@ def _launch(indexed: Sequence[IndexedJob], name: str, died_s: float | None, stop
         if not causes:
             break
         log.warning("%s; restarting the workers from the newest intact checkpoint", causes[0])
+        jobs = [with_stored_micro_batch(job) for job in jobs]
+        stored = ray.put([(job, dataset) for job, (_, dataset) in zip(jobs, indexed)])
     for folder in folders:
         if cause := folder.stop_reason():
             raise RunFailed(cause)
@@ -73,7 +76,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    run, compute = uuid4().hex, jobs[0].config.compute
+    run, compute = uuid4().hex, jobs[0].compute
     # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
     # While rank 0 retries a checkpoint or waits for the last evaluation, it still answers, but the others wait for it
@@ -128,7 +131,7 @@ def _placeholder() -> Any:
     return ray.data.range(1)
 
 
-def _feeds(stored: Any, compute: ComputeConfig, run: str) -> Any:
+def _feeds(stored: Any, compute: FixedCompute, run: str) -> Any:
     """Return a DataConfig that builds a feed of the remaining phases whenever Ray Train starts a group, of any size."""
     import ray
     from ray.train import DataConfig
@@ -155,7 +158,7 @@ def _feeds(stored: Any, compute: ComputeConfig, run: str) -> Any:
     return Feeds(datasets_to_split="all")
 
 
-def scaling(compute: ComputeConfig) -> Any:
+def scaling(compute: FixedCompute) -> Any:
     """Return Ray Train's description of the worker group: size, resources and placement."""
     from ray.train import ScalingConfig
 

@@ -20,6 +20,7 @@ from pipelines.config.embedding import ActorConfig
 from pipelines.embedding.inputs import Input, Part, open_input
 from pipelines.embedding.parts import Measure, PartSummary, PartWorker, Plan
 from pipelines.interrupts import stopping_at
+from pipelines.machine import num_cores
 from pipelines.prepare import refuse_within, unwrapped
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
 from pipelines.prepare.workfolder import Purpose, WorkFolder
@@ -198,7 +199,7 @@ def run_parts(
     embedded = not cluster.ray_address()
     # Ray 2.60 logs an error for every actor that Ray Data itself starts, and nothing else that we would not raise.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    here = _cores() // actors.threads or 1
+    here = num_cores() // actors.threads or 1
     with cluster.ray_session(ComputeConfig(num_workers=max(1, actors.actors or here), data_tasks=1)):
         import ray
         import ray.data
@@ -257,13 +258,8 @@ def _decoders(actors: ActorConfig, num_actors: int) -> int:
 
     if not actors.gpu:
         return 1
-    num_cpus = int(ray.cluster_resources().get("CPU", 1)) if cluster.ray_address() else _cores()
+    num_cpus = int(ray.cluster_resources().get("CPU", 1)) if cluster.ray_address() else num_cores()
     return max(1, num_cpus // num_actors)
-
-
-def _cores() -> int:
-    """Return the CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _results(job: Job, source: str, identity: dict[str, Any], summaries: Sequence[PartSummary]) -> Results:

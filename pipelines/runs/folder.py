@@ -9,6 +9,7 @@
 Every state is a file, so that whoever opens the folder later reads it there. `claim` writes run.json. While the run is
 claimed, its workers write checkpoints/, metrics/, evaluations/, pictures/ and export/, and notes about themselves:
 
+- chosen.json: the compute options that it was last launched with, every auto replaced.
 - failures/: why a worker group ended early, one file each.
 - restart.json: the driver must launch the group again, which counts as no failure.
 - bad_steps/: the samples of every step whose gradient was not finite.

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from mae_core.config import ADDED, LAYER_NORM_EPS, Size
 from mae_core.errors import UserError
 from mae_core.normalization import Normalization
-from pipelines.config import ClassifyConfig, PretrainConfig
+from pipelines.config import ClassifyConfig, FixedCompute, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
@@ -45,6 +45,8 @@ class PretrainJob:
     """URI of a folder with the weights to start from and the config.json that describes them; empty for random ones."""
     extended: Extended | None = field(default=None, metadata=ADDED)
     """The run that this one extends. Its last checkpoint is then the first in the job's own folder."""
+    chosen: FixedCompute = field(default_factory=FixedCompute, metadata=ADDED)
+    """What auto stands for in the config's compute options."""
     kind: Literal["pretrain"] = "pretrain"
 
     @property
@@ -53,9 +55,17 @@ class PretrainJob:
         return self.config.model.image_px, self.config.model.channels
 
     @property
+    def compute(self) -> FixedCompute:
+        """Compute options with the chosen value for every auto."""
+        return self.config.compute.fixed(self.chosen)
+
+    @property
     def reading(self) -> PretrainConfig:
-        """The config whose epochs and batches count decoded images."""
-        return self.config.reading
+        """The config whose epochs and batches count decoded images, with the micro-batch of `compute`."""
+        config, micro_batch = self.config, self.compute.micro_batch
+        if micro_batch is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
+        return config.reading
 
     @property
     def first_epoch(self) -> int:
@@ -90,12 +100,19 @@ class ClassifyJob:
     """Epsilon of the backbone's layer norms."""
     label_sets: tuple[tuple[int, ...], ...] = field(default=(), metadata=ADDED)
     """With several classes an image, the classes that each stored label means."""
+    chosen: FixedCompute = field(default_factory=FixedCompute, metadata=ADDED)
+    """What auto stands for in the config's compute options."""
     kind: Literal["classify"] = "classify"
 
     @property
     def input(self) -> tuple[Size, int]:
         """Image side in px and channels."""
         return self.image_px, self.channels
+
+    @property
+    def compute(self) -> FixedCompute:
+        """Compute options with the chosen value for every auto."""
+        return self.config.compute.fixed(self.chosen)
 
     @property
     def reading(self) -> ClassifyConfig:
@@ -201,7 +218,7 @@ def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
         seed=job.config.seed,
         batch=data.batch,
         micro_batch=data.micro_batch,
-        num_workers=job.config.compute.num_workers,
+        num_workers=job.compute.num_workers,
         window=data.window,
         shuffle=True,
     )
@@ -209,7 +226,7 @@ def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
 
 def read_plan(job: Job, dataset: IndexedDataset, split: str) -> EpochPlan:
     """Return the plan of one pass over a split in storage order, padded to a multiple of the number of workers."""
-    compute, data = job.config.compute, job.reading.data
+    compute, data = job.compute, job.reading.data
     return EpochPlan(
         index=dataset.indexes[split],
         seed=job.config.seed,

@@ -35,7 +35,7 @@ def work(config: dict[str, Any]) -> None:
     # Harmless: DDP compares the stride of a dimension of size 1, which the patch projection has for one channel.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs: list[IndexedJob] = ray.get(config["jobs"])
-    rank = join_group(jobs[0][0].config.compute)
+    rank = join_group(jobs[0][0].compute)
 
     def iterator_of(dataset: int) -> Any:
         return ray.train.get_dataset_shard(dataset_name(dataset))

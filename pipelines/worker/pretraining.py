@@ -26,6 +26,7 @@ from pipelines.runs.jobs import IndexedDataset, PretrainJob, last_step, train_pl
 from pipelines.storage import open_storage
 from pipelines.worker.evaluations import EvaluationActor, EvaluationQueue
 from pipelines.worker.export import backbone_files
+from pipelines.worker.fitting import check_fits
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, Stopped, due_of
@@ -64,6 +65,8 @@ def run(
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     in_float = job.pixels.values is not None
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image, in_float=in_float)
+    if rank.device.type == "cuda":
+        check_fits(job, state, blank.to(rank.device), loss_of, folder, rank)
     warm_up(state, blank.to(rank.device), loss_of)
 
     def save_picture(step: int) -> None:

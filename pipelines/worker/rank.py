@@ -88,7 +88,7 @@ class Rank:
     def parallel(self, model: nn.Module) -> nn.Module:
         """Move the model to this rank's device, compile it if configured, and wrap it in DDP unless world is 1."""
         model = model.to(self.device)
-        if self.compute.compile:
+        if self.compute.compile is True:
             model.compile(dynamic=False)
         if self.world == 1:
             return model

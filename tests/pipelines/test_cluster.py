@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipelines.cluster import data_tasks, ray_session
-from pipelines.config import ComputeConfig
+from pipelines.config import ComputeConfig, FixedCompute
 from pipelines.errors import CommandFailed
 
 
@@ -34,7 +34,7 @@ def test_data_tasks_ask_for_no_cpu_where_workers_have_them_all(
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     monkeypatch.setattr("pipelines.cluster.cluster_state.get_draining_nodes", lambda: dict.fromkeys(leaving, 1))
     monkeypatch.delenv("MAE_RAY_EMBEDDED", raising=False)
-    assert data_tasks(ComputeConfig(data_tasks=2), workers) == wanted
+    assert data_tasks(FixedCompute(data_tasks=2), workers) == wanted
 
 
 @pytest.fixture

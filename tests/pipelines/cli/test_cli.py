@@ -31,7 +31,7 @@ MAE = Path(sys.executable).parent / "mae"
 CONFIGURED = sorted(name for name, command in COMMANDS.items() if command.config)
 WITH_PRESET = ("pretrain", "probe", "finetune", "sweep")
 # Not set by a user: what names and manifests resolve to.
-INTERNAL = {"Arch"}
+INTERNAL = {"Arch", "FixedCompute"}
 
 
 def documented(path: Path) -> dict[str, dict[str, str]]:
@@ -160,6 +160,10 @@ def test_flags_of_every_type_arrive() -> None:
     assert config.model.image_px == (28, 56)
     assert config.optim.base_lr == 1e-3
     assert config.compute.gpu is True
+    for words, gpu in (("--compute.no-gpu", False), ("--compute.gpu auto", "auto"), ("--compute.gpu --seed 1", True)):
+        assert parse(["pretrain", *words.split()]).config.compute.gpu == gpu
+    compute = parse(shlex.split("sweep --pretrain.compute.gpu --pretrain.compute.no-compile")).config.pretrain.compute
+    assert (compute.gpu, compute.compile, compute.num_workers) == (True, False, "auto")
     config = parse(["sweep", "--space", "model.mask.ratio=0.5,0.9", "model.decoder_depth=1"]).config
     assert config.space == {"model.mask.ratio": [0.5, 0.9], "model.decoder_depth": [1]}
     call = parse(["prepare", "in", "out", "--val-fraction", "0.2"])

@@ -21,6 +21,8 @@ from pipelines.config import (
 )
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.extend import command_of, extension_name, extension_of, read_finished_run
+from pipelines.machine import Machine
+from pipelines.runs.automatic import choose
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Extended, PretrainJob, index_dataset, segments, train_plan
 from pipelines.runs.listing import list_runs, table
@@ -94,6 +96,39 @@ def test_the_command_line_states_fields_over_those_of_the_run(finished: RunFolde
     preset.write_text(yaml.safe_dump({"kind": "pretrain", "extend": "first", "epochs": 7, "data": {"batch": 8}}))
     assert parse(["pretrain", "--preset", str(preset)]).config == extension_of("first", {"epochs": 7, "data.batch": 8})
     assert parse(["config", "pretrain", "--preset", str(preset), "--epochs", "5"]).config.epochs == 5
+
+
+def test_an_extension_takes_over_what_was_stated_and_not_what_auto_chose(
+    tmp_path: Path, tiles: tuple[str, Manifest]
+) -> None:
+    machines = [Machine(num_cores=2), Machine(num_cores=16, num_gpus=2, gpu="H100", has_bfloat16=True)]
+    config = tiny(tmp_path, tiles[0], compute=ComputeConfig(data_tasks=3))
+    names = set()
+    for number, machine in enumerate(machines):
+        there = dataclasses.replace(config, output=str(tmp_path / str(number)))
+        run = finished_run(there, tiles[1], chosen=choose(there, machine))
+        assert json.loads(run.storage.read("chosen.json"))["precision"] == ("float32", "bfloat16")[number]
+        extension = extension_of(run.storage.uri, {"epochs": 5})
+        assert extension.compute == config.compute
+        extended = dataclasses.replace(read_finished_run(run.storage.uri, there.output), id="one id")
+        names.add(extension_name(extension, extended))
+        assert command_of(extension).endswith("--epochs=5"), "no option states what auto chose"
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize(
+    "compute", [{}, {"gpu": True, "compile": False}, {"gpu": False, "precision": "bfloat16", "micro_batch": 4}]
+)
+def test_the_command_that_finishes_a_run_has_the_compute_options_that_were_stated(
+    tmp_path: Path, tiles: tuple[str, Manifest], compute: dict[str, Any]
+) -> None:
+    config = tiny(tmp_path, tiles[0], compute=ComputeConfig(**compute))
+    assert parse(shlex.split(command_of(config))[1:]).config == config
+    finished_run(config, tiles[1])
+    # Of a run that states what auto may be, an extension may go back to auto.
+    extension = extension_of(str(tmp_path / "runs/first"), {"epochs": 5})
+    back = dataclasses.replace(extension, compute=ComputeConfig())
+    assert parse(shlex.split(command_of(back))[1:]).config == back
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mae_core import load_mae
 from mae_core.config import ModelConfig, OptimConfig
-from mae_core.state import unpack
-from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
+from mae_core.state import model_tensors, unpack
+from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, FixedCompute, PretrainConfig, TrackingConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim
 from pipelines.drivers.extend import extension_of, read_finished_run
@@ -21,6 +22,40 @@ from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Stopped
 from tests.digest import tensors_digest
+
+
+def run_with(tiles: tuple[str, Manifest], folder: Path, micro_batch: int | None) -> dict[str, Tensor]:
+    """Pretrain for a few steps with the micro-batch that auto chose; return the weights."""
+    uri, manifest = tiles
+    model = ModelConfig(
+        arch="vit_pico_patch4", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2
+    )  # fmt: skip
+    config = PretrainConfig(
+        epochs=2,
+        data=DataConfig(uri=uri, batch=16, micro_batch=8, window=32),
+        model=model,
+        optim=OptimConfig(base_lr=1e-2, warmup_epochs=1.0),
+    )
+    chosen = FixedCompute(micro_batch=micro_batch)
+    job = PretrainJob(folder=str(folder), config=config, pixels=pixels_of(manifest, 3), chosen=chosen)
+    dataset = index_dataset(job, manifest)
+    (segment,) = segments(job, dataset, 0)
+    batches = [batch for window in range(segment.num_windows) for batch in window_micro_batches(segment, window)]
+    assert {len(batch.ids) for batch in batches} == {micro_batch or 8}
+    rank = Rank(index=0, world=1, device=torch.device("cpu"), compute=job.compute)
+    pretraining.run(job, dataset, rank, Feed(iter(batches)), RunFolder(job.folder), None)
+    return model_tensors(load_mae(folder / "export")[0])
+
+
+@pytest.mark.parametrize("micro_batch", [2, 16])
+def test_the_micro_batch_changes_nothing_but_the_order_of_sums(
+    tiles: tuple[str, Manifest], tmp_path: Path, micro_batch: int
+) -> None:
+    stated = run_with(tiles, tmp_path / "stated", None)
+    other = run_with(tiles, tmp_path / "other", micro_batch)
+    # A bias of keys has no effect, since softmax ignores it: its gradient is rounding, which AdamW scales up.
+    for name, tensor in ((name, tensor) for name, tensor in stated.items() if not name.endswith("qkv.bias")):
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str, Manifest], tmp_path: Path) -> None:
