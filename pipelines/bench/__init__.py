@@ -1,1 +1,1 @@
-"""Benchmarks: `mae bench step`, `data` and `recipes`, and modules to run with `python -m pipelines.bench.NAME`."""
+"""Benchmarks: the commands `mae bench ...`, and modules to run with `python -m pipelines.bench.NAME`."""

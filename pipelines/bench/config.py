@@ -1,4 +1,4 @@
-"""Options of `mae bench recipes` and `mae bench data`."""
+"""Options of `mae bench recipes`, `data`, `embed` and `prepare`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,3 +88,26 @@ class EmbedBenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} is below 1; try {good}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareBenchConfig:
+    """Preparing images on one core and on several, beside another version of this project and MosaicML's MDSWriter."""
+
+    source: Path | None = None
+    """Folder of images; if not set, imagenet-sample.tar in MAE_TEST_DATA, or in ../shared/data."""
+    num_images: int = 2048
+    """Images per round; the source's images are repeated as needed."""
+    rounds: int = 3
+    """Rounds; each measures every variant once, and results are medians over them."""
+    cores: int = 2
+    """Cores that all processes of one variant share."""
+    other: Path | None = None
+    """Checkout of another version of this project to measure too."""
+    mds: Path | None = None
+    """Folder that mosaicml-streaming is installed in (pip install --target); MDSWriter is measured if it is set."""
+
+    def __post_init__(self) -> None:
+        for name, good in (("num_images", 2048), ("rounds", 3), ("cores", 2)):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is below 1; try {good}")

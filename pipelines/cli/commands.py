@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mae_core.bench.config import StepConfig
-from pipelines.bench.config import DataBenchConfig, EmbedBenchConfig, RecipesConfig
+from pipelines.bench.config import DataBenchConfig, EmbedBenchConfig, PrepareBenchConfig, RecipesConfig
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -192,6 +192,12 @@ def _bench_embed(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def _bench_prepare(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.preparing import run
+
+    return run(call.config)
+
+
 def _bench_recipes(call: Invocation) -> dict[str, Any]:
     from pipelines.bench.recipes import run
 
@@ -328,7 +334,9 @@ COMMANDS: dict[str, Command] = {
         help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo, resumes=True
     ),
     "doctor": Command(
-        help="Show which Ray, MLflow and storage would be used, and whether they answer.", config=None, run=_doctor
+        help="Show which Ray, MLflow, storage and devices would be used, and whether they answer.",
+        config=None,
+        run=_doctor,
     ),
     "bench step": Command(
         help="Measure training steps per second against the plain computation and transformers.",
@@ -344,6 +352,11 @@ COMMANDS: dict[str, Command] = {
         help="Measure embedded images per second against the bare encoder and timm behind a DataLoader.",
         config=EmbedBenchConfig,
         run=_bench_embed,
+    ),
+    "bench prepare": Command(
+        help="Measure prepared images per second on one core and on several, and against MDSWriter.",
+        config=PrepareBenchConfig,
+        run=_bench_prepare,
     ),
     "bench recipes": Command(
         help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=_bench_recipes

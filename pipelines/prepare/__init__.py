@@ -1,28 +1,33 @@
 """Convert a source to a prepared dataset: one Ray task per slice of the sorted listing, the manifest last.
 
-A killed preparation can be resumed: the same command processes only the slices that have no summary yet.
+The last slices, or all of a small source, are cut into pieces, so that every core has several tasks. A killed
+preparation can be resumed: the same command processes only the slices and pieces that have no summary yet.
 """
 
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from mae_core.errors import UserError
-from pipelines.config import ComputeConfig, PrepareConfig, without_added_defaults
+from pipelines.config import PrepareConfig, without_added_defaults
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.interrupts import stopping_at
 from pipelines.prepare.assembly import assemble, total_values
+from pipelines.prepare.dropping import drop_rows
 from pipelines.prepare.duplicates import duplicates
 from pipelines.prepare.exclusions import Exclusions
 from pipelines.prepare.holdout import bundled, with_held_out
 from pipelines.prepare.kinds import NUM_EXAMINED, PLAIN, PixelKind, kind_of
+from pipelines.prepare.pieces import cut_pieces, join_pieces, part_of
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, quarantined, refuse_bad
 from pipelines.prepare.shards import write_slice
 from pipelines.prepare.slices import (
+    Slice,
     Tally,
     check_splits,
     class_names,
@@ -40,6 +45,8 @@ from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
+Task: TypeAlias = Callable[[dict[str, Any]], dict[str, int]]
+
 
 def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     """Write the prepared dataset of `source` to `out`; return an existing one of the same source and config.
@@ -50,7 +57,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
 
     Raises UserError if the source has no readable image, too many bad ones, too much that would be passed over, or
     images both inside and outside split folders, or if `out` holds something else. Raises Interrupted, which says how
-    many slices are done, after a signal.
+    many slices and pieces are done, after a signal.
     """
     target = open_storage(out)
     refuse_within(target, open_storage(source))
@@ -71,16 +78,15 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
             return _existing(target, identity, work)
         work.claim(identity)
         kind = kind_of(origin.place.contents(list(islice(iter(entries), NUM_EXAMINED))), config)
-        num_slices = work.put_slices(cut(entries, tally, number_of, config))
-    job = _Job(work, target, origin.place, config, kind, tally.num_entries)
+        sizes: list[int] = []
+        work.put_slices(_noting_sizes(cut(entries, tally, number_of, config), sizes))
+    tasks = SliceTasks(work=work, target=target, place=origin.place, config=config, kind=kind)
+    job = _Job(tasks, tally.num_entries)
     # Start Ray only when there is work: it takes seconds.
     from pipelines.cluster import ray_session
 
-    with (
-        stopping_at(lambda: f"stopped with {len(work.done())} of {num_slices} slices done"),
-        ray_session(ComputeConfig()),
-    ):
-        job.first_pass(num_slices)
+    with stopping_at(lambda: _progress(work, len(sizes))), ray_session(None):
+        job.first_pass(sizes)
         job.refuse_bad()
         job.refuse_fraction(source)
         found = duplicates(work.summaries, tally.num_entries)
@@ -126,6 +132,21 @@ def _warn_of_splits(manifest: Manifest, config: PrepareConfig) -> None:
         )  # fmt: skip
 
 
+def _noting_sizes(parts: Iterable[Slice], sizes: list[int]) -> Iterator[Slice]:
+    """Yield the slices unchanged, and append the number of entries of each to `sizes`."""
+    for part in parts:
+        sizes.append(len(part.entries))
+        yield part
+
+
+def _progress(work: WorkFolder, num_slices: int) -> str:
+    """Say how many slices are done, and how many pieces of the others."""
+    done = work.done()
+    num_pieces = sum(len(pieces) for number, pieces in work.pieces().items() if number not in done)
+    more = f", and {num_pieces} piece{'s' * (num_pieces > 1)} of the others" if num_pieces else ""
+    return f"stopped with {len(done)} of {num_slices} slices done{more}"
+
+
 def refuse_within(target: Storage, source: Storage) -> None:
     """Raise UserError if `target` is inside `source`, where the next run would read it as part of the source."""
     inner, outer = (os.path.realpath(s.uri) if s.is_local else s.uri for s in (target, source))
@@ -155,29 +176,34 @@ def _existing(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Ma
 class _Job:
     """The slices of one preparation, and the Ray tasks that write them."""
 
-    def __init__(
-        self,
-        work: WorkFolder,
-        target: Storage,
-        place: Place,
-        config: PrepareConfig,
-        kind: PixelKind,
-        num_found: int,
-    ) -> None:
-        self._work, self._target, self._place = work, target, place
-        self._config, self._kind, self._num_found = config, kind, num_found
+    def __init__(self, tasks: "SliceTasks", num_found: int) -> None:
+        self._tasks, self._work, self._target = tasks, tasks.work, tasks.target
+        self._config, self._kind, self._num_found = tasks.config, tasks.kind, num_found
 
-    def first_pass(self, num_slices: int) -> None:
-        """Write every slice, duplicates included. Raises UserError early if too many images are bad."""
+    def first_pass(self, sizes: Sequence[int]) -> None:
+        """Write every slice, duplicates included. Raises UserError early if too many images are bad.
+
+        `sizes` has the number of entries of each slice.
+        """
+        from pipelines.cluster import task_slots
+
         done = self._work.done()
         if done:
-            log.info("resuming: %d of %d slices are done", len(done), num_slices)
-        todo = [{"number": number, "skip": []} for number in range(num_slices) if number not in done]
-        num_bad = 0
-        for counts in _run_tasks(todo, self._work, self._target, self._place, self._config, self._kind):
-            num_bad += counts["num_bad"]
-            if num_bad > MIN_BAD_TO_STOP:
-                refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
+            log.info("resuming: %d of %d slices are done", len(done), len(sizes))
+        todo = {number: size for number, size in enumerate(sizes) if number not in done}
+        written = self._work.pieces()
+        # Sums of other values are of floating point, so that they would depend on the pieces.
+        is_cut = todo and self._kind.is_plain and self._config.tile_px is None
+        cut_up = cut_pieces(todo, task_slots(), written) if is_cut else {}
+        rows = [{"number": n, "start": 0, "stop": 0} for n in todo if n not in cut_up]
+        rows += [
+            {"number": n, "start": piece.start, "stop": piece.stop}
+            for n, pieces in cut_up.items()
+            for piece in pieces
+            if piece not in written.get(n, ())
+        ]
+        self._run(self._tasks.write, rows)
+        self._run(self._tasks.join, [{"number": n, "starts": [p.start for p in cut_up[n]]} for n in sorted(cut_up)])
 
     def refuse_bad(self) -> None:
         """Raise UserError if no image is readable, or if more are bad than `max_bad` allows."""
@@ -191,9 +217,10 @@ class _Job:
             first = next(quarantined(self._target))
             self._target.delete_tree()
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+            uri = self._tasks.place.storage.uri
             raise UserError(
-                f"no readable image among the {num_bad} files of {self._place.storage.uri} ({counts}); check them, "
-                f"such as {first['source']} ({first['reason']})"
+                f"no readable image among the {num_bad} files of {uri} ({counts}); check them, such as "
+                f"{first['source']} ({first['reason']})"
             )
         refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
 
@@ -220,53 +247,76 @@ class _Job:
         todo = [{"number": n, "skip": sorted(skip[n])} for n in sorted(skip) if n not in done]
         if todo:
             self._work.begin_second_pass()
-        for _ in _run_tasks(todo, self._work, self._target, self._place, self._config, self._kind):
-            pass
+        self._run(self._tasks.drop, todo)
+
+    def _run(self, task: Task, rows: Sequence[dict[str, Any]]) -> None:
+        num_bad = 0
+        for counts in _run_tasks(task, rows):
+            num_bad += counts["num_bad"]
+            if num_bad > MIN_BAD_TO_STOP:
+                refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
 
 
-def _run_tasks(
-    todo: Sequence[dict[str, Any]],
-    work: WorkFolder,
-    target: Storage,
-    place: Place,
-    config: PrepareConfig,
-    kind: PixelKind,
-) -> Iterator[dict[str, int]]:
-    """Run one Ray task per slice; yield their counts in order of completion."""
-    if not todo:
+def _run_tasks(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, int]]:
+    """Run one Ray task per row; yield their counts in order of completion."""
+    if not rows:
         return
     import ray.data
     from ray.exceptions import RayError
 
-    def write(row: dict[str, Any]) -> dict[str, int]:
-        return prepare_slice(int(row["number"]), [int(i) for i in row["skip"]], work, target, place, config, kind)
+    from pipelines.cluster import task_limit
 
-    dataset = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map(write)
+    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(task, concurrency=task_limit())
     dataset.context.enable_progress_bars = False
+    # A slice of large images in slow storage may take longer than Ray Data waits for a block.
+    dataset.context.execution_no_progress_timeout_s = -1
     try:
         yield from dataset.iter_rows()
     except RayError as error:
         raise unwrapped(error) from error
 
 
-def prepare_slice(
-    number: int,
-    skip: list[int],
-    work: WorkFolder,
-    target: Storage,
-    place: Place,
-    config: PrepareConfig,
-    kind: PixelKind = PLAIN,
-) -> dict[str, int]:
-    """Write one slice, omitting the entries at positions `skip`, and record its summary; return its counts."""
-    summary = write_slice(work.slice(number), place, target, config, frozenset(skip), kind)
-    if skip:
-        kept = {shard.path for shard in summary.shards}
-        for shard in work.summary(number).shards:
-            if shard.path not in kept:
-                target.delete(shard.path)
-    work.put(summary, again=bool(skip))
-    return {"number": number, "num_bad": summary.num_bad}
+@dataclass(frozen=True, kw_only=True)
+class SliceTasks:
+    """The tasks of a preparation, each of which records what it has done and returns counts."""
+
+    work: WorkFolder
+    target: Storage
+    place: Place
+    config: PrepareConfig
+    kind: PixelKind = PLAIN
+
+    def write(self, row: dict[str, Any]) -> dict[str, int]:
+        """Write a slice, or the piece of it from position `start` to `stop` unless that is 0."""
+        number, piece = int(row["number"]), range(int(row["start"]), int(row["stop"]))
+        part = self.work.slice(number)
+        if not piece:
+            summary = write_slice(part, self.place, self.target, self.config, kind=self.kind)
+            self.work.put(summary)
+            return {"number": number, "num_bad": summary.num_bad}
+        folder = self.work.piece(number, piece)
+        self.work.finish_piece(piece, write_slice(part_of(part, piece), self.place, folder, self.config))
+        # Bad images count when the pieces are joined: before, they are not in the dataset's quarantine.
+        return {"number": number, "num_bad": 0}
+
+    def join(self, row: dict[str, Any]) -> dict[str, int]:
+        """Join the pieces that begin at positions `starts`, and delete them."""
+        number = int(row["number"])
+        part = self.work.slice(number)
+        stops = [*map(int, row["starts"][1:]), len(part.entries)]
+        pieces = [range(int(start), stop) for start, stop in zip(row["starts"], stops)]
+        summary = join_pieces(part, pieces, self.work, self.target, self.config)
+        self.work.put(summary)
+        self.work.delete_pieces(number)
+        return {"number": number, "num_bad": summary.num_bad}
+
+    def drop(self, row: dict[str, Any]) -> dict[str, int]:
+        """Rewrite a slice without the duplicates at positions `skip`."""
+        number, skip = int(row["number"]), frozenset(map(int, row["skip"]))
+        first = self.work.summary(number)
+        summary = drop_rows(self.work.slice(number), skip, first, self.place, self.target, self.config, self.kind)
+        self.work.put(summary, again=True)
+        return {"number": number, "num_bad": 0}
 
 
 def unwrapped(error: BaseException) -> BaseException:

@@ -1,7 +1,7 @@
 """The quarantine of a prepared or unfinished dataset: unreadable images, each with its reason."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -38,9 +38,17 @@ class Quarantine:
 
     def add(self, source: str, reason: str, content: bytes) -> None:
         """Add an image; `content` is what could be read of it."""
-        head = content[: min(_HEAD_BYTES, self._heads_bytes)]
+        self._add(source, reason, len(content), content)
+
+    def extend(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows of the quarantine of a part of this one. The same rows result as if all had been added here."""
+        for row in rows:
+            self._add(row["source"], row["reason"], row["num_bytes"], row["head"])
+
+    def _add(self, source: str, reason: str, num_bytes: int, start: bytes) -> None:
+        head = start[: min(_HEAD_BYTES, self._heads_bytes)]
         self._heads_bytes -= len(head)
-        self._rows.append((source, reason, len(content), head))
+        self._rows.append((source, reason, num_bytes, head))
 
     @property
     def reasons(self) -> dict[str, int]:

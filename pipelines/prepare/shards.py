@@ -1,17 +1,20 @@
 """Write one slice of a sorted listing to shards: the stored images, with the metadata that training needs."""
 
 import hashlib
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mae_core.errors import UserError
 from mae_core.normalization import ValueRange
 from mae_core.randomness import Purpose, uniform_numpy
 from mae_core.values import limits_of
 from pipelines.config import PrepareConfig
+from pipelines.dataset.row_groups import RowGroups
 from pipelines.images.decode import ImageArray, ImageHeader, ValueArray, decode, inspect, own_window, read_values
 from pipelines.images.decode.stored import pack
 from pipelines.images.encode import as_png, encode
@@ -65,8 +68,7 @@ def write_slice(
     """Write the slice's shards and quarantine file, omitting images at positions `skip`. Deterministic to the byte."""
     summary = SliceSummary(number=part.number, num_entries=len(part.entries))
     quarantine = Quarantine()
-    with ExitStack() as stack:
-        writers: dict[str, _ShardWriter] = {}
+    with shard_writers(part, out, config) as writers:
         for position, content in enumerate(place.contents(part.entries)):
             notes: list[str] = []
             try:
@@ -82,19 +84,15 @@ def write_slice(
             summary.note(split, sha256[:DIGEST_BYTES])
             if position in skip:
                 continue
-            if split not in writers:
-                path = part.shard(split)
-                writers[split] = _ShardWriter(split, path, stack.enter_context(out.create(path)), config)
-                stack.callback(writers[split].abandon)
             for row in rows:
-                writers[split].add(_columns(row, part, position))
+                writers.add(split, _columns(row, part, position))
                 if kind.is_plain:
                     summary.count(split, row.pixels)
                 else:
                     summary.count_values(split, row.pixels, row.valid, row.limits)
             summary.num_further += len(rows) - 1
             summary.add_notes(notes)
-        summary.shards = [writer.close() for _, writer in sorted(writers.items())]
+        summary.shards = writers.close()
     quarantine.write(out, part.quarantine)
     summary.reasons = quarantine.reasons
     return summary
@@ -208,6 +206,48 @@ def _rows_of_frame(
 def text_of(path: str) -> str:
     """Return an entry's name as column `source` holds it: in valid UTF-8, with replacement characters."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
+
+
+@contextmanager
+def shard_writers(part: Slice, out: Storage, config: PrepareConfig) -> Iterator["ShardWriters"]:
+    """Open the writers of a slice's shards; files that are not complete at the end are discarded."""
+    with ExitStack() as stack:
+        yield ShardWriters(part, out, config, stack)
+
+
+class ShardWriters:
+    """The shards of one slice: a file for each split that has a row."""
+
+    def __init__(self, part: Slice, out: Storage, config: PrepareConfig, stack: ExitStack) -> None:
+        self._part, self._out, self._config, self._stack = part, out, config, stack
+        self._writers: dict[str, _ShardWriter] = {}
+
+    def add(self, split: str, values: tuple[Any, ...]) -> None:
+        """Add a row, with values in the order of SCHEMA, to the split's shard."""
+        if split not in self._writers:
+            path = self._part.shard(split)
+            file = self._stack.enter_context(self._out.create(path))
+            self._writers[split] = _ShardWriter(split, path, file, self._config)
+            self._stack.callback(self._writers[split].abandon)
+        self._writers[split].add(values)
+
+    def close(self) -> list[WrittenShard]:
+        """Complete the files and return their descriptions."""
+        return [writer.close() for _, writer in sorted(self._writers.items())]
+
+
+def rows_of(storage: Storage, shard: WrittenShard, config: PrepareConfig) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of a shard, each with its values in the order of SCHEMA.
+
+    Raises UserError if the shard is damaged, or has another number of rows than described.
+    """
+    row_groups, num_rows = RowGroups(storage.uri), 0
+    for group in range(-(-shard.num_rows // config.rows_per_group)):
+        table = row_groups.read(shard.path, group, SCHEMA.names)
+        num_rows += len(table)
+        yield from zip(*(column.to_pylist() for column in table.columns))
+    if num_rows != shard.num_rows:
+        raise UserError(f"{storage.join(shard.path)} has not its {shard.num_rows} rows; run `mae prepare` again")
 
 
 class _ShardWriter:

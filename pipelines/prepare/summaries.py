@@ -47,6 +47,13 @@ class PixelSums:
         self.num_colour += other.num_colour
         self.colour = [_add(a, b) for a, b in zip(self.colour, other.colour)]
 
+    def subtract(self, other: "PixelSums") -> None:
+        """Take away pixels that were added before."""
+        self.num_gray -= other.num_gray
+        self.gray = _subtract(self.gray, other.gray)
+        self.num_colour -= other.num_colour
+        self.colour = [_subtract(a, b) for a, b in zip(self.colour, other.colour)]
+
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of each channel on the scale 0 to 1.
 
@@ -118,6 +125,17 @@ class SliceSummary:
         for note in notes:
             self.notes[note] = self.notes.get(note, 0) + 1
 
+    def extend(self, piece: "SliceSummary") -> None:
+        """Add the entries, pixels, sizes and notes of the next piece of the slice; shards and reasons are not added."""
+        self.splits += piece.splits
+        self.digests += piece.digests
+        for split, sums in piece.sums.items():
+            self.sums.setdefault(split, PixelSums()).merge(sums)
+        for note, count in piece.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
+        for size in piece.sizes:
+            self._see(size)
+
     def _see(self, size: tuple[int, int]) -> None:
         if size not in self.sizes and len(self.sizes) < 2:
             self.sizes.append(size)
@@ -151,3 +169,7 @@ def _sums(values: NDArray[np.uint8]) -> tuple[int, int]:
 
 def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return a[0] + b[0], a[1] + b[1]
+
+
+def _subtract(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] - b[0], a[1] - b[1]

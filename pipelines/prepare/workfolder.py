@@ -11,12 +11,13 @@ from typing import Any, Protocol
 from mae_core.errors import UserError
 from pipelines.prepare.slices import Slice
 from pipelines.prepare.summaries import SliceSummary
-from pipelines.storage import Storage
+from pipelines.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
 _THREADS = 8
 _DIGEST_CHARS = 16
+_PIECE_SUMMARY = "summary.json"
 
 
 class Listing(Protocol):
@@ -59,6 +60,9 @@ class WorkFolder:
 
     A slice's listing is written first, and its summary after its shards are complete. Both names contain a digest of
     the listing, which includes file versions. So the summary of a slice whose images have changed is ignored.
+
+    A slice may also be prepared in pieces, by several tasks. Each piece has a folder with shards, quarantine and, once
+    it is complete, its summary; they are deleted when they have been joined.
     """
 
     def __init__(self, target: Storage, purpose: Purpose = PREPARATION) -> None:
@@ -139,6 +143,34 @@ class WorkFolder:
         existing = self._names("again" if again else "done")
         return {number for number, digests in existing.items() if self._digest_of(number) in digests}
 
+    def piece(self, number: int, piece: range) -> Storage:
+        """Return the folder of a piece of a slice: its positions `piece`."""
+        return open_storage(self._target.join(f"{self._pieces_of(number)}/{piece.start:06d}-{piece.stop:06d}"))
+
+    def finish_piece(self, piece: range, summary: Summary) -> None:
+        """Record that a piece is done, once its files are written."""
+        self.piece(summary.number, piece).write(_PIECE_SUMMARY, summary.to_json())
+
+    def piece_summary(self, number: int, piece: range) -> SliceSummary:
+        return SliceSummary.from_json(self.piece(number, piece).read(_PIECE_SUMMARY))
+
+    def pieces(self) -> dict[int, list[range]]:
+        """Return the pieces that are done, by slice. Pieces of slices that have changed are not among them."""
+        found: dict[int, list[range]] = {}
+        for path, _ in self._target.walk(self._in("pieces")):
+            folder, _, name = path.rpartition("/")
+            if name == _PIECE_SUMMARY:
+                slice_folder, _, positions = folder.rpartition("/")
+                number = int(slice_folder.rpartition("/")[2].partition("-")[0])
+                if slice_folder == self._pieces_of(number):
+                    start, stop = map(int, positions.split("-"))
+                    found.setdefault(number, []).append(range(start, stop))
+        return found
+
+    def delete_pieces(self, number: int) -> None:
+        """Delete the pieces of a slice that is done."""
+        self._delete([path for path, _ in self._target.walk(self._pieces_of(number))])
+
     def remove(self) -> None:
         """Delete the work folder and the temporary files of killed tasks; the claim goes last."""
         self._target.delete_temporaries()
@@ -186,6 +218,9 @@ class WorkFolder:
 
     def _named(self, kind: str, number: int, digest: str) -> str:
         return f"{self._in(kind)}/{number:06d}-{digest}.json"
+
+    def _pieces_of(self, number: int) -> str:
+        return f"{self._in('pieces')}/{number:06d}-{self._digest_of(number)}"
 
     def _in(self, kind: str) -> str:
         return f"{self._purpose.folder}/{kind}"

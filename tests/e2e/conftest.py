@@ -24,8 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, folder / "images" / f"{i}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-        one = prepare.prepare_slice
-        patch.setattr(prepare, "_run_tasks", lambda todo, *of: (one(row["number"], row["skip"], *of) for row in todo))
+        patch.setattr(prepare, "_run_tasks", map)
         options = PrepareConfig(val_fraction=0.0, rows_per_shard=48, rows_per_group=16)
         assert prepare.prepare(str(folder / "images"), str(folder / "data"), options).num_ok == 270
     return folder / "data"

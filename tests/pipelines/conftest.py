@@ -79,11 +79,8 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` does the work of its tasks in this process."""
     from pipelines import prepare
 
-    def run(todo: Any, *arguments: Any) -> Iterator[Any]:
-        return (prepare.prepare_slice(row["number"], row["skip"], *arguments) for row in todo)
-
     monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run_tasks", run)
+    monkeypatch.setattr(prepare, "_run_tasks", map)
 
 
 @pytest.fixture(scope="session")

@@ -66,22 +66,26 @@ def put(root: str) -> Callable[[str, bytes], None]:
 @pytest.fixture
 def killed(root: str, monkeypatch: pytest.MonkeyPatch) -> KillAfter:
     """Return a function that interrupts a preparation after some slices, and returns what the next one writes."""
-    prepare_slice, written = module.prepare_slice, list[int]()
+    written, limits = list[int](), list[int]()
+
+    def counted(task: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+        def counting(tasks: module.SliceTasks, row: dict[str, Any]) -> dict[str, int]:
+            if limits and len(written) == limits[0]:
+                raise KeyboardInterrupt
+            written.append(row["number"])
+            return task(tasks, row)
+
+        return counting
+
+    for name in ("write", "drop"):
+        monkeypatch.setattr(module.SliceTasks, name, counted(getattr(module.SliceTasks, name)))
 
     def kill_after(count: int) -> list[int]:
-        def write(number: int, *rest: Any) -> dict[str, int]:
-            if len(written) == count:
-                raise KeyboardInterrupt
-            written.append(number)
-            return prepare_slice(number, *rest)
-
-        monkeypatch.setattr(module, "prepare_slice", write)
+        limits.append(count)
         with pytest.raises(KeyboardInterrupt):
             module.prepare(f"{root}/source", f"{root}/out", CONFIG)
+        limits.clear()
         written.clear()
-        monkeypatch.setattr(
-            module, "prepare_slice", lambda number, *rest: (written.append(number), prepare_slice(number, *rest))[1]
-        )
         return written
 
     return kill_after

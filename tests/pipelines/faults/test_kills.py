@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -24,18 +25,22 @@ OPTIONS: dict[str, Any] = {"rows_per_shard": 12, "rows_per_group": 5}
 FLAGS = ["--rows-per-shard", "12", "--rows-per-group", "5"]
 # Each slice takes a little longer, so that a kill may fall anywhere.
 IN_ONE_PROCESS = """
-import contextlib, sys, time, types
-sys.modules["pipelines.cluster"] = types.SimpleNamespace(ray_session=lambda compute: contextlib.nullcontext())
+import contextlib, functools, sys, time, types
+sys.modules["pipelines.cluster"] = types.SimpleNamespace(
+    ray_session=lambda compute: contextlib.nullcontext(), task_slots=lambda: cores
+)
 from pipelines import prepare
 from pipelines.config import PrepareConfig
-def run(todo, *arguments):
-    for row in todo:
-        yield prepare.prepare_slice(row["number"], row["skip"], *arguments)
+def run(task, rows):
+    for row in rows:
+        yield task(row)
         time.sleep(0.01)
 prepare._run_tasks = run
+prepare.cut_pieces = functools.partial(prepare.cut_pieces, min_images=3)
 prepare.prepare(source, out, PrepareConfig(**options))
 """
 WITH_RAY = "import sys; from pipelines import cli; cli.main(sys.argv[1:])"
+NUM_CORES = itertools.cycle([4, 1, 10])
 SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -46,7 +51,8 @@ def started(with_ray: bool, source: Path, out: Path) -> psutil.Process:
         with (out.parent / "log").open("ab") as log:
             return psutil.Popen(words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     SERVER.set_forkserver_preload(["pipelines.prepare", "pipelines.prepare.shards"])
-    names = {"source": str(source), "out": str(out), "options": OPTIONS}
+    # Some slices whole and some in pieces, and every time others: as if each start were on another machine.
+    names = {"source": str(source), "out": str(out), "options": OPTIONS, "cores": next(NUM_CORES)}
     process = SERVER.Process(target=exec, args=(IN_ONE_PROCESS, names), daemon=True)
     process.start()
     return Watched(process)
@@ -170,27 +176,34 @@ def test_what_was_done_is_not_done_again(
     source: Path, tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines import prepare as module
+    from pipelines.prepare.pieces import cut_pieces
 
-    written: list[tuple[int, bool]] = []
-    prepare_slice = module.prepare_slice
+    monkeypatch.setattr("pipelines.cluster.task_slots", lambda: 4)
+    monkeypatch.setattr(module, "cut_pieces", partial(cut_pieces, min_images=3))
+    written: list[tuple[str, int, int]] = []
 
-    def dies_at_15(number: int, skip: list[int], *arguments: object) -> dict[str, int]:
-        if len(written) == 15:
-            raise KeyboardInterrupt
-        written.append((number, bool(skip)))
-        return prepare_slice(number, skip, *arguments)  # type: ignore[arg-type]
+    def recorded(name: str, dies_after: int) -> Callable[[Any, dict[str, Any]], dict[str, int]]:
+        task = getattr(module.SliceTasks, name)
 
-    monkeypatch.setattr(module, "prepare_slice", dies_at_15)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
-    assert not check_readers(tmp_path / "out")
-    monkeypatch.setattr(
-        module,
-        "prepare_slice",
-        lambda number, skip, *a: (written.append((number, bool(skip))), prepare_slice(number, skip, *a))[1],
-    )
-    prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
+        def run(tasks: module.SliceTasks, row: dict[str, Any]) -> dict[str, int]:
+            if len(written) == dies_after:
+                raise KeyboardInterrupt
+            written.append((name, row["number"], row.get("start", 0)))
+            return task(tasks, row)
+
+        return run
+
+    # Within the whole slices, the pieces, the joins and the second pass.
+    for dies_after in (15, 25, 41, 45, 1000):
+        with monkeypatch.context() as patch:
+            for name in ("write", "join", "drop"):
+                patch.setattr(module.SliceTasks, name, recorded(name, dies_after))
+            ending = pytest.raises(KeyboardInterrupt) if dies_after < 1000 else contextlib.nullcontext()
+            with ending:
+                prepare(str(source), str(tmp_path / "out"), PrepareConfig(**OPTIONS))
+        assert check_readers(tmp_path / "out") == (dies_after == 1000)
     assert len(written) == len(set(written))
-    first_pass = [number for number, again in written if not again]
-    assert first_pass == list(range(len(first_pass)))
-    assert 1 <= sum(again for _, again in written) <= 8
+    kinds = [name for name, *_ in written]
+    assert kinds == sorted(kinds, key=("write", "join", "drop").index)
+    assert kinds.count("join") > 1
+    assert 1 <= kinds.count("drop") <= 8
