@@ -6,8 +6,9 @@ are not counted. Recomputation inside a kernel is counted once.
 """
 
 import dataclasses
+import math
 
-from mae_core.config import ModelConfig, parse_arch
+from mae_core.config import ModelConfig, Size, parse_arch, patch_grid
 
 _MLP_RATIO = 4
 
@@ -31,6 +32,13 @@ def plain_flops(config: ModelConfig) -> int:
     all_tokens = 1 + paper.num_patches
     blocks = paper.decoder_depth * _block(all_tokens, all_tokens, paper.decoder_width)
     return _embedding(paper, paper.num_patches) + 3 * (_encoder(paper) + blocks + _head(paper, all_tokens))
+
+
+def embedding_flops(arch: str, image_px: Size, channels: int) -> int:
+    """Count the forward operations per image of an encoder with nothing masked."""
+    shape, tokens = parse_arch(arch), 1 + math.prod(patch_grid(image_px, parse_arch(arch).patch_px))
+    patches = _linear(tokens - 1, shape.patch_px**2 * channels, shape.width)
+    return patches + shape.depth * _block(tokens, tokens, shape.width)
 
 
 def _encoder(config: ModelConfig) -> int:

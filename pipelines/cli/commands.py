@@ -17,12 +17,15 @@ from pipelines.config import (
     ExportConfig,
     ImportConfig,
     InspectConfig,
+    LineageConfig,
     LookConfig,
     NeighboursConfig,
     PrepareConfig,
     PretrainConfig,
+    PromoteConfig,
     ReconstructConfig,
     RegisterConfig,
+    RollbackConfig,
     RunsConfig,
     SegmentConfig,
     SweepConfig,
@@ -142,6 +145,24 @@ def _register(call: Invocation) -> dict[str, Any]:
     from pipelines.drivers.register import register
 
     return register(call.arguments[0], call.config)
+
+
+def _promote(call: Invocation) -> dict[str, Any]:
+    from pipelines.promotion.promote import promote
+
+    return promote(call.arguments[0], call.config)
+
+
+def _rollback(call: Invocation) -> dict[str, Any]:
+    from pipelines.promotion.rollback import rollback
+
+    return rollback(call.arguments[0], call.config)
+
+
+def _lineage(call: Invocation) -> dict[str, Any]:
+    from pipelines.promotion.lineage import lineage
+
+    return lineage(call.arguments[0], call.config)
 
 
 def _import(call: Invocation) -> dict[str, Any]:
@@ -306,6 +327,25 @@ COMMANDS: dict[str, Command] = {
         config=RegisterConfig,
         run=_register,
         positional=(("RUN", "folder or URI of a pretraining run, or RUN@STEP for one of its checkpoints"),),
+    ),
+    "promote": Command(
+        help="Point an alias to a version that passes a gate against the version that it points to now.",
+        config=PromoteConfig,
+        run=_promote,
+        resumes=True,
+        positional=(("MODEL", "NAME@ALIAS or NAME/VERSION, such as mae-vit_base_patch16@candidate"),),
+    ),
+    "rollback": Command(
+        help="Return an alias to the version that it pointed to before, by the recorded history.",
+        config=RollbackConfig,
+        run=_rollback,
+        positional=(("NAME", "registered model, such as mae-vit_base_patch16"),),
+    ),
+    "lineage": Command(
+        help="Show what a version was made from: runs, datasets, commits, licence and origin, also as a picture.",
+        config=LineageConfig,
+        run=_lineage,
+        positional=(("MODEL", "NAME@ALIAS or NAME/VERSION"),),
     ),
     "import": Command(
         help="Register weights of the reference, timm or transformers, or of another site, as a model version.",

@@ -3,6 +3,7 @@
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig, SourceConfig
 from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
+from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, RollbackConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -46,16 +47,20 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FixedCompute",
+    "GateConfig",
     "ImportConfig",
     "InspectConfig",
+    "LineageConfig",
     "LookConfig",
     "NeighboursConfig",
     "PeriodicEvaluationConfig",
     "Precision",
     "PrepareConfig",
     "PretrainConfig",
+    "PromoteConfig",
     "ReconstructConfig",
     "RegisterConfig",
+    "RollbackConfig",
     "RunsConfig",
     "SegmentConfig",
     "SourceConfig",

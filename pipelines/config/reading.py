@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mae_core.config import ADDED
 from mae_core.errors import UserError
+from pipelines.config.promoting import GateConfig
 from pipelines.config.sweeping import SweepConfig
 from pipelines.config.training import ClassifyConfig, PretrainConfig
 
@@ -113,7 +114,12 @@ def _preset_values(cls: type, preset: str) -> dict[str, Any]:
     return values
 
 
-KINDS: dict[type, str] = {PretrainConfig: "pretrain", ClassifyConfig: "classify", SweepConfig: "sweep"}
+KINDS: dict[type, str] = {
+    PretrainConfig: "pretrain",
+    ClassifyConfig: "classify",
+    SweepConfig: "sweep",
+    GateConfig: "gate",
+}
 
 
 def identity(config: Any) -> dict[str, Any]:

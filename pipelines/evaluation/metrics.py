@@ -158,7 +158,7 @@ def _bootstrap(found: Predictions, num_bins: int, num_resamples: int, seed: int)
     in_top = (best == labels[:, None]).any(1)
     place = _bin_of(confidence, num_bins)
     drawn: dict[str, list[Floats]] = {"top1": [], "top5": [], "balanced_accuracy": [], "ece": []}
-    for counts in _resamples(len(labels), num_resamples, seed):
+    for counts in resamples(len(labels), num_resamples, seed):
         weights = counts.astype(np.float64)
         drawn["top1"].append(weights @ correct / len(labels))
         drawn["top5"].append(weights @ in_top / len(labels))
@@ -167,11 +167,11 @@ def _bootstrap(found: Predictions, num_bins: int, num_resamples: int, seed: int)
         drawn["ece"].append(np.array(gaps) / len(labels))
     num_areas = min(num_resamples, int(_AUROC_BUDGET / max(1, len(labels) * len(present))))
     if len(present) > 1 and num_areas >= _FEWEST_RESAMPLES:
-        drawn["auroc"] = [_macro_area(counts, found) for counts in _resamples(len(labels), num_areas, seed)]
+        drawn["auroc"] = [_macro_area(counts, found) for counts in resamples(len(labels), num_areas, seed)]
     return {name: np.concatenate(values) for name, values in drawn.items()}
 
 
-def _resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.int32]]:
+def resamples(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.int32]]:
     """Yield chunks [resamples images] of how often each image was drawn; resample i depends on seed and i alone."""
     size = max(1, _CHUNK_BYTES // (8 * num_images))
     for first in range(0, num_resamples, size):

@@ -7,7 +7,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pipelines.dataset.manifest import Manifest
 
-Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial", "import", "evaluate", "segment", "look"]
+Kind = Literal["pretrain", "finetune", "probe", "sweep", "trial", "import", "evaluate", "segment", "look", "gate"]
 Context = Literal["training", "evaluation"]
 """What a run uses its dataset for; MLflow's term."""
 End = Literal["FINISHED", "FAILED", "KILLED"]
@@ -52,7 +52,7 @@ class Run:
         retry(lambda: self.client.update_run(self.id, status="RUNNING"), "the run's start")
         retry(lambda: self._log_params(params), "parameters")
         if dataset is not None:
-            retry(lambda: self._log_dataset(dataset, dataset_uri, context), "the dataset")
+            self.log_dataset(dataset, dataset_uri, context)
         self._machine = MachineSampler(self, known.data._metric_objs)
 
     def last_steps(self) -> dict[str, int]:
@@ -95,6 +95,27 @@ class Run:
         target = None if str(inside) == "." else str(inside)
         retry(lambda: self.client.log_artifact(self.id, str(path), target), path.name)
 
+    def log_dataset(self, manifest: "Manifest", uri: str, context: Context) -> None:
+        """Record a dataset that the run reads, and what for."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = {
+            "num_images": manifest.num_ok,
+            "channels": manifest.channels,
+            "num_classes": len(manifest.classes or ()),
+            "rows": {name: split.num_rows for name, split in manifest.splits.items()},
+            "digest": manifest.digest,
+        }
+        dataset = Dataset(
+            name=_shown(uri).rstrip("/").rsplit("/", 1)[-1] or "dataset",
+            digest=manifest.digest[:_MAX_DIGEST],
+            source_type="s3" if uri.startswith("s3:") else "local",
+            source=json.dumps({"uri": _shown(uri)}),
+            profile=json.dumps(profile),
+        )
+        tags = [InputTag("mlflow.data.context", context)]
+        retry(lambda: self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags)]), "the dataset")
+
     def log_model_input(self, ref: ModelRef, tag: str = BACKBONE_TAG) -> None:
         """Record which model version the run started from, or used, also as a tag."""
         from mlflow.entities import LoggedModelInput
@@ -102,6 +123,14 @@ class Run:
         models = [LoggedModelInput(ref.model_id)]
         retry(lambda: self.client.log_inputs(self.id, models=models), ref.uri)
         self.set_tags({tag: ref.uri})
+
+    def log_model_metrics(self, ref: ModelRef, values: Mapping[str, float]) -> None:
+        """Log metrics of the run that are of this model version, so that MLflow shows them with the version too."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(key, value, now_ms, 0, model_id=ref.model_id) for key, value in values.items()]
+        retry(lambda: self.client.log_batch(self.id, metrics=metrics), "metrics")
 
     def set_tags(self, tags: dict[str, str], limit_s: float = RETRY_LIMIT_S) -> None:
         """Set tags on the run. Raises TrackingUnreachable after `limit_s`."""
@@ -136,26 +165,6 @@ class Run:
         entities = [Param(key, value) for key, value in params.items()]
         for i in range(0, len(entities), _PARAMS_PER_REQUEST):
             self.client.log_batch(self.id, params=entities[i : i + _PARAMS_PER_REQUEST])
-
-    def _log_dataset(self, manifest: "Manifest", uri: str, context: Context) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        profile = {
-            "num_images": manifest.num_ok,
-            "channels": manifest.channels,
-            "num_classes": len(manifest.classes or ()),
-            "rows": {name: split.num_rows for name, split in manifest.splits.items()},
-            "digest": manifest.digest,
-        }
-        dataset = Dataset(
-            name=_shown(uri).rstrip("/").rsplit("/", 1)[-1] or "dataset",
-            digest=manifest.digest[:_MAX_DIGEST],
-            source_type="s3" if uri.startswith("s3:") else "local",
-            source=json.dumps({"uri": _shown(uri)}),
-            profile=json.dumps(profile),
-        )
-        tags = [InputTag("mlflow.data.context", context)]
-        self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags)])
 
 
 class MachineSampler:

@@ -5,10 +5,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mae_core.errors import UserError
+from pipelines.registry.aliases import AliasHistory, Decision, move_alias, read_history
 from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
 from pipelines.registry.runs import Context, Kind, Run, first_tags
 from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
@@ -118,6 +120,22 @@ class Tracking:
         Raises UserError that names a file with other content.
         """
         return fetch(self.client, self.uri, ref, folder)
+
+    def verify(self, ref: ModelRef) -> None:
+        """Read all files of the version. Raises UserError that names one whose sha256 is not the registered one."""
+        with TemporaryDirectory(prefix="mae-verify-") as scratch:
+            fetch(self.client, self.uri, ref, Path(scratch))
+
+    def history(self, name: str, alias: str) -> AliasHistory:
+        """Read the moves of an alias of the model. Raises UserError if there is no such model."""
+        return read_history(self.client, name, alias)
+
+    def move_alias(self, history: AliasHistory, ref: ModelRef, decision: Decision) -> AliasHistory:
+        """Point the alias to the version and return the new history.
+
+        Raises AliasMoved, a UserError, if the alias was moved since the history was read.
+        """
+        return move_alias(self.client, history, ref, decision)
 
     def lineage(self, model_uri: str) -> list[Step]:
         """Trace a model version back to the commit that pretrained its backbone."""

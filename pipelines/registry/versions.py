@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pipelines.registry.outages import retry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 SHA256_TAG = "sha256."
@@ -23,6 +25,8 @@ LICENCE_TAG, ORIGIN_TAG = "mae.licence", "mae.origin"
 """Of weights that were imported, and of everything trained from them."""
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w-]+)|/(?P<version>[0-9]+))")
 _SOURCE = re.compile(r"models:/(?P<id>m-[0-9a-f]{32})")
+# What `move_alias` writes: mae.champion.by.
+_DECISION = re.compile(r"mae\.[\w-]+\.(by|at|why|kind|gate|run_id|forced|figures)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*")
 _OBJECT_STORES = ("s3", "gs", "abfss", "wasbs")
 
@@ -67,11 +71,11 @@ def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
     if parts is None:
         raise UserError(f"model {model_uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION; try one of them")
     name, alias = parts["name"], parts["alias"]
-    registered = _registered(client, name)
+    registered = registered_model(client, name)
     if alias is None:
-        found = _or_none(lambda: client.get_model_version(name, parts["version"]))
+        found = or_none(lambda: client.get_model_version(name, parts["version"]))
     else:
-        found = _or_none(lambda: client.get_model_version_by_alias(name, alias))
+        found = or_none(lambda: client.get_model_version_by_alias(name, alias))
     if found is None:
         aliases = ", ".join(f"@{a} (version {v})" for a, v in sorted(registered.aliases.items())) or "none"
         newest = max((int(v.version) for v in registered.latest_versions or []), default=0)
@@ -104,6 +108,11 @@ def inherited_tags(ref: ModelRef) -> dict[str, str]:
     """Return the tags that whatever is trained from this version gets: where it came from, licence and origin."""
     kept = {tag: ref.tags[tag] for tag in (LICENCE_TAG, ORIGIN_TAG) if tag in ref.tags}
     return {PARENT_TAG: ref.uri, **kept}
+
+
+def model_uri(model: str) -> str:
+    """Return the URI of a version that a command names as NAME@ALIAS, NAME/VERSION or as a models:/ URI."""
+    return model if model.startswith("models:/") else f"models:/{model}"
 
 
 def fetch(client: "MlflowClient", tracking_uri: str, ref: ModelRef, folder: Path) -> dict[str, Path]:
@@ -149,25 +158,45 @@ def lineage(client: "MlflowClient", model_uri: str) -> list[Step]:
     tags: dict[str, str] = {}
     while ref is not None and ref.uri not in seen:
         seen.add(ref.uri)
-        facts = {f"sha256 {k}": v for k, v in ref.sha256.items()}
-        facts |= {tag.removeprefix("mae."): ref.tags[tag] for tag in (LICENCE_TAG, ORIGIN_TAG) if tag in ref.tags}
-        steps.append(Step(kind="model version", id=ref.uri, facts=facts))
-        run_id = ref.run_id
-        run = retry(lambda run_id=run_id: client.get_run(run_id), "the run")
-        tags = run.data.tags
-        facts = {
-            "name": run.info.run_name or "",
-            "kind": tags.get("mae.kind", ""),
-            "dataset": tags.get("mae.dataset_digest", ""),
-            "commit": tags.get("mlflow.source.git.commit", ""),
-        }
-        steps.append(Step(kind="run", id=run_id, facts=facts))
+        steps.append(Step(kind="model version", id=ref.uri, facts=_version_facts(ref)))
+        run = _found_run(client, ref.run_id)
+        tags = run.data.tags if run else {}
+        steps.append(Step(kind="run", id=ref.run_id, facts=_run_facts(run)))
         parent = ref.tags.get(PARENT_TAG)
-        ref = resolve(client, parent) if parent else None
+        try:
+            ref = resolve(client, parent) if parent else None
+        except UserError as error:
+            steps.append(Step(kind="model version", id=str(parent), facts={"missing": str(error)}))
+            ref, tags = None, {}
     steps.append(Step(kind="dataset", id=tags.get("mae.dataset_digest", "unknown")))
     changed = {"uncommitted_changes": tags.get("mae.uncommitted_changes", "unknown")}
     steps.append(Step(kind="commit", id=tags.get("mlflow.source.git.commit", "unknown"), facts=changed))
     return steps
+
+
+def _version_facts(ref: ModelRef) -> dict[str, str]:
+    facts = {f"sha256 {name}": digest for name, digest in ref.sha256.items()}
+    facts |= {tag.removeprefix("mae."): ref.tags[tag] for tag in (LICENCE_TAG, ORIGIN_TAG) if tag in ref.tags}
+    return facts | {tag.removeprefix("mae."): ref.tags[tag] for tag in sorted(ref.tags) if _DECISION.fullmatch(tag)}
+
+
+def _found_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    return or_none(lambda: client.get_run(run_id)) if run_id else None
+
+
+def _run_facts(run: "Run | None") -> dict[str, str]:
+    if run is None:
+        return {"missing": "the registry does not have this run any more"}
+    tags, datasets = run.data.tags, run.inputs.dataset_inputs if run.inputs else []
+    sources = [json.loads(found.dataset.source).get("uri", "") for found in datasets]
+    return {
+        "name": run.info.run_name or "",
+        "kind": tags.get("mae.kind", ""),
+        "dataset": tags.get("mae.dataset_digest", ""),
+        "dataset_uri": ", ".join(filter(None, sources)),
+        "commit": tags.get("mlflow.source.git.commit", ""),
+        "uncommitted_changes": tags.get("mae.uncommitted_changes", ""),
+    }
 
 
 def sha256_of(path: Path) -> str:
@@ -204,8 +233,9 @@ def _fetch_file(location: str, tracking_uri: str, ref: ModelRef, name: str, fold
     return path
 
 
-def _registered(client: "MlflowClient", name: str) -> "RegisteredModel":
-    found = _or_none(lambda: client.get_registered_model(name))
+def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel":
+    """Return the registered model. Raises UserError that names the nearest if there is none of that name."""
+    found = or_none(lambda: client.get_registered_model(name))
     if found is not None:
         return found
     known = sorted(model.name for model in retry(lambda: client.search_registered_models(max_results=100), "models"))
@@ -214,7 +244,7 @@ def _registered(client: "MlflowClient", name: str) -> "RegisteredModel":
     raise UserError(f"no registered model {name!r}; {hint}" + ("" if known else "; run `mae pretrain` first"))
 
 
-def _or_none(get: Callable[[], T]) -> T | None:
+def or_none(get: Callable[[], T]) -> T | None:
     """Return what the registry has, or None if it has no such object."""
     from mlflow.exceptions import MlflowException
 

@@ -7,7 +7,8 @@
                      stopped (stopped.json)
 
 Every state is a file, so that whoever opens the folder later reads it there. `claim` writes run.json. While the run is
-claimed, its workers write checkpoints/, metrics/, evaluations/, pictures/ and export/, and notes about themselves:
+claimed, its workers write checkpoints/, metrics/, evaluations/, pictures/, predictions/ and export/, and notes about
+themselves:
 
 - chosen.json: the compute options that it was last launched with, every auto replaced.
 - failures/: why a worker group ended early, one file each.

@@ -21,6 +21,7 @@ from pipelines.worker.export import classifier_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank, unwrapped
 from pipelines.worker.recorder import Recorder
+from pipelines.worker.tally import Tally
 
 
 def run(
@@ -41,15 +42,17 @@ def run(
     recorder = Recorder.of(config, state, rank, plan, folder, feed.clock)
     if checkpoint:
         recorder.resume(checkpoint)
-    accuracy = {}
+    accuracy, tally = {}, None
     with recorder.saving_if_stopped():
         for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
             if phase.kind == "train":
                 train(state, rank, plan, feed, phase.last_step, loss_of, recorder.after_step)
             else:
-                accuracy = evaluate(job, dataset, rank, feed, phase, state.ema or unwrapped(state.model))
+                accuracy, tally = evaluate(job, dataset, rank, feed, phase, state.ema or unwrapped(state.model))
                 recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
+    if tally is not None:
+        tally.write(folder, config.eval_split)
     if rank.is_main:
         export(job, state.ema or unwrapped(state.model), folder)
     return result_of(job, accuracy, state.step, plan.num_samples)
@@ -91,22 +94,24 @@ def _loss_of(job: ClassifyJob, steps_per_epoch: int, rank: Rank) -> LossOf:
 @torch.inference_mode()
 def evaluate(
     job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, phase: Phase, model: nn.Module
-) -> dict[str, float]:
-    """Return top-1 and top-5 in percent over the phase's split, independent of the number of ranks.
+) -> tuple[dict[str, float], Tally | None]:
+    """Return top-1 and top-5 in percent over the phase's split, independent of the number of ranks; and predictions.
 
-    The keys are SPLIT/top1 and SPLIT/top5; with several classes an image, SPLIT/map. Every rank must call it.
+    The keys are SPLIT/top1 and SPLIT/top5; with several classes an image, SPLIT/map alone. Every rank must call it.
     """
     if job.label_sets:
-        return {f"{phase.split}/map": 100 * _mean_average_precision(job, dataset, rank, feed, phase, model)}
-    plan = read_plan(job, dataset, phase.split)
-    counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
+        return {f"{phase.split}/map": 100 * _mean_average_precision(job, dataset, rank, feed, phase, model)}, None
+    plan, tally = read_plan(job, dataset, phase.split), Tally(rank)
     training = model.training
     model.eval()
     for step in range(plan.steps_per_epoch):
         for batch in feed.take(step, plan.micro_batches_per_step // rank.world):
-            counts += count_hits(rank, model, batch.to(rank.device), job)
+            found = batch.to(rank.device)
+            with rank.autocast():
+                logits = model(pixels_to_input(found.images, job.pixels))
+            tally.add(logits, found)
     model.train(training)
-    return accuracy_of(rank, counts, phase.split)
+    return tally.accuracy(phase.split), tally
 
 
 def _mean_average_precision(
@@ -130,25 +135,6 @@ def _mean_average_precision(
     order = order[all_ids[order] >= 0]
     hot = multi_hot(job.label_sets, len(job.classes)).to(rank.device)
     return mean_average_precision(all_logits[order], targets_of(all_labels[order], hot))
-
-
-def count_hits(rank: Rank, model: nn.Module, batch: MicroBatch, job: ClassifyJob) -> Tensor:
-    """Classify a micro-batch; return (top-1 hits, top-5 hits, samples) without placeholders, as `hits` does."""
-    with rank.autocast():
-        logits = model(pixels_to_input(batch.images, job.pixels))
-    return hits(logits, batch.labels, batch.weights)
-
-
-def hits(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sums [top-1 hits, top-5 hits, samples] of logits [n classes], labels [n] and weights [n]."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([(best[:, 0] * weights).sum(), (best.any(1) * weights).sum(), weights.sum()]).double()
-
-
-def accuracy_of(rank: Rank, counts: Tensor, split: str) -> dict[str, float]:
-    """Sum the counts of `hits` over ranks; return top-1 and top-5 in percent. Every rank must call it."""
-    top1, top5, total = rank.sum(counts).tolist()
-    return {f"{split}/top1": 100 * top1 / max(1, total), f"{split}/top5": 100 * top5 / max(1, total)}
 
 
 def export(job: ClassifyJob, model: nn.Module, folder: RunFolder) -> None:

@@ -8,9 +8,10 @@ from mae_core.neighbours import knn_probabilities
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, read_plan, train_plan
 from pipelines.runs.metrics import MetricSpool
-from pipelines.worker.finetuning import accuracy_of, hits, result_of
+from pipelines.worker.finetuning import result_of
 from pipelines.worker.probing import frozen_encoder, read_split, read_table
 from pipelines.worker.rank import Feed, Rank
+from pipelines.worker.tally import Tally
 
 
 @torch.inference_mode()
@@ -19,7 +20,7 @@ def run(job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, folde
     config = job.config
     encode = frozen_encoder(job, rank)
     table = read_table(job, dataset, rank, feed, encode)
-    counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
+    tally = Tally(rank)
     for batch in read_split(rank, read_plan(job, dataset, config.eval_split), feed):
         votes = knn_probabilities(
             encode(batch),
@@ -29,8 +30,9 @@ def run(job: ClassifyJob, dataset: IndexedDataset, rank: Rank, feed: Feed, folde
             num_neighbours=config.classifier.num_neighbours,
             temperature=config.classifier.temperature,
         )
-        counts += hits(votes, batch.labels, batch.weights)
-    accuracy = accuracy_of(rank, counts, config.eval_split)
+        tally.add(votes, batch)
+    accuracy = tally.accuracy(config.eval_split)
+    tally.write(folder, config.eval_split)
     if rank.is_main:
         spool = MetricSpool(folder.storage)
         spool.add(0, accuracy)

@@ -21,10 +21,11 @@ from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
-from pipelines.worker.finetuning import accuracy_of, hits, result_of
+from pipelines.worker.finetuning import result_of
 from pipelines.worker.loop import TrainState
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder
+from pipelines.worker.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def run(
         recorder.resume(checkpoint)
     total = config.epochs * plan.steps_per_epoch
     accuracy: dict[str, float] = {}
+    tally = None
     with recorder.saving_if_stopped():
         for phase in phases(job, plan.steps_per_epoch, state.step, frozenset(dataset.manifest.splits)):
             if phase.split == "train" and phase.kind == "read":
@@ -71,9 +73,12 @@ def run(
                 with feed.clock.spent("steps"):
                     _fit(job, rank, plan, state, recorder, phase.last_step, _live_examples(rank, plan, feed, encode))
             else:
-                accuracy = _evaluate(job, dataset, rank, feed, phase, encode, head)
+                tally = _evaluate(job, dataset, rank, feed, phase, encode, head)
+                accuracy = tally.accuracy(phase.split)
                 recorder.record_accuracy(phase.first_step, phase.split, accuracy)
     recorder.finish()
+    if tally is not None:
+        tally.write(folder, config.eval_split)
     return result_of(job, accuracy, state.step, plan.num_samples)
 
 
@@ -205,10 +210,10 @@ def _evaluate(
     phase: Phase,
     encode: Callable[[MicroBatch], Tensor],
     head: nn.Module,
-) -> dict[str, float]:
-    counts = torch.zeros(3, dtype=torch.float64, device=rank.device)
+) -> Tally:
+    tally = Tally(rank)
     head.eval()
     for batch in read_split(rank, read_plan(job, dataset, phase.split), feed):
-        counts += hits(head(encode(batch), batch.weights, None), batch.labels, batch.weights)
+        tally.add(head(encode(batch), batch.weights, None), batch)
     head.train()
-    return accuracy_of(rank, counts, phase.split)
+    return tally

@@ -36,7 +36,7 @@ def test_its_header_states_command_cost_and_expectation(path: Path) -> None:
     program, *argv = shlex.split(said["Run"])
     assert program == "mae"
     call = parse(argv)
-    assert call.preset == path.stem
+    assert (call.config.gate if call.command == "promote" else call.preset) == path.stem
 
 
 def test_the_papers_recipes_are_there() -> None:

@@ -1,0 +1,1 @@
+"""Which version of a model is used: gates, promotion, rollback, lineage."""
