@@ -23,6 +23,7 @@ from pipelines.config import (
     PrepareConfig,
     PretrainConfig,
     PromoteConfig,
+    PruneConfig,
     ReconstructConfig,
     RegisterConfig,
     RollbackConfig,
@@ -157,6 +158,12 @@ def _rollback(call: Invocation) -> dict[str, Any]:
     from pipelines.promotion.rollback import rollback
 
     return rollback(call.arguments[0], call.config)
+
+
+def _registry_prune(call: Invocation) -> dict[str, Any]:
+    from pipelines.promotion.prune import prune
+
+    return prune(call.config)
 
 
 def _lineage(call: Invocation) -> dict[str, Any]:
@@ -346,6 +353,11 @@ COMMANDS: dict[str, Command] = {
         config=LineageConfig,
         run=_lineage,
         positional=(("MODEL", "NAME@ALIAS or NAME/VERSION"),),
+    ),
+    "registry prune": Command(
+        help="List model versions that no alias, rollback or lineage needs; with --delete, delete them.",
+        config=PruneConfig,
+        run=_registry_prune,
     ),
     "import": Command(
         help="Register weights of the reference, timm or transformers, or of another site, as a model version.",

@@ -3,7 +3,7 @@
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig, SourceConfig
 from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
-from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, RollbackConfig
+from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, PruneConfig, RollbackConfig
 from pipelines.config.reading import (
     KINDS,
     PRESETS,
@@ -58,6 +58,7 @@ __all__ = [
     "PrepareConfig",
     "PretrainConfig",
     "PromoteConfig",
+    "PruneConfig",
     "ReconstructConfig",
     "RegisterConfig",
     "RollbackConfig",

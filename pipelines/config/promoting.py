@@ -94,3 +94,25 @@ class PromoteConfig:
     def __post_init__(self) -> None:
         if self.force and not self.why.strip():
             raise UserError('--force needs a reason for the history; try --why "night images are all wrong"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Delete model versions that nothing needs, and uploads that never became a version."""
+
+    name: str = ""
+    """Registered model to prune; all if empty. What other models need is kept in any case."""
+    keep: int = 3
+    """Number of newest versions of each model to keep."""
+    older_than_days: float = 30.0
+    """Only what was made longer ago is deleted."""
+    delete: bool = False
+    """Delete what is listed. Without it, it is only listed."""
+    experiment: str = "mae"
+    """MLflow experiment to open."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep {self.keep} is below 1, and the newest version is always kept; try 3")
+        if not self.older_than_days >= 0:
+            raise UserError(f"older_than_days {self.older_than_days:g} is negative; try 30")

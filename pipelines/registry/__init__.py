@@ -9,6 +9,7 @@ from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.outages import TrackingUnreachable
 from pipelines.registry.points import Point
 from pipelines.registry.provenance import PROVENANCE, Provenance
+from pipelines.registry.pruning import Garbage, Inventory
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.thresholds import Threshold, unmet
 from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
@@ -21,6 +22,8 @@ __all__ = [
     "AliasHistory",
     "AliasMoved",
     "Decision",
+    "Garbage",
+    "Inventory",
     "Kind",
     "ModelFiles",
     "ModelRef",

@@ -130,7 +130,7 @@ def read_history(client: "MlflowClient", name: str, alias: str) -> AliasHistory:
     check_alias(alias)
     run_id = _history_run(client, name)
     while True:
-        history = _read(client, run_id, name, alias)
+        history = read_recorded(client, run_id, name, alias)
         if history.moves and not history.moves[-1].is_done:
             _follow(client, history)
             continue
@@ -149,7 +149,7 @@ def move_alias(client: "MlflowClient", history: AliasHistory, ref: ModelRef, dec
     """
     move = _next_move(history, ref.version, decision)
     if not _write(client, history.run_id, f"{history.alias}.{move.number:06d}", _to_json(move)):
-        other = _read(client, history.run_id, history.name, history.alias).moves[len(history.moves)]
+        other = read_recorded(client, history.run_id, history.name, history.alias).moves[len(history.moves)]
         raise AliasMoved(
             f"{history.shown} was moved from {_shown(other.previous)} to {_shown(other.version)} by {other.by} at "
             f"{other.at} meanwhile, so {ref.uri} was not compared with what it points to; run the same command again"
@@ -193,7 +193,14 @@ def _to_json(move: Move) -> str:
     return json.dumps({key: value for key, value in asdict(move).items() if key != "is_done"})
 
 
-def _read(client: "MlflowClient", run_id: str, name: str, alias: str) -> AliasHistory:
+def aliases_in(client: "MlflowClient", run_id: str) -> list[str]:
+    """Return the aliases whose moves the history in that run holds."""
+    params = retry(lambda: client.get_run(run_id), "the history").data.params
+    return sorted({key.rpartition(".")[0] for key in params if re.fullmatch(".+" + _RECORD, key)})
+
+
+def read_recorded(client: "MlflowClient", run_id: str, name: str, alias: str) -> AliasHistory:
+    """Read the moves of an alias as they are recorded, without completing or comparing anything."""
     params = retry(lambda: client.get_run(run_id), "the history").data.params
     records = {key: json.loads(text) for key, text in params.items() if re.fullmatch(re.escape(alias) + _RECORD, key)}
     moves = tuple(Move(**records[key], is_done=f"{key}.done" in params) for key in sorted(records))
@@ -204,14 +211,14 @@ def _follow(client: "MlflowClient", history: AliasHistory) -> AliasHistory:
     """Point MLflow's alias to the newest record's version, again while newer ones appear; return the history."""
     name, alias = history.name, history.alias
     while True:
-        newest = _read(client, history.run_id, name, alias)
+        newest = read_recorded(client, history.run_id, name, alias)
         version = str(newest.version)
         if newest.version:
             _tag(client, name, alias, newest.moves[-1])
             _set(lambda version=version: client.set_registered_model_alias(name, alias, version), "the alias")
         else:
             retry(lambda: client.delete_registered_model_alias(name, alias), "the alias")
-        if len(_read(client, history.run_id, name, alias).moves) == len(newest.moves):
+        if len(read_recorded(client, history.run_id, name, alias).moves) == len(newest.moves):
             _mark_done(client, history.run_id, alias, newest.moves[-1])
             return newest
 

@@ -4,6 +4,7 @@ MLflow runs this file alone, on machines that have neither Ray nor this package.
 and of pipelines/images/decode (as mae_decode), so that preprocessing equals that of evaluation.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ class Embedder(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Load the network from safetensors and JSON."""
+        """Load the network from safetensors and JSON. Raises ValueError that names a file that was altered."""
         from safetensors.torch import load_file
 
         from mae_core.pretrained import classifier_of, encoder_of
 
         files = {name: Path(path) for name, path in context.artifacts.items()}
+        _verify(files, context.model_config or {})
         config = json.loads(files["config.json"].read_text())
         self.classes: list[str] | None = config.get("classes")
         self.network: Any = (
@@ -74,6 +76,18 @@ class Embedder(mlflow.pyfunc.PythonModel):
                     f"image {i} cannot be read ({error}); send a complete image file, as those the model was trained on"
                 ) from None
         return torch.from_numpy(np.stack(views))
+
+
+def _verify(files: dict[str, Path], packaged: dict[str, Any]) -> None:
+    """Compare the files with the sha256 that they were packaged with; earlier versions were packaged without."""
+    for name, expected in packaged.get("sha256", {}).items():
+        with files[name].open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"{name} of {packaged['model']} has sha256 {found[:12]}... instead of the packaged {expected[:12]}...: "
+                "it was changed or damaged after registration; register the run again with `mae register`"
+            )
 
 
 def _bytes_of(content: Any, i: int) -> bytes:

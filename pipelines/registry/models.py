@@ -106,14 +106,14 @@ def _upload(run: Run, paths: dict[str, Path], model_name: str, tags: dict[str, s
         ),
         "the model",
     )
-    _package(run, paths, model.model_id, model.artifact_location, folder)
+    _package(run, paths, model_name, model.model_id, model.artifact_location, folder)
     retry(lambda: client.log_model_artifacts(model.model_id, str(folder)), "the model's files")
     retry(lambda: client.finalize_logged_model(model.model_id, "READY"), "the model")
     retry(lambda: client.log_outputs(run.id, [LoggedModelOutput(model.model_id, step=0)]), "the model")
     return model.model_id
 
 
-def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, folder: Path) -> None:
+def _package(run: Run, paths: dict[str, Path], name: str, model_id: str, location: str, folder: Path) -> None:
     """Write an MLflow "model from code" to `folder`: embedder.py, a copy of mae_core, and the files in artifacts/."""
     decoder = folder.with_name("mae_decode")
     shutil.copytree(Path(__file__).parents[1] / "images" / "decode", decoder)
@@ -128,7 +128,9 @@ def _package(run: Run, paths: dict[str, Path], model_id: str, location: str, fol
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(Path(__file__).with_name("embedder.py")),
-            artifacts={name: str(path) for name, path in paths.items()},
+            artifacts={file: str(path) for file, path in paths.items()},
+            # A served model has no registry to compare its files with.
+            model_config={"model": name, "sha256": {file: sha256_of(path) for file, path in paths.items()}},
             code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
             # One unnamed column accepts a table, a list or an array of encoded images.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),

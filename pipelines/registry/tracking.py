@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from mae_core.errors import UserError
 from pipelines.registry.aliases import AliasHistory, Decision, move_alias, read_history
 from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
+from pipelines.registry.pruning import Garbage, Inventory, delete_garbage, find_garbage
 from pipelines.registry.runs import Context, Kind, Run, first_tags
 from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
 
@@ -137,6 +138,14 @@ class Tracking:
         """
         return move_alias(self.client, history, ref, decision)
 
+    def find_garbage(self, name: str, *, keep: int, older_than_days: float) -> Inventory:
+        """List what nothing needs: versions of the model, or with an empty name of all models and broken uploads."""
+        return find_garbage(self.client, name, keep=keep, older_than_days=older_than_days)
+
+    def delete_garbage(self, garbage: Garbage) -> bool:
+        """Delete a version or upload with its files; return whether it was still garbage."""
+        return delete_garbage(self.client, self.uri, garbage)
+
     def lineage(self, model_uri: str) -> list[Step]:
         """Trace a model version back to the commit that pretrained its backbone."""
         return lineage(self.client, model_uri)
@@ -216,11 +225,15 @@ def refuse_local_tracking(ray_address: str | None) -> None:
 
 
 def _create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """Create an experiment; return its id. A sqlite file gets an artifacts folder next to it; a server has its own."""
+    """Create an experiment; return its id.
+
+    Its artifacts are below MAE_ARTIFACTS, an s3:// prefix to which clients write without the server. Without it, a
+    sqlite file gets an artifacts folder next to it, and a server has its own.
+    """
     from mlflow.exceptions import MlflowException
 
-    location = None
-    if uri.startswith("sqlite:"):
+    location = _direct_location(name)
+    if location is None and uri.startswith("sqlite:"):
         location = str(Path(uri.removeprefix("sqlite:///")).parent / "artifacts")
     try:
         return client.create_experiment(name, artifact_location=location)
@@ -230,6 +243,17 @@ def _create_experiment(client: "MlflowClient", uri: str, name: str) -> str:
         if existing is None:
             raise
         return existing.experiment_id
+
+
+def _direct_location(experiment: str) -> str | None:
+    """Return the place of an experiment's artifacts below MAE_ARTIFACTS; None if that is not set."""
+    root = os.environ.get("MAE_ARTIFACTS", "").strip()
+    if not root:
+        return None
+    parts = urlsplit(root)
+    if parts.scheme != "s3" or not parts.netloc or parts.username or parts.query:
+        raise UserError(f"MAE_ARTIFACTS {without_credentials(root)!r} is no s3:// prefix; try s3://bucket/mlflow")
+    return f"{root.rstrip('/')}/{re.sub(r'[^A-Za-z0-9._-]', '_', experiment)}"
 
 
 def _probe(uri: str) -> None:
