@@ -38,6 +38,7 @@ def classifier_files(arch: str, sign: float) -> dict[str, bytes | Path]:
         "kind": "classifier", "arch": arch, "image_px": [8, 8], "channels": 3, "classes": ["dark", "bright"],
         "classifier": {"method": "finetune", "pool": "avg"}, "pixels": {"mean": [0.4] * 3, "std": [0.3] * 3},
     }  # fmt: skip
+    assert isinstance(vit.head, torch.nn.Linear)
     with torch.no_grad():
         flat = [torch.full((1, 3, 8, 8), value) for value in (-1.0, 1.0)]
         dark, bright = (vit.forward_head(vit.forward_features(image), pre_logits=True)[0] for image in flat)
@@ -104,6 +105,7 @@ def test_the_evaluation_is_a_run_linked_to_both_versions_with_figures_and_pictur
     promote(BAD, forced(config))
     passed = promote(GOOD, config)
     run = tracking.client.get_run(passed["run_id"])
+    assert run.inputs is not None
     candidate, champion = (tracking.resolve(f"models:/{name}") for name in (GOOD, BAD))
     assert {found.model_id for found in run.inputs.model_inputs} == {candidate.model_id, champion.model_id}
     assert (run.data.tags["mae.kind"], run.data.tags["mae.verdict"]) == ("gate", "passed")
