@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
         return member
 
     SUCCESS = 0, "the command succeeded"
-    RUN_FAILED = 1, "the run, or a check of `mae doctor`, failed"
+    RUN_FAILED = 1, "the run, or a check of `mae doctor`, failed; a gate refused"
     USER_ERROR = 2, "wrong input or a service that does not answer; the message has the remedy"
     BUG = 70, "a bug (EX_SOFTWARE of sysexits.h); please report the traceback"
     INTERRUPTED = 130, "stopped in order by Ctrl-C (SIGINT)"

@@ -6,6 +6,7 @@ Per image, the result is the share of seeds with which a version classifies it c
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,12 @@ from mae_core.errors import UserError
 from pipelines import registry
 from pipelines.config import ClassifyConfig, EvaluateConfig, GateConfig, load_preset, run_name
 from pipelines.dataset.manifest import Manifest, read_manifest
-from pipelines.drivers.classify import published_classify_job, starting_encoder, with_labelled_dataset
+from pipelines.drivers.classify import (
+    StartingEncoder,
+    published_classify_job,
+    starting_encoder,
+    with_labelled_dataset,
+)
 from pipelines.drivers.drive import PublishedJob, drive
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.gains import Names
@@ -89,10 +95,16 @@ def measure_backbones(
     if not gate.train:
         raise UserError("the gate trains nothing, but the model is a backbone; add train: nano_probe to its preset")
     jobs: dict[tuple[str, str], list[PublishedJob]] = {}
+    starts: dict[tuple[str, str], StartingEncoder] = {}
     for setting in settings:
         for ref in refs:
-            configs = [_config(gate, setting, seed, ref, output) for seed in gate.seeds]
-            jobs[ref.uri, setting.name] = [_job(config, ref, name, tracking) for config in configs]
+            first, manifest = with_labelled_dataset(_config(gate, setting, gate.seeds[0], ref, output))
+            if (ref.uri, setting.uri) not in starts:
+                starts[ref.uri, setting.uri] = starting_encoder(first, ref, tracking, manifest)
+            jobs[ref.uri, setting.name] = [
+                _job(dataclasses.replace(first, seed=seed), starts[ref.uri, setting.uri], manifest, gate)
+                for seed in gate.seeds
+            ]
     drive([job for group in jobs.values() for job in group], name, tracking, fresh=False)
     return {key: _read(group, gate.split) for key, group in jobs.items()}
 
@@ -128,10 +140,10 @@ def _config(gate: GateConfig, setting: Setting, seed: int, ref: registry.ModelRe
     )
 
 
-def _job(config: ClassifyConfig, ref: registry.ModelRef, name: str, tracking: registry.Tracking) -> PublishedJob:
-    config, manifest = with_labelled_dataset(config)
-    start = starting_encoder(config, ref, tracking, manifest)
-    return published_classify_job(config, run_name(config, name.rpartition("-")[0], manifest.digest), start, manifest)
+def _job(config: ClassifyConfig, start: StartingEncoder, manifest: Manifest, gate: GateConfig) -> PublishedJob:
+    return published_classify_job(
+        config, run_name(config, f"gate-{Path(gate.train).stem}", manifest.digest), start, manifest
+    )
 
 
 def _read(jobs: Sequence[PublishedJob], split: str) -> Measured:
