@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NAME = f"mae-{ARCH}"
 PROBE = """
 kind: classify
-epochs: 8
+epochs: 60
 data: {batch: 64, micro_batch: 32}
 classifier: {method: probe, pool: avg, head_std: 0.01}
 optim: {name: lars, base_lr: 8.0, min_lr: 0, warmup_epochs: 0, weight_decay: 0}
@@ -60,7 +60,7 @@ def test_a_better_backbone_passes_a_worse_one_is_refused_and_rollback_returns(
     (tmp_path / "tiny_probe.yaml").write_text(PROBE)
     gate = tmp_path / "tiny_gate.yaml"
     gate.write_text(
-        f'kind: gate\ntrain: {tmp_path}/tiny_probe.yaml\nlabels: ["", "20%"]\nsplit: test\nmax_class_loss: 60\n'
+        f'kind: gate\ntrain: {tmp_path}/tiny_probe.yaml\nlabels: ["", "50%"]\nsplit: test\nmax_class_loss: 60\n'
     )
     config = PromoteConfig(gate=str(gate), data=(few_prepared,), output=str(tmp_path / "runs"))
     promote(f"{NAME}/1", PromoteConfig(force=True, why="the only one"))
