@@ -18,6 +18,7 @@ from pipelines.config import ComputeConfig, FixedCompute
 from pipelines.errors import CommandFailed
 from pipelines.interrupts import handle_signals_again, interrupted_by, is_work_left
 from pipelines.machine import Machine, num_cores, this_machine
+from pipelines.stages import stage
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _init(starts: int = 1, **arguments: Any) -> None:
     """Initialize Ray, in at most `starts` attempts. Raises CommandFailed if it does not respond."""
     for attempt in range(1, starts + 1):
         try:
-            with _own_sessions():
+            with stage(f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"), _own_sessions():
                 ray.init(**arguments)
         except SystemExit:  # raised by the handler that ray.init installs
             ray.shutdown()

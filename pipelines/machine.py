@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ def _limit(group: Path) -> Iterator[float]:
                 yield int(quota) / int(period)
 
 
+def has_gpu_driver(dev: Path = Path("/dev")) -> bool:
+    """Return whether this system may have a GPU for torch, without importing torch, which takes seconds.
+
+    On Linux the driver of NVIDIA, of AMD or of WSL has a device file; elsewhere torch must be asked.
+    """
+    return sys.platform != "linux" or any((dev / name).exists() for name in ("nvidiactl", "kfd", "dxg"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What a command may use: this machine, or a cluster as a whole."""
@@ -65,6 +74,8 @@ class Machine:
 
 def this_machine() -> Machine:
     """Describe this machine, without taking memory on its GPUs."""
+    if not has_gpu_driver():
+        return Machine(num_cores=num_cores())
     import torch
 
     if not torch.cuda.is_available():

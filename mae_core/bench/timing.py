@@ -79,13 +79,25 @@ class MatrixMultiply:
         cls, device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
     ) -> "MatrixMultiply":
         """Choose the size that runs at the highest rate on this device."""
+        return cls._fastest(device, dtype, clock)[0]
+
+    @classmethod
+    def fastest_rate(cls, device: torch.device, dtype: torch.dtype) -> float:
+        """Measure the highest rate of such a product on this device, in operations per second."""
+        return cls._fastest(device, dtype, time.perf_counter)[1]
+
+    @classmethod
+    def _fastest(
+        cls, device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+    ) -> tuple["MatrixMultiply", float]:
         sides = _CUDA_SIDES if device.type == "cuda" else _CPU_SIDES
         candidates = [cls(*torch.randn(2, side, side, device=device, dtype=dtype)) for side in sides]
         for candidate in candidates:
             candidate()
         times_s = interleaved(candidates, 5, device, clock).min(axis=1)
         rates = [candidate.flops / time_s for candidate, time_s in zip(candidates, times_s)]
-        return candidates[int(np.argmax(rates))]
+        best = int(np.argmax(rates))
+        return candidates[best], rates[best]
 
     @property
     def flops(self) -> int:

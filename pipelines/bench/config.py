@@ -1,4 +1,4 @@
-"""Options of `mae bench recipes`, `data`, `embed` and `prepare`."""
+"""Options of `mae bench recipes`, `data`, `embed`, `prepare` and `start`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +111,19 @@ class PrepareBenchConfig:
         for name, good in (("num_images", 2048), ("rounds", 3), ("cores", 2)):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; try {good}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartBenchConfig:
+    """The time from `mae pretrain` to its first training step, by stage."""
+
+    preset: str = "nano"
+    """Preset of the pretraining; its images are drawn."""
+    rounds: int = 3
+    """Starts to take medians of, after a first one that warms caches."""
+    compile: bool = False
+    """Compile the model."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"rounds {self.rounds} is below 1; try 3")

@@ -29,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: list[str]) -> ExitCode:
     from pipelines.console import print_result, set_up_logging
+    from pipelines.stages import note
 
     set_up_logging()
     handle_signals()
     call = None
     try:
         call = parse(argv)
+        note("reading the command")
         # Ray prints warnings to stdout, which is for the result only.
         with contextlib.redirect_stdout(sys.stderr):
             result = COMMANDS[call.command].run(call)

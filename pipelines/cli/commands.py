@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mae_core.bench.config import StepConfig
-from pipelines.bench.config import DataBenchConfig, EmbedBenchConfig, PrepareBenchConfig, RecipesConfig
+from pipelines.bench.config import (
+    DataBenchConfig,
+    EmbedBenchConfig,
+    PrepareBenchConfig,
+    RecipesConfig,
+    StartBenchConfig,
+)
 from pipelines.config import (
     KINDS,
     PROBE,
@@ -76,7 +82,10 @@ def _inspect(call: Invocation) -> dict[str, Any]:
 
 
 def _pretrain(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.pretrain import pretrain
+    from pipelines.stages import stage
+
+    with stage("importing the driver"):
+        from pipelines.drivers.pretrain import pretrain
 
     stated = {name.removeprefix("model.") for name in call.stated if name.startswith("model.")}
     return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh, stated=stated)
@@ -222,6 +231,12 @@ def _bench_embed(call: Invocation) -> dict[str, Any]:
 
 def _bench_prepare(call: Invocation) -> dict[str, Any]:
     from pipelines.bench.preparing import run
+
+    return run(call.config)
+
+
+def _bench_start(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.starting import run
 
     return run(call.config)
 
@@ -409,6 +424,11 @@ COMMANDS: dict[str, Command] = {
         help="Measure prepared images per second on one core and on several, and against MDSWriter.",
         config=PrepareBenchConfig,
         run=_bench_prepare,
+    ),
+    "bench start": Command(
+        help="Measure the time from mae pretrain to its first training step, by stage.",
+        config=StartBenchConfig,
+        run=_bench_start,
     ),
     "bench recipes": Command(
         help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=_bench_recipes

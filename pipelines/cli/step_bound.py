@@ -42,15 +42,7 @@ def product_flops_s(device: torch.device, compute: FixedCompute) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(compute.threads)
     try:
-        product = MatrixMultiply.fastest(device, getattr(torch, compute.precision))
-        times_s = []
-        for _ in range(3):
-            started_s = time.perf_counter()
-            product()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times_s.append(time.perf_counter() - started_s)
-        return product.flops / min(times_s)
+        return MatrixMultiply.fastest_rate(device, getattr(torch, compute.precision))
     finally:
         torch.set_num_threads(before)
 

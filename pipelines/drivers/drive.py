@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from pipelines.runs.followers import EvaluationFollower, MetricFollower, Picture
 from pipelines.runs.jobs import IndexedDataset, Job, last_step, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
+from pipelines.stages import stage
+from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,8 @@ def drive(
         for i, (published, folder) in enumerate(zip(jobs, folders, strict=True)):
             key = claim(published.job, published.kind, published.dataset.manifest)
             if folder.read_outcome() is None:
-                runs[i] = _start(published, folder, tracking, key)
+                with stage("opening the run in MLflow"):
+                    runs[i] = _start(published, folder, tracking, key)
         with Heartbeat([folders[i].storage for i in runs]), stopping_at(lambda: _progress(jobs, folders)):
             _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
@@ -167,8 +171,20 @@ def _train(jobs: Sequence[PublishedJob], runs: dict[int, registry.Run], group_na
         for i, run in runs.items():
             stack.enter_context(_following(jobs[i], RunFolder(jobs[i].job.folder), run, shows=len(runs) == 1))
         if unfinished:
+            if jobs[0].job.compute.compile:
+                keep_compiled(jobs[0].job.config.output)
             stack.enter_context(ray_session(jobs[0].job.compute))
             launch([(jobs[i].job, jobs[i].dataset) for i in unfinished], group_name, died_s)
+
+
+def keep_compiled(output: str) -> None:
+    """Let the workers of an embedded Ray keep compiled kernels beside the runs, where later runs find them.
+
+    Torch's own place for them is below /tmp, which a container loses.
+    """
+    storage = open_storage(output)
+    if storage.is_local:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", storage.join(".compiled"))
 
 
 def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracking, key: str) -> registry.Run:

@@ -15,7 +15,6 @@ from typing import Any
 
 from mae_core.errors import UserError
 from mae_core.normalization import Normalization
-from mae_core.schedule import peak_lr
 from pipelines import registry
 from pipelines.config import PretrainConfig, config_hash, dotted_fields, from_dict, options_for, with_overrides
 from pipelines.dataset.manifest import Manifest
@@ -24,7 +23,6 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Extended
 from pipelines.runs.listing import line, list_runs
 from pipelines.storage import open_storage
-from pipelines.worker.loop import schedule
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +63,9 @@ class ExtendedRun:
 
     def extended(self) -> Extended:
         """Return what the job of an extension takes from the run."""
+        from mae_core.schedule import peak_lr
+        from pipelines.worker.loop import schedule
+
         config = self.config.reading
         steps_per_epoch = self.outcome["steps"] * self.config.views_per_image // self.epochs
         peak = peak_lr(config.optim.base_lr, config.data.batch)
@@ -209,6 +210,8 @@ def extension_name(config: PretrainConfig, run: ExtendedRun) -> str:
 
 def describe_extension(config: PretrainConfig, run: ExtendedRun) -> str:
     """Describe in one line what is added to the run, and at what learning rates."""
+    from mae_core.schedule import peak_lr
+
     optim, end_lr = config.optim, run.extended().end_lr
     peak = peak_lr(optim.base_lr, config.data.batch)
     warmup = f"in {optim.warmup_epochs:g} epochs" if optim.warmup_epochs else "at once"

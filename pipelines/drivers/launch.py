@@ -12,13 +12,16 @@ from uuid import uuid4
 from pipelines.cluster import data_tasks
 from pipelines.config import FixedCompute
 from pipelines.errors import CommandFailed
+from pipelines.feed.channel import FeedChannel
 from pipelines.feed.executions import NUM_DATASETS, dataset_name
+from pipelines.feed.rank import micro_batches
 from pipelines.interrupts import wait_for
 from pipelines.runs.automatic import with_stored_micro_batch
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedJob, Job, PretrainJob, remaining_segments, with_workers
 from pipelines.runs.stopping import StopRequest
+from pipelines.stages import note, saying
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,11 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     `stored` is the ObjectRef of the jobs with their indexed datasets.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # What TorchTrainer adds to this class is TorchConfig, which imports torch here and in the controller.
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from pipelines.drivers.process_group import ProcessGroup
 
     run, compute = uuid4().hex, jobs[0].compute
     # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
@@ -83,10 +90,10 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     # in a collective: allow all these times.
     joining_s = compute.stall_s + max(map(_longest_wait_s, jobs))
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
-        trainer = TorchTrainer(
+        trainer = DataParallelTrainer(
             _work,
             train_loop_config={"jobs": stored, "attempt": attempt, "run": run, "stop": stop},
-            torch_config=TorchConfig(backend="nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
+            backend_config=ProcessGroup("nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
                 name=name,
@@ -99,7 +106,8 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
             dataset_config=_feeds(stored, compute, run),
         )
         try:
-            trainer.fit()
+            with saying("waiting for the workers", lambda: _has_begun(stop)):
+                trainer.fit()
         except WorkerGroupError as error:
             raise RunFailed(
                 f"{cause_of(error.worker_failures)}; that is more than the {compute.max_failures} failures that "
@@ -107,6 +115,14 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
             ) from error
         except Exception as error:
             raise RunFailed(_cause(error)) from error
+
+
+def _has_begun(stop: StopRequest) -> bool:
+    """Return whether the workers have begun, or the cluster that knows it does not answer."""
+    try:
+        return stop.is_work_reported()
+    except Exception:
+        return True
 
 
 def _longest_wait_s(job: Job) -> float:
@@ -118,10 +134,28 @@ def _longest_wait_s(job: Job) -> float:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """Run a rank. The import is here because importing torch would cost each of Ray's other processes 1.5 to 2 s."""
+    """Run a rank: start the feed, whose data tasks work while this process imports the rest and builds the model.
+
+    The import is here because importing torch would cost each of Ray's other processes 1.5 to 2 s.
+    """
+    import ray.train
+
+    called_s = time.time()
+
+    def iterator_of(dataset: int) -> Any:
+        return ray.train.get_dataset_shard(dataset_name(dataset))
+
+    iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
+    channel = FeedChannel.of_run(config["run"])
+    batches = micro_batches(iterator_of, channel)
+    imported_s = time.time()
     from pipelines.worker import work
 
-    work(config)
+    if ray.train.get_context().get_world_rank() == 0:
+        note("starting the workers", config["attempt"]["launched_s"], called_s)
+        note("waiting for the feed", called_s, imported_s)
+        note("importing the worker's modules", imported_s)
+    work(config, batches, channel.key)
 
 
 def _placeholder() -> Any:

@@ -1,4 +1,7 @@
-"""`mae pretrain`: pretrain an MAE on a prepared dataset and register it."""
+"""`mae pretrain`: pretrain an MAE on a prepared dataset and register it.
+
+Drivers import torch only where they read weights: it costs seconds before a command starts anything.
+"""
 
 import dataclasses
 import logging
@@ -8,9 +11,7 @@ from typing import Any
 
 from mae_core.config import ModelConfig
 from mae_core.errors import UserError
-from mae_core.model import build_mae
 from mae_core.normalization import Normalization
-from mae_core.transfer import start_from
 from pipelines import registry
 from pipelines.config import PeriodicEvaluationConfig, PretrainConfig, from_dict, run_name, to_dict, with_overrides
 from pipelines.dataset.manifest import Manifest, check_value_range, read_manifest
@@ -72,6 +73,9 @@ def with_starting_weights(
     """
     if not config.backbone:
         return config, None
+    from mae_core.model import build_mae
+    from mae_core.transfer import start_from
+
     remedy = "try a backbone such as models:/mae-vit_base_patch16"
     names = ("mae.safetensors", "encoder.safetensors")
     files = registry.read_model(config.backbone, *names, remedy=remedy, tracking=tracking)

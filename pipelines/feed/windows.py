@@ -1,7 +1,7 @@
 """Turn a shuffle window into micro-batches: read its samples once, decode and crop them. Imports no Ray."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,12 +66,22 @@ class MicroBatch:
             index=0,
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, ids, labels and weights."""
+        return self.images, self.ids, self.labels, self.weights
+
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Copy to a device; the copy does not block if the tensors are in pinned memory."""
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("images", "ids", "labels", "weights")
-        }
-        return MicroBatch(**move, step=self.step, index=self.index)
+        return self._with(tensor.to(device, non_blocking=True) for tensor in self.tensors)
+
+    def pinned(self) -> "MicroBatch":
+        """Copy to memory from which a GPU can copy without holding up the host."""
+        return self._with(tensor.pin_memory() for tensor in self.tensors)
+
+    def _with(self, tensors: Iterable[Tensor]) -> "MicroBatch":
+        images, ids, labels, weights = tensors
+        return MicroBatch(images, ids, labels, weights, step=self.step, index=self.index)
 
 
 class Window:

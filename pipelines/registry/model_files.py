@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mae_core.errors import UserError
-from mae_core.state import unpack
 from pipelines.registry.tracking import Tracking, open_tracking
 from pipelines.registry.versions import ModelRef
 from pipelines.storage import open_storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.json"
 
@@ -46,8 +46,10 @@ class ModelFiles:
         return values
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, "Tensor"]:
         """Read the weights by name. Raises UserError if the file is damaged."""
+        from mae_core.state import unpack
+
         return unpack(self.weights)
 
     @property

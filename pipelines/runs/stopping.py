@@ -39,7 +39,7 @@ class StopRequest:
     def make_and_allow(self, grace_s: float) -> float:
         """Ask all groups to stop; return the seconds to wait for them: `grace_s`, or 0 if none has begun to work."""
         self.make()
-        return grace_s if self._table.get("works", 0) == 1 else 0.0
+        return grace_s if self.is_work_reported() else 0.0
 
     def is_made(self) -> bool:
         """Return whether the groups are asked to stop."""
@@ -48,6 +48,10 @@ class StopRequest:
     def report_work(self) -> None:
         """Record that a group has begun to work."""
         self._table.put("works", 1)
+
+    def is_work_reported(self) -> bool:
+        """Return whether a group has begun to work."""
+        return self._table.get("works", 0) == 1
 
     def vote(self, group: str) -> "StopVote":
         """Return the vote of a group, whose name no other group of the cluster has, nor the same one restarted."""

@@ -3,14 +3,13 @@
 import logging
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from pipelines.console import log_to_driver
-from pipelines.feed.channel import FeedChannel
-from pipelines.feed.executions import dataset_name
-from pipelines.feed.rank import micro_batches
+from pipelines.feed.windows import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, PretrainJob, with_workers
 from pipelines.worker import finetuning, neighbours, pretraining, probing
@@ -18,33 +17,27 @@ from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
 from pipelines.worker.recorder import Stopped
 from pipelines.worker.resuming import RestartRequested, load_newest
+from pipelines.worker.staging import staged
 from pipelines.worker.stop_gate import StopGate, StopRequested
 
 log = logging.getLogger(__name__)
 
 
-def work(config: dict[str, Any]) -> None:
+def work(config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -> None:
     """Run every unfinished job of the group to its end, or until the driver asks it to stop.
 
-    Ray Train calls it on each rank.
+    Each rank of the group calls it, with its micro-batches and the key of the feed that they come from.
     """
     import ray
-    import ray.train
 
     log_to_driver()
     # Harmless: DDP compares the stride of a dimension of size 1, which the patch projection has for one channel.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs: list[IndexedJob] = ray.get(config["jobs"])
     rank = join_group(jobs[0][0].compute)
-
-    def iterator_of(dataset: int) -> Any:
-        return ray.train.get_dataset_shard(dataset_name(dataset))
-
-    iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
-    channel = FeedChannel.of_run(config["run"])
     attempt = Attempt(**config["attempt"])
-    with StopGate(config["stop"], channel.key, rank.index, rank.world) as gate:
-        feed = Feed(micro_batches(iterator_of, channel), gate.enter)
+    with StopGate(config["stop"], feed_key, rank.index, rank.world) as gate:
+        feed = Feed(staged(batches, rank.device), gate.enter)
         for i in rank.agree([i for i, (job, _) in enumerate(jobs) if RunFolder(job.folder).read_result() is None]):
             job, dataset = jobs[i]
             try:

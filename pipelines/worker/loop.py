@@ -1,6 +1,7 @@
 """The training loop of pretraining and fine-tuning: training state, steps with gradient accumulation."""
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
+from pipelines.stages import note
 from pipelines.worker.rank import Feed, Rank, no_sync, unwrapped
 from pipelines.worker.saving import Tensors
 
@@ -193,6 +195,7 @@ def train(
 ) -> None:
     """Train up to `last_step`, and call `after_step` after every step."""
     per_rank = plan.micro_batches_per_step // rank.world
+    started_s, first_step = time.time(), state.step
     with feed.clock.spent("steps"):
         while state.step < last_step:
             batches = [batch.to(rank.device) for batch in feed.take(state.step, per_rank)]
@@ -202,3 +205,5 @@ def train(
             else:
                 loss, bad = train_step(state, rank, plan, batches, loss_of)
                 after_step(state.step, loss, bad)
+            if state.step == first_step + 1 and rank.is_main:
+                note("first step, with its images", started_s)

@@ -27,6 +27,7 @@ from pipelines.storage import open_storage
 from pipelines.worker.evaluations import EvaluationActor, EvaluationQueue
 from pipelines.worker.export import backbone_files
 from pipelines.worker.fitting import check_fits
+from pipelines.worker.gpu_meter import GpuMeter
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, Stopped, due_of
@@ -50,7 +51,8 @@ def run(
     if job.extended and checkpoint is None:
         _stop_without_start(rank, folder)
     plan = train_plan(job, dataset)
-    mae = build_mae(config.model, config.seed)
+    with rank.stage("building the model"):
+        mae = build_mae(config.model, config.seed)
     if job.backbone:
         _start_from_backbone(mae, job.backbone)
     total = last_step(job, plan.steps_per_epoch)
@@ -63,11 +65,13 @@ def run(
         start_lr=job.extended.end_lr if job.extended else 0.0,
     )
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
+    gpu = GpuMeter.of(config.model, config.views_per_image, rank)
     in_float = job.pixels.values is not None
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image, in_float=in_float)
-    if rank.device.type == "cuda":
-        check_fits(job, state, blank.to(rank.device), loss_of, folder, rank)
-    warm_up(state, blank.to(rank.device), loss_of)
+    with rank.stage("compiling" if job.compute.compile else "warming up"):
+        if rank.device.type == "cuda":
+            check_fits(job, state, blank.to(rank.device), loss_of, folder, rank)
+        warm_up(state, blank.to(rank.device), loss_of)
 
     def save_picture(step: int) -> None:
         _save_picture(job, dataset, mae, folder, step)
@@ -84,6 +88,7 @@ def run(
             picture=save_picture,
             evaluations=evaluations,
             first_epoch=first_epoch,
+            gpu=gpu,
         )
         if checkpoint:
             recorder.resume(checkpoint)

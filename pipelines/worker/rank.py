@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ComputeConfig
 from pipelines.feed.windows import MicroBatch
+from pipelines.stages import stage
 from pipelines.worker.goodput import Clock
 
 T = TypeVar("T")
@@ -80,6 +81,10 @@ class Rank:
         if self.is_main:
             logger.info(message, *args)
 
+    def stage(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which rank 0 says what it waits for if that takes long (`pipelines.stages`)."""
+        return stage(what) if self.is_main else nullcontext()
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the forward pass computes in `compute.precision`."""
         dtype = torch.bfloat16 if self.compute.precision == "bfloat16" else torch.float32
@@ -141,8 +146,6 @@ def join_group(compute: ComputeConfig) -> Rank:
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which gradients accumulate on this rank and DDP does not average them over ranks."""
-    from contextlib import nullcontext
-
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 

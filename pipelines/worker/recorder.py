@@ -17,6 +17,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import MetricSpool
 from pipelines.worker.evaluations import EvaluationQueue, encoder_tensors
 from pipelines.worker.goodput import Clock
+from pipelines.worker.gpu_meter import GpuMeter
 from pipelines.worker.loop import TrainState, copied
 from pipelines.worker.meter import Due, Meter, retention
 from pipelines.worker.rank import Rank, unwrapped
@@ -51,8 +52,8 @@ class RolledBack(RuntimeError):
 class Recorder:
     """Record a run: metrics, checkpoints, pictures. Every rank has one and calls `after_step` after every step.
 
-    Only rank 0 writes. `spool` takes metrics, `writer` takes checkpoints, `picture` draws one after a step, and
-    `evaluations` takes the encoder's weights.
+    Only rank 0 writes. `spool` takes metrics, `writer` takes checkpoints, `picture` draws one after a step,
+    `evaluations` takes the encoder's weights, and `gpu` adds metrics of the device.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Recorder:
         clock: Clock,
         picture: Callable[[int], None] | None = None,
         evaluations: EvaluationQueue | None = None,
+        gpu: GpuMeter | None = None,
     ) -> None:
-        self._evaluations = evaluations
+        self._evaluations, self._gpu = evaluations, gpu
         self._state, self._rank, self._plan, self._due = state, rank, plan, due
         self._folder, self._picture, self._clock = folder, picture, clock
         self._meter = Meter(rank)
@@ -98,6 +100,7 @@ class Recorder:
         picture: Callable[[int], None] | None = None,
         evaluations: EvaluationQueue | None = None,
         first_epoch: int = 0,
+        gpu: GpuMeter | None = None,
     ) -> "Recorder":
         """Build a recorder from the run's config; its epochs start at `first_epoch`."""
         return cls(
@@ -110,6 +113,7 @@ class Recorder:
             clock=clock,
             picture=picture,
             evaluations=evaluations,
+            gpu=gpu,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -217,7 +221,9 @@ class Recorder:
             point["steps_skipped"] = self._num_skipped
         self.last |= point
         if self._rank.is_main:
-            self.spool.add(step, point | {f"goodput/{kind}": share for kind, share in self._clock.shares().items()})
+            measured = self._gpu.read(point["images_per_s"]) if self._gpu else {}
+            shares = {f"goodput/{kind}": share for kind, share in self._clock.shares().items()}
+            self.spool.add(step, point | measured | shares)
 
     def _meta(self) -> dict[str, Any]:
         return {

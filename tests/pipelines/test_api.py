@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import pipelines
+from pipelines.machine import has_gpu_driver
 
 
 def test_the_public_functions_are_those_behind_the_commands() -> None:
@@ -43,3 +44,13 @@ def test_importing_pipelines_loads_neither_ray_nor_torch_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_neither_a_driver_nor_trains_controller_imports_torch() -> None:
+    code = (
+        "import sys, pipelines.drivers.pretrain, pipelines.drivers.classify, tune.sweep\n"
+        "import ray.train.v2.api.data_parallel_trainer, pipelines.drivers.process_group\n"
+        "from pipelines.cluster import machine; print(machine().num_cores > 0 and 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{has_gpu_driver()}\n"

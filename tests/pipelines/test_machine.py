@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.machine import cpu_limits, num_cores
+from pipelines.machine import cpu_limits, has_gpu_driver, num_cores
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path) -> None:
 def test_a_limit_below_one_cpu_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.machine.cpu_limits", lambda: iter([0.5, 4.0]))
     assert num_cores() == 1
+
+
+def test_torch_is_not_asked_for_gpus_where_no_driver_has_a_device(tmp_path: Path) -> None:
+    assert not has_gpu_driver(tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert has_gpu_driver(tmp_path)

@@ -1,6 +1,7 @@
 """What a worker group is started with, and what is said when it gives up."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from mae_core.normalization import Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Split
+from pipelines.drivers.drive import keep_compiled
 from pipelines.drivers.launch import RunFailed, launch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, IndexedJob, PretrainJob
@@ -42,7 +44,7 @@ class Trainer:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer", Trainer)
     monkeypatch.setattr(Trainer, "error", None)
     monkeypatch.setattr(Trainer, "runs", [], raising=False)
     monkeypatch.setattr(Trainer, "jobs", [], raising=False)
@@ -71,7 +73,7 @@ def test_ranks_wait_in_a_collective_for_one_that_waits_for_its_checkpoint(
     tmp_path: Path, trainer: type[Trainer]
 ) -> None:
     launch([job_in(tmp_path)], "waits")
-    assert trainer.made["torch_config"].timeout_s >= 30 + 100
+    assert trainer.made["backend_config"].timeout_s >= 30 + 100
 
 
 def test_a_group_that_gives_up_says_why_and_how_to_go_on(tmp_path: Path, trainer: type[Trainer]) -> None:
@@ -99,3 +101,13 @@ def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run
     assert all(given[0][1] is dataset for given in trainer.jobs), "a group that is launched again reads nothing again"
     assert "step 7 is damaged; restarting the workers from the newest intact checkpoint" in caplog.text
     assert not RunFolder(job.folder).restart_reason()
+
+
+def test_compiled_kernels_are_kept_beside_local_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled("s3://bucket/runs")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    keep_compiled(str(tmp_path))
+    keep_compiled(str(tmp_path / "others"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled")
