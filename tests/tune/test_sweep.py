@@ -1,8 +1,10 @@
-"""A sweep for real: killed after its first trial and started again, it repeats nothing and ends as it should."""
+"""A sweep for real: killed or stopped after its first trial and started again, it repeats nothing and ends well."""
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipelines.config import PretrainConfig, load_preset
 from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+SWEEP = [*MAE, "sweep", "--preset", "tiny.yaml"]
 PRESET = {
     "kind": "sweep",
     "space": {"model.mask.ratio": [0.5, 0.75]},
@@ -74,7 +77,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def run(home: Path, *flags: str) -> dict[str, Any]:
-    command = [*MAE, "sweep", "--preset", "tiny.yaml", "--json", *flags]
+    command = [*SWEEP, "--json", *flags]
     done = subprocess.run(
         command, cwd=home, env=environment(home), capture_output=True, text=True, timeout=RUN_DEADLINE_S
     )
@@ -82,31 +85,35 @@ def run(home: Path, *flags: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def kill_after_first_trial(home: Path) -> Path:
-    """Kill the sweep's driver after its first trial; return the path of that trial's record."""
-    command = [*MAE, "sweep", "--preset", "tiny.yaml"]
-    with (home / "killed.log").open("wb") as log:
-        driver = subprocess.Popen(command, cwd=home, env=environment(home), stdout=log, stderr=log)
+def ended_after_first_trial(home: Path, number: signal.Signals) -> tuple[Path, int, str]:
+    """Send a signal to the sweep's driver after its first trial.
+
+    Return the path of that trial's record, the driver's status, and what it said.
+    """
+    path = home / "ended.log"
+    with path.open("wb") as log:
+        driver = subprocess.Popen(SWEEP, cwd=home, env=environment(home), stdout=log, stderr=log)
     try:
-        entries = wait_until(
+        [entry] = wait_until(
             lambda: list(home.glob("runs/*/trials/*/trial.json")),
-            lambda: f"the first trial's end: {(home / 'killed.log').read_text()}",
+            lambda: f"the first trial's end: {path.read_text()}",
             RUN_DEADLINE_S,
             alive=lambda: driver.poll() is None,
             poll_every_s=0.1,
         )
+        driver.send_signal(number)
+        status = driver.wait(JOB_DEADLINE_S)
     finally:
         driver.kill()
         driver.wait(KILLED_DEADLINE_S)
-    [entry] = entries
-    return entry
+    return entry, status, path.read_text()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
-    entry = kill_after_first_trial(home)
+    entry, _, _ = ended_after_first_trial(home, signal.SIGKILL)
     before, content = entry.stat().st_mtime_ns, entry.read_bytes()
     assert not json.loads(content)["error"]
 
@@ -128,6 +135,31 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     assert again == result
     assert run(home, "--max-concurrent", "2") == result
     check_mlflow(home, result)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_a_stopped_sweep_says_how_many_trials_are_finished_and_the_same_command_finishes_it(
+    home: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    shutil.copytree(home / "prepared", tmp_path / "prepared")
+    shutil.copy(home / "tiny.yaml", tmp_path)
+    entry, status, said = ended_after_first_trial(tmp_path, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, said
+    name = entry.parents[2].name
+    again = shlex.join(["mae", *SWEEP[len(MAE) :]])
+    assert said.splitlines()[-1] == f"mae: {name} stopped with 1 of 2 trials finished; to resume: {again}"
+    assert "Traceback" not in said
+    content = entry.read_bytes()
+
+    result = run(tmp_path)
+    assert entry.read_bytes() == content
+    assert json.loads(content) in result["trials"]
+    assert len(result["trials"]) == 2
+    assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(result["run_id"]).info.status == "FINISHED"
 
 
 def check_mlflow(home: Path, result: dict[str, Any]) -> None:

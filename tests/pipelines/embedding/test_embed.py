@@ -21,6 +21,7 @@ from pipelines.embedding import run
 from pipelines.embedding.embed import automatic_batch, embed
 from pipelines.embedding.parts import PartWorker, _Halving
 from pipelines.images.decode import decode, evaluation_view
+from pipelines.interrupts import Interrupted
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 from tests.pipelines.prepare.test_prepare import files_of, fill
@@ -134,7 +135,7 @@ def test_a_rerun_computes_only_the_missing_parts_and_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(PartWorker, "__call__", killed_at_five)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=r"^stopped with 4 of \d+ parts done$"):
             embed(str(few), str(tmp_path / "b"), config)
         assert not (tmp_path / "b/embeddings.json").exists()
         with pytest.raises(UserError, match="holds the unfinished embedding of another source or config"):
