@@ -1,4 +1,4 @@
-"""Sources of images: a folder of image files, tar files, Parquet, a list of URIs, or Kaggle's ImageNet-1K.
+"""Sources of images: a folder of image files, tar files, files of rows, a list of URIs, or ImageNet-1K.
 
 A source lists its images as entries. An entry locates its bytes, so that any task can read them.
 """
@@ -9,12 +9,13 @@ from typing import Protocol
 
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
-from pipelines.sources import folders, imagenet, lists, tables, tars
+from pipelines.sources import folders, imagenet, lance_tables, lists, tables, tars
 from pipelines.sources.candidates import Candidates
 from pipelines.sources.entry import SPLITS, Entry
 from pipelines.sources.listing import COMPRESSED, UNPACK, Listing
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
+from pipelines.sources.rows import PARQUET, kind_of_rows
 from pipelines.storage import ListedFile, Storage, open_storage
 from pipelines.storage.listing import LEAVES
 
@@ -74,13 +75,17 @@ def open_source(uri: str, config: SourceConfig | None = None, group_column: str 
     name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
     if name.endswith(COMPRESSED):
         raise UserError(f"{uri} is a compressed archive, {UNPACK}")
-    if name.endswith((".csv", ".parquet", ".tar")):
+    if name.endswith((".csv", ".tar")) or kind_of_rows(name):
         folder, file = _split(open_storage(uri))
         if folder.exists(file) and not folder.is_folder(file):
             return _of_file(folder, file, config, group_column)
     storage = open_storage(uri)
     if not storage.exists():
         raise FileNotFoundError(f"{storage.uri} does not exist; give a folder of images, tar or Parquet files")
+    if storage.is_folder(lance_tables.VERSIONS):
+        folder, file = _split(storage)
+        found = [ListedFile(file, 0, lance_tables.version_of(folder, file))]
+        return _of_tables(folder, found, config, PassedOver(), group_column, "Lance datasets")
     if storage.exists(imagenet.SYNSETS):
         source = imagenet.ImageNet(storage, config)
     else:
@@ -104,16 +109,21 @@ def _of_file(folder: Storage, file: str, config: SourceConfig, group_column: str
     found = _only_file(folder, file)
     if file.lower().endswith(".tar"):
         return tars.Tars(folder, [found], config)
-    return _of_tables(folder, [found], config, PassedOver(), group_column)
+    return _of_tables(folder, [found], config, PassedOver(), group_column, kind_of_rows(file))
 
 
 def _of_tables(
-    storage: Storage, files: list[ListedFile], config: SourceConfig, passed: PassedOver, group_column: str
+    storage: Storage,
+    files: list[ListedFile],
+    config: SourceConfig,
+    passed: PassedOver,
+    group_column: str,
+    kind: str,
 ) -> Source:
-    """Open Parquet files that hold images, or their URIs."""
-    if lists.is_list(storage, files[0].path, config):
+    """Open files of rows that hold images, or Parquet files of their URIs."""
+    if kind == PARQUET and lists.is_list(storage, files[0].path, config):
         return lists.ParquetList(storage, [found.path for found in files], config, passed, group_column)
-    return tables.Tables(storage, files, config, passed, group_column)
+    return tables.Tables(storage, files, config, passed, group_column, kind)
 
 
 def _only_file(folder: Storage, file: str) -> ListedFile:
@@ -140,4 +150,4 @@ def _of_folder(storage: Storage, config: SourceConfig, group_column: str) -> Sou
         return source
     if storage.exists("manifest.json"):
         raise UserError(f"{storage.uri} is already a prepared dataset; give the source that it was made from")
-    return _of_tables(storage, files, config, listing.passed_over, group_column)
+    return _of_tables(storage, files, config, listing.passed_over, group_column, kind)

@@ -11,13 +11,14 @@ import pyarrow.types as pat
 
 from mae_core.errors import UserError
 
-LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category")
+LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "image/class/label")
 """Columns and keys that are taken for the label without being named, in this order."""
 LABEL_MEMBERS = ("cls", "cls.txt", "label", "class")
 """Members beside an image that are taken for its label without being named, in this order."""
 UNLABELLED_NUMBER = "-1"
 _LIKELY = re.compile(
-    r"(?:^|[_\-. ])(?:labels?|class(?:es)?|cls|targets?|categor(?:y|ies)|species|diagnosis|dx|breed|y)(?:$|[_\-. 0-9])"
+    r"(?:^|[_\-. /])(?:labels?|class(?:es)?|cls|targets?|categor(?:y|ies)|species|diagnosis|dx|breed|y)"
+    r"(?:$|[_\-. /0-9])"
 )
 _WHOLE = re.compile(r"(-?\d+)\.0*")
 _MAX_LABEL_BYTES = 1024

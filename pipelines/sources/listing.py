@@ -1,4 +1,4 @@
-"""List a folder: images by suffix or content, tar and Parquet files; everything else is counted by reason."""
+"""List a folder: images by suffix or content, tar files and files of rows; everything else is counted by reason."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -6,17 +6,19 @@ from itertools import chain
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
 from pipelines.images.decode import SUFFIXES
+from pipelines.sources import lance_tables, lmdb_tables, mds_tables
 from pipelines.sources.candidates import Candidates
 from pipelines.sources.content import images_among
 from pipelines.sources.masks import stem_of
 from pipelines.sources.passed_over import PassedOver, is_document, kind_of_name
+from pipelines.sources.rows import PARQUET, kind_of_rows
 from pipelines.storage import ListedFile, Storage, stays_inside
 from pipelines.storage.listing import FOLDER_LINK
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
+COMPRESSED = (".tfrecord.gz", ".tfrecords.gz", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 # To reach one image, every task would have to unpack everything before it.
 UNPACK = "which cannot be read in place; unpack it, or convert it to .tar (gunzip does so with a .tar.gz)"
-_KINDS = {"images": SUFFIXES, "tar files": (".tar",), "Parquet files": (".parquet",)}
+_KINDS = {"images": SUFFIXES, "tar files": (".tar",)}
 _CHUNK = 256
 _HEAD_BYTES = 4096
 # Files of one suffix that are looked up beside images, one by one; the rest are like these.
@@ -33,7 +35,7 @@ class Listing:
         self._lookups: dict[str, list[bool]] = {}
 
     def split(self) -> tuple[str, Iterator[ListedFile]]:
-        """Return the kind of the folder, images, tar files or Parquet files, and its files of this kind.
+        """Return the kind of the folder, images, tar files or files of rows, and its files of this kind.
 
         Raises UserError if it has none, or files of two kinds, here or while the files are read.
         """
@@ -65,7 +67,7 @@ class Listing:
         tars = {stem_of(found.path) for found, kind in archives if kind == "tar files"}
         kept = []
         for found, kind in archives:
-            if kind == "Parquet files" and stem_of(found.path) in tars:
+            if kind == PARQUET and stem_of(found.path) in tars:
                 self.passed_over.add("tables beside tar files", found.path, beside=True)
             else:
                 kept.append((found, kind))
@@ -87,15 +89,24 @@ class Listing:
     def _known(self) -> Iterator[tuple[ListedFile, str]]:
         """Yield files of known kinds with their kind; count the others."""
         unknown: list[ListedFile] = []
+        datasets: set[str] = set()
         for found in self._storage.files():
             lower = found.path.lower()
+            if inner := lance_tables.FOLDER.fullmatch(found.path):
+                if inner[1] not in datasets:
+                    version = lance_tables.version_of(self._storage, inner[1])
+                    yield ListedFile(inner[1], 0, version), "Lance datasets"
+                datasets.add(inner[1])
+                continue
             if found.fault == FOLDER_LINK:
                 self.passed_over.add("links to folders", found.path)
             elif lower.endswith(COMPRESSED):
                 self._archive = found.path
                 self.passed_over.add("compressed archives", found.path)
-            elif kind := next((kind for kind, suffixes in _KINDS.items() if lower.endswith(suffixes)), ""):
+            elif kind := _kind_of(lower):
                 yield found, kind
+            elif lmdb_tables.LOCK.fullmatch(lower):
+                self.passed_over.add("locks of LMDB", found.path, beside=True)
             else:
                 unknown.append(found)
             if len(unknown) == _CHUNK:
@@ -107,8 +118,15 @@ class Listing:
         for found, is_image in zip(files, images_among(self._storage, files)):
             if is_image:
                 yield found, "images"
-            elif self._config.label_kind != "file" or found.path != self._config.label_name:
+            elif not self._is_part(found):
                 self._pass_over(found)
+
+    def _is_part(self, found: ListedFile) -> bool:
+        """Return whether the file is read although it holds no images: a table of labels, or an index of MDS."""
+        if self._config.label_kind == "file" and found.path == self._config.label_name:
+            return True
+        is_index = found.path.rpartition("/")[2] == mds_tables.INDEX and not found.fault
+        return is_index and b'"mds"' in self._storage.read_range(found.path, 0, _HEAD_BYTES)
 
     def _pass_over(self, found: ListedFile) -> None:
         path, suffix = found.path, found.path.rpartition("/")[2].partition(".")[2]
@@ -137,3 +155,8 @@ class Listing:
         names = (f"{folder}/{stem}{end}" if folder else f"{stem}{end}" for stem in stems for end in ends)
         known.append(any(map(self._storage.exists, names)))
         return known[-1]
+
+
+def _kind_of(lower: str) -> str:
+    """Return the kind of a file by its name in lower case; empty if it is none that is known."""
+    return next((kind for kind, suffixes in _KINDS.items() if lower.endswith(suffixes)), "") or kind_of_rows(lower)

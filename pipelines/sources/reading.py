@@ -9,18 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mae_core.errors import UserError
 from pipelines.sources.entry import Entry
-from pipelines.sources.parquet import open_table
+from pipelines.sources.rows import PARQUET, open_rows
+from pipelines.sources.table_files import MAX_IMAGE_BYTES, Content
 from pipelines.storage import Storage, open_storage, stays_inside
 from pipelines.storage.listing import LEAVES, check_size
 
-MAX_IMAGE_BYTES = 256 * 2**20
-Content = bytes | ValueError
-"""The bytes of an image, or the reason why it cannot be read."""
+__all__ = ["MAX_IMAGE_BYTES", "Content", "Place"]
 
 _THREADS = 16
 _AHEAD_BYTES = 64 * 2**20
@@ -28,7 +24,6 @@ _AHEAD_UNITS = 256
 # Images that are close together in a tar are read in one request.
 _UNIT_BYTES = 4 * 2**20
 _GAP_BYTES = 64 * 2**10
-_BATCH_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -37,12 +32,14 @@ class Place:
 
     storage: Storage
     image_column: str = ""
-    """Parquet column with the image bytes, such as `image.bytes`."""
+    """Column with the image bytes, such as `image.bytes`, where files have rows."""
+    kind_of_rows: str = PARQUET
+    """Which files of rows these are, if `image_column` is given."""
     takes_uris: bool = False
     """Whether a path may also be a URI. Only so for a list that the user wrote."""
 
     def contents(self, entries: Sequence[Entry]) -> Iterator[Content]:
-        """Yield the content of each entry. Raises OSError if the store fails, UserError for a damaged Parquet file."""
+        """Yield the content of each entry. Raises OSError if the store fails, UserError for a damaged file of rows."""
         yield from self._rows(entries) if self.image_column else self._ranges(entries)
 
     def _ranges(self, entries: Sequence[Entry]) -> Iterator[Content]:
@@ -94,32 +91,20 @@ class Place:
         return storage.read(path, MAX_IMAGE_BYTES)
 
     def _rows(self, entries: Sequence[Entry]) -> Iterator[Content]:
-        for path, chosen in groupby(entries, key=lambda entry: entry.path):
-            with open_table(self.storage, path) as file:
+        for (path, version), chosen in groupby(entries, key=lambda entry: (entry.path, entry.version)):
+            with open_rows(self.kind_of_rows, self.storage, path, version) as file:
                 for group, wanted in groupby(chosen, key=lambda entry: entry.group):
-                    yield from self._group(file, path, group, [entry.row for entry in wanted])
-
-    def _group(self, file: pq.ParquetFile, path: str, group: int, rows: list[int]) -> Iterator[Content]:
-        """Yield the rows (ascending) of one row group, a few at a time in memory."""
-        batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self.image_column], use_threads=False)
-        wanted = deque(rows)
-        for number, batch in enumerate(batches):
-            column = batch.column(0)
-            column = column.field(0) if pa.types.is_struct(column.type) else column
-            while wanted and wanted[0] < number * _BATCH_ROWS + len(column):
-                value = column[wanted.popleft() - number * _BATCH_ROWS].as_py()
-                yield ValueError("empty row") if value is None else _not_too_large(value)
-            if not wanted:
-                return
-        raise UserError(f"{self.storage.join(path)} ends before row {wanted[0]} of row group {group}; copy it again")
+                    for rows in _ascending([entry.row for entry in wanted]):
+                        yield from file.contents(group, rows, self.image_column)
 
 
-def _not_too_large(content: bytes) -> Content:
-    try:
-        check_size(len(content), MAX_IMAGE_BYTES)
-    except ValueError as error:
-        return error
-    return content
+def _ascending(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut rows into runs that ascend: a column of splits orders a file's rows by split."""
+    first = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] < rows[end - 1]:
+            yield rows[first:end]
+            first = end
 
 
 def _check_inside(path: str) -> None:

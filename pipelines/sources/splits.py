@@ -10,7 +10,7 @@ from pipelines.sources.entry import SPLIT_WORDS
 log = logging.getLogger(__name__)
 
 # What follows the split in the names of shards: numbers, `of`, and the digest of the Hub's files.
-_COUNTED = re.compile(r"\d+|of|[0-9a-f]{8,}|\{\d+\.*\d*\}")
+_COUNTED = re.compile(r"\d+|of|lance|lmdb|mds|tfrecords?|[0-9a-f]{8,}|\{\d+\.*\d*\}")
 # The split below which no folder may have the name of another one. `dev` and `training` name other things too.
 _HELD_OUT = ("val", "valid", "validation", "test", "testing")
 

@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded images: binary, or Hugging Face's struct<bytes, path>.
+"""Files of rows with a column of encoded images: binary, or Hugging Face's struct<bytes, path>.
 
 Only binary, integer and string columns are read, by their Arrow types; nothing is ever unpickled.
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from mae_core.errors import UserError
@@ -16,23 +15,22 @@ from pipelines.config import SourceConfig
 from pipelines.sources.candidates import Candidates, refuse_labels
 from pipelines.sources.entry import SPLIT_WORDS, Entry
 from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, is_list, takes
-from pipelines.sources.parquet import open_table
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
+from pipelines.sources.rows import PARQUET, open_rows
 from pipelines.sources.splits import splits_by_name
+from pipelines.sources.table_files import TableFile
 from pipelines.storage import Storage
 from pipelines.storage.listing import ListedFile
 
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image/encoded", "image_raw")
 _INDEX_THREADS = 4
-_MAX_EMPTY_ROWS = 2**20
 _REMEDY = "name another by --labels column:NAME, or use --labels none"
 
 
 class Tables:
-    """Images in Parquet files. A file whose name ends in a split but for its number belongs to it."""
+    """Images in files of rows. A file whose name ends in a split but for its number belongs to it."""
 
-    kind = "Parquet files with images"
     allows_missing = True
 
     def __init__(
@@ -42,15 +40,17 @@ class Tables:
         config: SourceConfig,
         passed: PassedOver,
         group_column: str = "",
+        kind_of_rows: str = PARQUET,
     ) -> None:
+        self.kind = f"{kind_of_rows} with images"
         refuse_labels(config, self.kind, ("auto", "none", "column"))
         self._storage, self._files, self._group_column = storage, files, group_column
         self._multi_label = config.multi_label
         uri = storage.join(files[0].path)
-        with open_table(storage, files[0].path) as file:
-            schema = file.schema_arrow
+        with open_rows(kind_of_rows, storage, files[0].path, files[0].version) as file:
+            schema = file.schema
         self.passed_over, self.candidates = passed, Candidates()
-        self.place = Place(storage, image_column=_image_column(schema, uri, config))
+        self.place = Place(storage, image_column=_image_column(schema, uri, config), kind_of_rows=kind_of_rows)
         self._label_column = label_column(schema, uri, config, self.place.image_column.split(".")[0])
         self.classes = _names(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
@@ -79,13 +79,14 @@ class Tables:
     def entries(self) -> Iterator[Entry]:
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             for start in range(0, len(self._files), _INDEX_THREADS):
-                for entries in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
+                for entries, passed in pool.map(self._index, self._files[start : start + _INDEX_THREADS]):
+                    self.passed_over.merge(passed)
                     yield from entries
 
-    def _index(self, found: ListedFile) -> list[Entry]:
+    def _index(self, found: ListedFile) -> tuple[list[Entry], PassedOver]:
         path = found.path
-        with open_table(self._storage, path) as file:
-            schema = file.schema_arrow
+        with open_rows(self.place.kind_of_rows, self._storage, path, found.version) as file:
+            schema = file.schema
             top = [self.place.image_column.split(".")[0], *self._columns]
             missing = [column for column in top if column not in schema.names]
             if missing:
@@ -98,26 +99,34 @@ class Tables:
                     f"{self._storage.join(path)} has other class names than {self._files[0].path}, so that the same "
                     "number means two classes; prepare them one at a time"
                 )
-            return [entry for group in range(file.num_row_groups) for entry in self._group(file, found, group)]
+            return self._entries(file, found), file.passed_over
 
     @property
     def _columns(self) -> list[str]:
         """Columns that are read beside the images."""
         return list(dict.fromkeys(c for c in (self._label_column, self._split_column, self._group_column) if c))
 
-    def _group(self, file: pq.ParquetFile, found: ListedFile, group: int) -> Iterator[Entry]:
-        path = found.path
-        metadata = file.metadata.row_group(group)
-        columns = {metadata.column(i).path_in_schema: metadata.column(i) for i in range(metadata.num_columns)}
-        image = columns.get(self.place.image_column)
-        # A small file can claim billions of empty rows, each of which would become an entry.
-        if image is None or metadata.num_rows > max(_MAX_EMPTY_ROWS, found.num_bytes):
-            raise UserError(f"{self._storage.join(path)} is damaged (row group {group}); copy it again")
-        num_bytes = image.total_uncompressed_size // max(1, metadata.num_rows)
-        labels = bundles = [""] * metadata.num_rows
-        splits = [self._splits.get(path, "")] * metadata.num_rows
+    def _entries(self, file: TableFile, found: ListedFile) -> list[Entry]:
+        """Return the entries of a file, named by their number in it."""
+        entries: list[Entry] = []
+        for group in range(file.num_groups):
+            rows, num_bytes = file.rows(group, self.place.image_column)
+            labels, splits, bundles = self._of_rows(file, found.path, group, len(rows))
+            for row, label, split, bundle in zip(rows, labels, splits, bundles):
+                name, is_flat = f"{found.path}/{len(entries):09d}", bool(label)
+                entries.append(
+                    Entry(
+                        name, found.path, -1, group, row, num_bytes, split, label, is_flat, found.version, bundle=bundle
+                    )
+                )
+        return entries
+
+    def _of_rows(self, file: TableFile, path: str, group: int, num_rows: int) -> tuple[list[str], list[str], list[str]]:
+        """Return label, split and bundle of each row of a group."""
+        labels = bundles = [""] * num_rows
+        splits = [self._splits.get(path, "")] * num_rows
         if self._columns:
-            table = file.read_row_group(group, columns=self._columns)
+            table = file.read(group, self._columns)
             uri = self._storage.join(path)
             if self._label_column:
                 labels = classes_of_column(
@@ -127,11 +136,7 @@ class Tables:
                 splits = [self._split(value, path) for value in table[self._split_column].to_pylist()]
             if self._group_column:
                 bundles = ["" if value is None else str(value) for value in table[self._group_column].to_pylist()]
-        first = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        for row, (label, split, bundle) in enumerate(zip(labels, splits, bundles)):
-            name = f"{path}/{first + row:09d}"
-            is_flat = bool(label)
-            yield Entry(name, path, -1, group, row, num_bytes, split, label, is_flat, found.version, bundle=bundle)
+        return labels, splits, bundles
 
     def _split(self, value: object, path: str) -> str:
         split = SPLIT_WORDS.get(str(value).strip().lower(), "")

@@ -87,7 +87,7 @@ def test_rows_that_are_only_claimed_are_refused(png: Png, prepared: Callable, tm
 def test_an_image_larger_than_any_is_quarantined(
     png: Png, prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.sources.reading.MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("pipelines.sources.table_files.MAX_IMAGE_BYTES", 1000)
     (tmp_path / "s").mkdir()
     pq.write_table(pa.table({"image": [png(0), b"x" * 1001, None]}), tmp_path / "s/a.parquet")
     manifest, _ = prepared(tmp_path / "s", max_bad=1)
