@@ -6,6 +6,7 @@ is applied only where a value range asks for it, since it belongs to a display.
 """
 
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -51,6 +52,11 @@ def _inspect(tags: Any, max_pixels: int) -> ImageHeader:
             f"unsupported pixels: DICOM {photometric or 'without photometric interpretation'}, {samples} samples"
         )
     bits = int(tags.get("BitsAllocated", 0))
+    stored = int(tags.get("BitsStored", bits))
+    if not 1 <= stored <= bits or int(tags.get("HighBit", stored - 1)) != stored - 1:
+        raise ValueError(f"unsupported pixels: DICOM of {stored} bits whose highest is bit {tags.get('HighBit')}")
+    if not all(slope for slope, _ in _rescalings(tags)):
+        raise ValueError("damaged header: DICOM whose RescaleSlope is 0")
     if bits not in (8, 16, 32) or (samples == 3 and bits != 8):
         raise ValueError(f"unsupported pixels: DICOM {photometric} of {bits} bits")
     notes = ["MONOCHROME1, inverted"] if photometric == "MONOCHROME1" else []
@@ -80,12 +86,15 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
             if "missing dependencies" in str(error) or "additional" in str(error):
                 raise MissingLibraryError("this compression of DICOM", "python-gdcm", "medical") from None
             raise
-        values = np.asarray(apply_modality_lut(stored, tags)) if int(tags.get("SamplesPerPixel", 1)) == 1 else stored
+        is_gray = int(tags.get("SamplesPerPixel", 1)) == 1
+        values = np.asarray(apply_modality_lut(stored, _of_frame(tags, frame))) if is_gray else stored
+    if stored.dtype.kind == "f":
+        raise ValueError("unsupported pixels: DICOM of fractions")
     if values.ndim == 3:
         return as_kept(values), None
     valid = _valid(stored, tags)
     if tags.PhotometricInterpretation == "MONOCHROME1":
-        low, high = _possible(tags)
+        low, high = _possible(tags, [_rescaling_of(tags, frame)])
         values = (low + high) - values
     dtype = _kept(tags)
     kept = np.ascontiguousarray(values.astype(dtype)[:, :, None])
@@ -102,6 +111,8 @@ def window_of(content: bytes) -> tuple[float, float]:
     if "WindowCenter" not in tags or "WindowWidth" not in tags or function not in ("LINEAR", "LINEAR_EXACT"):
         said = f"of function {function}" if function not in ("LINEAR", "LINEAR_EXACT") else "in the file"
         raise ValueError(f"no window {said}: say --range window CENTER WIDTH, or --range percentiles 1 99")
+    if len(_rescalings(tags)) > 1:
+        raise ValueError("no window that all frames share: say --range percentiles 1 99")
     center, width = (float(np.atleast_1d(tags[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
     # PS3.3 C.11.2.1.2.1: LINEAR counts the width from the first to the last value.
     low, high = center - width / 2, center + width / 2
@@ -131,26 +142,51 @@ def _tags(content: bytes) -> Any:
         raise ValueError(f"damaged header: {error or type(error).__name__}") from None
 
 
-def _possible(tags: Any) -> tuple[float, float]:
-    """Return the smallest and the largest value that the header allows, as the modality means them."""
+def _possible(tags: Any, rescalings: Sequence[tuple[float, float]] = ()) -> tuple[float, float]:
+    """Return the smallest and the largest value that the header allows, as the modality means them.
+
+    `rescalings` are those of some frames, instead of all.
+    """
     table = tags.get("ModalityLUTSequence")
     if table:
         return 0.0, float(2 ** int(table[0].LUTDescriptor[2]) - 1)
     bits = int(tags.get("BitsStored", tags.BitsAllocated))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if tags.get("PixelRepresentation") else (0, 2**bits - 1)
-    slope, intercept = _rescaling(tags)
-    first, last = low * slope + intercept, high * slope + intercept
-    return min(first, last), max(first, last)
+    ends = [
+        stored * slope + intercept for slope, intercept in rescalings or _rescalings(tags) for stored in (low, high)
+    ]
+    return min(ends), max(ends)
 
 
-def _rescaling(tags: Any) -> tuple[float, float]:
-    return float(tags.get("RescaleSlope", 1) or 1), float(tags.get("RescaleIntercept", 0) or 0)
+def _rescalings(tags: Any) -> Sequence[tuple[float, float]]:
+    """Return slope and intercept of every frame; of one, if all have the same."""
+    groups = tags.get("PerFrameFunctionalGroupsSequence") or ()
+    return list(dict.fromkeys(_rescaling_of(tags, frame) for frame in range(max(1, len(groups)))))
+
+
+def _rescaling_of(tags: Any, frame: int) -> tuple[float, float]:
+    of_frame = _of_frame(tags, frame)
+    slope, intercept = of_frame.get("RescaleSlope"), of_frame.get("RescaleIntercept")
+    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+
+
+def _of_frame(tags: Any, frame: int) -> Any:
+    """Return the data set that has the rescaling of a frame: its functional group, the shared one, or the file's own.
+
+    PS3.3 C.7.6.16.2.9: images of several frames (enhanced CT, MR and PET) rescale each frame by itself.
+    """
+    groups = tags.get("PerFrameFunctionalGroupsSequence") or ()
+    shared = tags.get("SharedFunctionalGroupsSequence") or ()
+    for group in (*groups[frame : frame + 1], *shared[:1]):
+        if found := group.get("PixelValueTransformationSequence"):
+            return found[0]
+    return tags
 
 
 def _kept(tags: Any) -> str:
     """Return the smallest dtype that holds every value that the header allows."""
     low, high = _possible(tags)
-    if not all(number.is_integer() for number in _rescaling(tags)):
+    if not all(number.is_integer() for rescaling in _rescalings(tags) for number in rescaling):
         return "float32"
     for dtype in ("uint8", "uint16", "int16"):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:

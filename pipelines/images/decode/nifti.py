@@ -48,6 +48,7 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
         dtype=_kept(header),
         is_plain=False,
         num_frames=sizes[_AXES[reading.axis]] * shape[3],
+        notes=("qform turns the volume otherwise than sform, which is taken",) if _disagrees(header) else (),
     )
 
 
@@ -112,6 +113,16 @@ def _canonical_sizes(header: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
             raise ValueError("damaged header: NIfTI whose axes have no direction")
         sizes[int(axis)] = shape[place]
     return tuple(sizes)
+
+
+def _disagrees(header: Any) -> bool:
+    """Return whether the file has two orientations that turn the volume differently."""
+    import nibabel
+
+    (sform, s_code), (qform, q_code) = header.get_sform(coded=True), header.get_qform(coded=True)
+    if not (s_code and q_code) or qform is None:
+        return False
+    return not np.array_equal(nibabel.io_orientation(sform), nibabel.io_orientation(qform), equal_nan=True)
 
 
 def _slice_size(sizes: tuple[int, ...], axis: str) -> tuple[int, int]:

@@ -114,7 +114,8 @@ def _header(image: Image.Image, max_pixels: int, may_turn: bool, tiff: TiffHeade
         raise Refused("animated or several pages")
     if image.mode not in _MODES:
         raise Refused(f"unsupported pixels: mode {image.mode}")
-    orientation = _orientation(image) if may_turn else 1
+    # Pillow turns a TIFF upright by itself, and its size is that of the upright image.
+    orientation = _orientation(image) if may_turn and tiff is None else 1
     if orientation >= 5:
         width, height = height, width
     return ImageHeader(

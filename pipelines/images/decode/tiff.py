@@ -42,6 +42,9 @@ def is_plain(content: bytes) -> bool:
 def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
     header = read_tiff_header(content)
     height, width = header.size_px
+    palette = header.page.tags.get("palette", ())
+    if header.photometric == PALETTE and 0 < max(palette, default=0) < 256:
+        raise ValueError("unsupported pixels: a TIFF palette of 8 bits, where it has 16; convert it to RGB")
     notes = []
     if header.num_overviews:
         notes.append("overviews left out")
@@ -85,7 +88,11 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
 
 def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDArray[np.bool_] | None]:
     header = read_tiff_header(content)
+    if frame < len(header.pages) and header.pages[frame].layout != header.page.layout:
+        raise ValueError(f"other pages: page {frame} has other pixels or another size than the first; split the file")
     stored = _samples(content, header, frame)
+    if stored.dtype == np.bool_:
+        stored = stored.astype(np.uint8)
     if stored.dtype.kind == "f":
         if np.isinf(stored).any():
             raise ValueError("infinite values: replace them, or mark them as GDAL's nodata")
@@ -96,6 +103,8 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
         valid &= stored != header.nodata
     if header.photometric == WHITE_IS_ZERO:
         stored = _inverted(stored, header.bits)
+    if header.bits < 8:
+        stored = stored * np.uint8(255 // (2**header.bits - 1))
     values = as_kept(np.where(valid, stored, 0) if stored.dtype.kind == "f" else stored)
     if header.alpha and not (header.alpha == UNASSOCIATED and reading.fourth_band == "band"):
         values, valid = _composited(values, header, reading), valid[:, :, :-1]

@@ -15,12 +15,14 @@ ASSOCIATED, UNASSOCIATED = 1, 2
 """Values of tag ExtraSamples that declare an alpha channel."""
 _SAMPLES_OF = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3, CIELAB: 3}
 _REDUCED, _MASK = 1, 4
+# Compressions that Pillow reads: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, zstd.
+_OF_PILLOW = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000)
 _MAX_PAGES, _MAX_TAGS, _MAX_VALUE_BYTES = 10_000, 1_000, 2**16
 _SIZES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
 _TAGS = {
     254: "subfile", 256: "width", 257: "height", 258: "bits", 259: "compression", 262: "photometric",
-    270: "description", 274: "orientation", 277: "samples", 284: "planar", 338: "extras", 339: "formats",
-    34735: "geo", 42112: "gdal", 42113: "nodata",
+    270: "description", 274: "orientation", 277: "samples", 284: "planar", 320: "palette", 338: "extras",
+    339: "formats", 34735: "geo", 42112: "gdal", 42113: "nodata",
 }  # fmt: skip
 
 
@@ -34,6 +36,12 @@ class Page:
     def first(self, name: str, default: int) -> int:
         values = self.tags.get(name, ())
         return int(values[0]) if values else default
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What pages have in common that are read alike."""
+        names = ("height", "width", "bits", "photometric", "samples", "extras", "formats", "orientation", "nodata")
+        return tuple(self.tags.get(name) for name in names)
 
     @property
     def is_reduced(self) -> bool:
@@ -120,6 +128,8 @@ class TiffHeader:
     def is_plain(self) -> bool:
         """Whether Pillow reads it as it is meant: 8 bits or fewer, in gray, palette or colour, perhaps with alpha."""
         gray = self.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE)
+        if self.page.first("compression", 1) not in _OF_PILLOW:
+            return False
         return self.dtype in ("uint1", "uint2", "uint4", "uint8") and self.num_colours == (
             1 if gray else _SAMPLES_OF[self.photometric]
         )

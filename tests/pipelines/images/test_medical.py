@@ -12,7 +12,8 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from mae_core.normalization import Reading, ValueRange
@@ -100,6 +101,52 @@ def test_frames_of_an_angiogram_are_chosen() -> None:
         inspect(content)
     for frame in range(4):
         np.testing.assert_array_equal(read_values(content, Reading(frames="all"), frame)[0][:, :, 0], frames[frame])
+
+
+def edited(content: bytes, **tags: Any) -> bytes:
+    file, buffer = pydicom.dcmread(io.BytesIO(content)), io.BytesIO()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    file.save_as(buffer)
+    return buffer.getvalue()
+
+
+def rescaling(slope: int, intercept: int) -> Dataset:
+    """Return a functional group, as enhanced CT and PET have one for each frame."""
+    group, values = Dataset(), Dataset()
+    values.RescaleSlope, values.RescaleIntercept, values.RescaleType = str(slope), str(intercept), "HU"
+    group.PixelValueTransformationSequence = Sequence([values])
+    return group
+
+
+def test_each_frame_is_rescaled_by_its_own_group() -> None:
+    frames = np.stack([FILM, FILM[::-1], FILM.T])
+    content = dicom(frames, bits=12)
+    own = edited(content, PerFrameFunctionalGroupsSequence=Sequence([rescaling(k + 1, -1000 * k) for k in range(3)]))
+    shared = edited(content, SharedFunctionalGroupsSequence=Sequence([rescaling(2, -1000)]))
+    for number, stored in enumerate(frames.astype(np.int64)):
+        found = read_values(own, Reading(frames="all"), number)[0]
+        np.testing.assert_array_equal(found[:, :, 0], stored * (number + 1) - 1000 * number)
+        assert found.dtype == inspect(own, reading=Reading(frames="all")).dtype
+        found = read_values(shared, Reading(frames="all"), number)[0]
+        np.testing.assert_array_equal(found[:, :, 0], stored * 2 - 1000)
+
+
+def test_dicom_whose_bits_lie_elsewhere_is_refused() -> None:
+    content = dicom(FILM, bits=12)
+    for tags, reason in (({"HighBit": 15}, "highest is bit 15"), ({"RescaleSlope": "0"}, "RescaleSlope is 0")):
+        with pytest.raises(ValueError, match=reason):
+            inspect(edited(content, **tags))
+
+
+def test_two_orientations_of_a_volume_that_differ_are_said() -> None:
+    image, turned = nibabel.Nifti1Image(VOLUME, np.eye(4)), np.diag([-1.0, 1, 1, 1])
+    image.header.set_qform(turned, code=1)
+    image.header.set_sform(np.eye(4), code=2)
+    header = inspect(image.to_bytes(), reading=Reading(frames="all"))
+    assert header.notes == ("qform turns the volume otherwise than sform, which is taken",)
+    alike = read_values(nifti(VOLUME, np.eye(4)), Reading(frames="all"), 2)[0]
+    np.testing.assert_array_equal(read_values(image.to_bytes(), Reading(frames="all"), 2)[0], alike)
 
 
 def test_windows_of_the_file_serve_where_they_are_asked_for() -> None:

@@ -29,6 +29,7 @@ from pipelines.images.decode import (
     read_values,
     unit_pixels,
 )
+from pipelines.images.decode.plain import upright
 from pipelines.images.decode.stored import pack
 from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, png, scene, tiff, tiff_pages
 
@@ -396,3 +397,52 @@ def test_jpegs_with_bytes_that_belong_to_nothing_are_as_pillow_reads_them() -> N
         ):
             with pytest.raises(ValueError, match="damaged JPEG"):
                 decode(damaged, channels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_is_turned_once_whoever_decodes_it(orientation: int) -> None:
+    """Pillow turns a TIFF upright by itself, unlike every other format."""
+    for values in (scene(3, largest=255).astype(np.uint8)[:, :30], scene(1)[:, :30]):
+        content = tiff(values, extratags=[(274, 3, 1, orientation, True)])
+        expected = upright(values, orientation)
+        found, header = read_values(content)[0], inspect(content)
+        np.testing.assert_array_equal(found, expected)
+        assert (header.height_px, header.width_px) == expected.shape[:2]
+        if values.dtype == np.uint8:
+            np.testing.assert_array_equal(decode(content, 3), expected)
+
+
+def test_pages_of_few_bits_use_the_range_of_eight() -> None:
+    for bits in (1, 4):
+        stored = scene(largest=2**bits - 1)[:, :, 0].astype(np.uint8)
+        kind = {"bitspersample": bits} if bits > 1 else {}
+        for photometric in ("minisblack", "miniswhite"):
+            file = io.BytesIO()
+            with tifffile.TiffWriter(file) as writer:
+                for page in (stored, stored[::-1]):
+                    writer.write(page > 0 if bits == 1 else page, photometric=photometric, **kind)
+            found = read_values(file.getvalue(), Reading(frames="all"), 1)[0][:, :, 0]
+            meant = stored[::-1] * (255 // (2**bits - 1))
+            np.testing.assert_array_equal(found, meant if photometric == "minisblack" else 255 - meant)
+
+
+def test_a_page_of_another_kind_is_refused() -> None:
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(scene()[:, :, 0])
+        writer.write(scene()[:, :, 0], photometric="miniswhite")
+    with pytest.raises(ValueError, match="other pages: page 1"):
+        read_values(file.getvalue(), Reading(frames="all"), 1)
+
+
+@pytest.mark.parametrize("compression", ["lerc", "jpeg2000", "jpegxl", "png"])
+def test_compressions_that_pillow_lacks_are_read_in_eight_bits_too(compression: str) -> None:
+    values = scene(3, largest=255).astype(np.uint8)
+    np.testing.assert_array_equal(read_values(tiff(values, compression=compression))[0], values)
+
+
+def test_a_palette_of_eight_bits_is_refused_instead_of_black() -> None:
+    palette = np.arange(768, dtype=np.uint16).reshape(3, 256) % 256
+    content = tiff_pages(scene(largest=255)[:, :, 0].astype(np.uint8), photometric="palette", colormap=palette)
+    with pytest.raises(ValueError, match="palette of 8 bits"):
+        inspect(content)
