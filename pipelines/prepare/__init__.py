@@ -31,6 +31,7 @@ from pipelines.prepare.slices import (
     Tally,
     check_splits,
     class_names,
+    consistent,
     cut,
     listing_digest,
     log_labels,
@@ -72,7 +73,10 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         classes = class_names(tally, origin, config)
         log_labels(tally, origin, classes, config)
         number_of, label_sets = numbers_of_labels(tally, classes, config)
-        identity = {"source_digest": listing_digest(entries), "config": _identity(config, exclusions)}
+        identity = {
+            "source_digest": listing_digest(consistent(entries, source)),
+            "config": _identity(config, exclusions),
+        }
         work = WorkFolder(target)
         if is_prepared(target):
             return _existing(target, identity, work)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,7 @@ def numbers_of_labels(tally: Tally, classes: list[str], config: SourceConfig) ->
 def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceConfig) -> None:
     """Log which labels are used, or why none are and how to name them."""
     others = source.candidates.advice
+    _warn_of_twins(classes)
     if classes:
         origin = config.labels if config.label_name else "stored" if source.has_explicit_labels else "folders"
         named = numbers_of_labels(tally, classes, config)[0]
@@ -171,6 +173,15 @@ def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceC
         )  # fmt: skip
     elif config.labels != "none":
         log.warning("the images are unlabelled: %s%s", _why_unlabelled(tally, source), f"; {others}" if others else "")
+
+
+def _warn_of_twins(classes: list[str]) -> None:
+    """Log classes that look alike: names in other letter case, or of letters that Unicode composes in two ways."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        twin = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if twin != name:
+            log.warning("classes %r and %r are two; rename one if they are the same", printable(twin), printable(name))
 
 
 def _why_unlabelled(tally: Tally, source: Source) -> str:
@@ -196,6 +207,18 @@ def _refuse_unlabelled(tally: Tally) -> None:
             raise UserError(
                 f"labels is folder, but {folder.unlabelled} is in no class folder; move it, or set labels to auto"
             )
+
+
+def consistent(entries: Iterable[Entry], uri: str) -> Iterator[Entry]:
+    """Yield sorted entries. Raises UserError for an image that is listed twice in a split, with different labels."""
+    last = None
+    for entry in entries:
+        if last and (entry.name, entry.split) == (last.name, last.split) and entry.label != last.label:
+            raise UserError(
+                f"{uri} has {printable(entry.name)} twice, as {last.label!r} and as {entry.label!r}; keep one of them"
+            )
+        last = entry
+        yield entry
 
 
 def listing_digest(entries: Iterable[Entry]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipelines.images.decode import arrays, dicom, nifti
+from pipelines.images.decode import arrays, dicom, heic, nifti, nrrd
 from pipelines.storage import Storage, stays_inside
 from pipelines.storage.listing import ListedFile
 
@@ -29,7 +29,7 @@ def is_image(head: bytes) -> bool:
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
         or (head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS)
-        or any(reader.recognises(head) for reader in (dicom, arrays, nifti))
+        or any(reader.recognises(head) for reader in (dicom, arrays, nifti, nrrd, heic))
     )
 
 

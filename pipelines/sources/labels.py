@@ -76,7 +76,7 @@ def class_of_text(text: str, *, multi_label: bool = False) -> str:
 def class_of_member(content: bytes, where: str, *, multi_label: bool = False) -> str:
     """Return the class in a small text file. Raises UserError if it is none."""
     try:
-        text = content.decode() if len(content) <= _MAX_LABEL_BYTES else ""
+        text = content.decode("utf-8-sig") if len(content) <= _MAX_LABEL_BYTES else ""
     except UnicodeDecodeError:
         text = ""
     label = class_of_text(text, multi_label=multi_label)

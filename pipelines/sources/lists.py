@@ -184,6 +184,8 @@ def _columns(header: Sequence[str], uri: str, config: SourceConfig, group_column
 
 def _entry(storage: Storage, where: str, row: dict[str, str]) -> Entry:
     uri, label, word = row["uri"], row.get("label", ""), row.get("split", "").lower()
+    while uri.startswith("./"):
+        uri = uri[2:].lstrip("/")
     split = SPLIT_WORDS.get(word, "")
     if not uri:
         raise UserError(f"{where} names no image; give its path or s3:// URI")

@@ -21,7 +21,7 @@ from mae_core.values import NO_DATA
 from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named, kept_dtype
 
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-_MAX_VOLUME_BYTES = 4 * 2**30
+MAX_VOLUME_BYTES = 4 * 2**30
 _HEAD_BYTES = 544
 
 
@@ -34,10 +34,9 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
     header = _header(content)
     shape = _shape(header)
     num_bytes = int(np.prod(shape, dtype=np.float64)) * header.get_data_dtype().itemsize
-    if num_bytes > _MAX_VOLUME_BYTES:
-        raise ValueError(f"too many pixels: a volume of {num_bytes} bytes is more than {_MAX_VOLUME_BYTES}")
-    sizes = _canonical_sizes(header, shape)
-    height, width = _slice_size(sizes, reading.axis)
+    if num_bytes > MAX_VOLUME_BYTES:
+        raise ValueError(f"too many pixels: a volume of {num_bytes} bytes is more than {MAX_VOLUME_BYTES}")
+    height, width, num_slices = slices_of(header.get_best_affine(), shape, reading.axis)
     check_size(height, width, 1, max_pixels)
     return ImageHeader(
         height_px=height,
@@ -47,17 +46,21 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
         format="NIfTI",
         dtype=_kept(header),
         is_plain=False,
-        num_frames=sizes[_AXES[reading.axis]] * shape[3],
+        num_frames=num_slices * shape[3],
         notes=("qform turns the volume otherwise than sform, which is taken",) if _disagrees(header) else (),
     )
 
 
 def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDArray[np.bool_] | None]:
-    volume = _volume(content)
-    axis = _AXES[reading.axis]
-    time, number = divmod(frame, volume.shape[axis])
+    return slice_of(_volume(content), frame, reading.axis)
+
+
+def slice_of(volume: NDArray[Any], frame: int, axis: str) -> tuple[ValueArray, NDArray[np.bool_] | None]:
+    """Return a slice of a volume [right front up time] as it is shown, and which of its values are finite."""
+    along = _AXES[axis]
+    time, number = divmod(frame, volume.shape[along])
     # From [right front up] to [rows columns] with the larger coordinate first in both directions.
-    found = np.take(volume[..., time], number, axis=axis).T[::-1, ::-1]
+    found = np.take(volume[..., time], number, axis=along).T[::-1, ::-1]
     found = np.ascontiguousarray(found)[:, :, None]
     if found.dtype.kind == "f":
         valid = np.isfinite(found)
@@ -102,17 +105,18 @@ def _shape(header: Any) -> tuple[int, int, int, int]:
     return (*shape[:3], shape[3] if len(shape) > 3 else 1)
 
 
-def _canonical_sizes(header: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the sizes from left to right, from back to front, and from feet to head."""
+def slices_of(affine: NDArray[Any], shape: tuple[int, ...], axis: str) -> tuple[int, int, int]:
+    """Return height, width and number of the slices of a volume whose affine leads to [right front up]."""
     import nibabel
 
-    turned = nibabel.io_orientation(header.get_best_affine())
+    turned = nibabel.io_orientation(affine)
     sizes = [0, 0, 0]
-    for place, (axis, _) in enumerate(turned):
-        if np.isnan(axis):
-            raise ValueError("damaged header: NIfTI whose axes have no direction")
-        sizes[int(axis)] = shape[place]
-    return tuple(sizes)
+    for place, (to, _) in enumerate(turned):
+        if np.isnan(to):
+            raise ValueError("damaged header: a volume whose axes have no direction")
+        sizes[int(to)] = shape[place]
+    across, down = [place for place in range(3) if place != _AXES[axis]]
+    return sizes[down], sizes[across], sizes[_AXES[axis]]
 
 
 def _disagrees(header: Any) -> bool:
@@ -123,11 +127,6 @@ def _disagrees(header: Any) -> bool:
     if not (s_code and q_code) or qform is None:
         return False
     return not np.array_equal(nibabel.io_orientation(sform), nibabel.io_orientation(qform), equal_nan=True)
-
-
-def _slice_size(sizes: tuple[int, ...], axis: str) -> tuple[int, int]:
-    across, down = [place for place in range(3) if place != _AXES[axis]]
-    return sizes[down], sizes[across]
 
 
 def _kept(header: Any) -> str:

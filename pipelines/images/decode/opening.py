@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from mae_core.normalization import Reading, ValueRange
 from mae_core.values import FULL, limits_of, to_unit
 
-from . import arrays, deep_png, dicom, jpeg2000, newer, nifti, plain, stored, tiff
+from . import arrays, deep_png, dicom, heic, jpeg2000, newer, nifti, nrrd, plain, stored, tiff
 from .headers import MAX_PIXELS, ImageArray, ImageHeader, ValueArray
 from .views import evaluation_view
 
-_VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz", ".jp2", ".j2k", ".avif", ".jxl")
+_VALUES = (".npy", ".dcm", ".dicom", ".nii", ".nii.gz", ".jp2", ".j2k", ".avif", ".jxl", ".nrrd", ".heic", ".heif")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", *_VALUES)
 _DEFAULT = Reading()
 ANY_SIZE = 2**62
@@ -35,7 +35,7 @@ class Reader(Protocol):
         ...
 
 
-_READERS: tuple[Reader, ...] = (stored, tiff, deep_png, dicom, arrays, jpeg2000, newer, nifti)  # pyright: ignore[reportAssignmentType] -- modules
+_READERS: tuple[Reader, ...] = (stored, tiff, deep_png, dicom, arrays, jpeg2000, newer, nifti, nrrd, heic)  # pyright: ignore[reportAssignmentType] -- modules
 
 
 def _reader_of(content: bytes) -> Reader | None:

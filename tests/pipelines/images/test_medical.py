@@ -1,10 +1,12 @@
 """DICOM by pydicom and NIfTI by nibabel, against SimpleITK; where the two differ, the convention is tested."""
 
+import gzip
 import io
 from pathlib import Path
 from typing import Any
 
 import nibabel
+import nrrd
 import numpy as np
 import pydicom.pixels
 import pytest
@@ -275,3 +277,52 @@ def test_any_damage_is_an_error_or_an_image_and_nothing_else(data: st.DataObject
     except ValueError:
         return
     assert values.shape == (header.height_px, header.width_px, header.channels)
+
+
+@pytest.mark.parametrize(
+    "direction", [(1, 0, 0, 0, 1, 0, 0, 0, 1), (0, -1, 0, 1, 0, 0, 0, 0, 1), (0, 0, 1, 1, 0, 0, 0, 1, 0)]
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_slices_of_nrrd_are_what_simpleitk_makes_of_them(
+    direction: tuple[int, ...], is_packed: bool, tmp_path: Path
+) -> None:
+    image = SimpleITK.GetImageFromArray(VOLUME.transpose(2, 1, 0))
+    image.SetDirection(direction)
+    path = tmp_path / "volume.nrrd"
+    SimpleITK.WriteImage(image, str(path), is_packed)
+    # [up back left] from SimpleITK, whose order of axes is the reverse.
+    turned = SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS"))
+    for axis, meant in (
+        ("axial", turned[2]),
+        ("coronal", turned[::-1, -3]),
+        ("sagittal", turned[::-1, :, -3]),
+    ):
+        reading = Reading(frames="all", axis=axis)
+        found, valid = read_values(path.read_bytes(), reading, 2)
+        assert valid is None
+        np.testing.assert_array_equal(found[:, :, 0], meant)
+        assert inspect(path.read_bytes(), reading=reading).height_px == len(meant)
+
+
+def test_nrrd_that_cannot_be_read_whole_is_refused_by_name(tmp_path: Path) -> None:
+    def written(values: NDArray[Any], name: str = "a.nrrd", **header: Any) -> bytes:
+        nrrd.write(str(tmp_path / name), values, header)
+        return (tmp_path / name).read_bytes()
+
+    image = np.arange(12, dtype=np.int16).reshape(3, 4)
+    np.testing.assert_array_equal(read_values(written(image))[0][:, :, 0], image.T)
+    refused = {
+        "external data": written(VOLUME, "a.nhdr"),
+        "other dimensions": written(np.zeros((3, 4, 4, 4), np.uint8), kinds=["vector", "domain", "domain", "domain"]),
+        "unclear orientation": written(VOLUME, **{"space": "scanner-xyz", "space directions": np.eye(3)}),
+        "unsupported pixels: NRRD of encoding": written(image, encoding="bzip2"),
+        "damaged image": written(VOLUME, encoding="raw")[:-20],
+        "too many pixels": written(image, encoding="raw").replace(b"sizes: 3 4", b"sizes: 99999 99999"),
+    }
+    for reason, content in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            read_values(content, Reading(frames="all"))
+    # A gzip stream that unpacks to more than the header says is not unpacked further.
+    bomb = written(image, encoding="gzip")
+    head = bomb[: bomb.index(b"\n\n") + 2]
+    np.testing.assert_array_equal(read_values(head + gzip.compress(bytes(10**8)))[0], 0)

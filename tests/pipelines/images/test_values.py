@@ -7,6 +7,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 import rasterio.errors
 import tifffile
@@ -364,8 +365,8 @@ def test_avif_and_jpeg_xl_keep_their_bits() -> None:
         np.testing.assert_array_equal(found.squeeze(), values)
     with pytest.raises(ValueError, match=r"unsupported pixels: uint8 of \(40, 40, 4\)"):
         inspect(bytes(imagecodecs.jpegxl_encode((scene(4) >> 8).astype(np.uint8))))
-    with pytest.raises(ValueError, match=r"not a known image format: a container of b'heic'"):
-        inspect(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(ValueError, match=r"not a known image format: a container of b'mp42'"):
+        inspect(b"\0\0\0\x18ftypmp42" + bytes(100))
 
 
 def test_people_see_every_kind_of_image() -> None:
@@ -402,7 +403,7 @@ def test_jpegs_with_bytes_that_belong_to_nothing_are_as_pillow_reads_them() -> N
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_tiff_is_turned_once_whoever_decodes_it(orientation: int) -> None:
     """Pillow turns a TIFF upright by itself, unlike every other format."""
-    for values in (scene(3, largest=255).astype(np.uint8)[:, :30], scene(1)[:, :30]):
+    for values in (scene(3, largest=255).astype(np.uint8)[:, :30], scene(2)[:, :30]):
         content = tiff(values, extratags=[(274, 3, 1, orientation, True)])
         expected = upright(values, orientation)
         found, header = read_values(content)[0], inspect(content)
@@ -446,3 +447,39 @@ def test_a_palette_of_eight_bits_is_refused_instead_of_black() -> None:
     content = tiff_pages(scene(largest=255)[:, :, 0].astype(np.uint8), photometric="palette", colormap=palette)
     with pytest.raises(ValueError, match="palette of 8 bits"):
         inspect(content)
+
+
+def heic(values: NDArray[Any], mode: str, **options: Any) -> bytes:
+    """Encode without loss."""
+    file, (height, width) = io.BytesIO(), values.shape[:2]
+    image = pillow_heif.from_bytes(mode, (width, height), np.ascontiguousarray(values).tobytes())
+    image.save(file, quality=-1, chroma=444, matrix_coefficients=0, **options)
+    return file.getvalue()
+
+
+def test_heic_is_read_as_coded_and_turned_once() -> None:
+    for bits, dtype in ((8, np.uint8), (10, np.uint16), (12, np.uint16)):
+        values = scene(3, largest=2**bits - 1).astype(dtype)[:, :30]
+        found, _ = read_values(heic(values, "RGB" if bits == 8 else f"RGB;{bits}"))
+        np.testing.assert_array_equal(found, values)
+    photograph = scene(3, largest=255).astype(np.uint8)[:, :30]
+    np.testing.assert_array_equal(decode(heic(photograph, "RGB"), 3), photograph)
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = heic(photograph, "RGB", exif=exif.tobytes())
+    np.testing.assert_array_equal(read_values(turned)[0], np.asarray(pillow_heif.open_heif(turned)))
+    np.testing.assert_array_equal(read_values(turned)[0], upright(photograph, 6))
+    header = inspect(turned)
+    assert (header.height_px, header.width_px, header.orientation) == (30, 40, 1)
+
+
+def test_heic_of_too_many_pixels_is_refused_by_its_header() -> None:
+    content = bytearray(heic(scene(3, largest=255).astype(np.uint8), "RGB"))
+    at = content.index(b"ispe") + 8
+    content[at : at + 8] = struct.pack(">II", 20_000, 20_000)
+    with pytest.raises(ValueError, match="damaged image"):
+        read_values(bytes(content))
+    with pytest.raises(ValueError, match="too many pixels: 40 x 40"):
+        inspect(bytes(content), max_pixels=1599)
+    with pytest.raises(ValueError, match="damaged"):
+        read_values(heic(scene(3, largest=255).astype(np.uint8), "RGB")[:-100])

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from mae_core.errors import UserError
 from pipelines.dataset.manifest import Manifest
 from tests.pipelines.sources.packing import fill, pack, structs, table
 
@@ -286,3 +287,27 @@ def test_why_folders_are_no_labels_is_said(
     manifest, _ = prepared(source, labels=labels)
     assert manifest.classes == classes
     assert re.search(words, caplog.text)
+
+
+def test_an_image_that_a_list_labels_twice_is_refused(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has a.png twice, as 'cat' and as 'dog'"):
+        prepared(listed(tmp_path / "a", png, "uri,label\na.png,cat\n./a.png,dog\nb.png,dog\n"))
+    manifest, rows = prepared(listed(tmp_path / "b", png, "uri,label\na.png,cat\n./a.png,cat\nb.png,dog\n"))
+    assert (manifest.num_found, manifest.num_ok, manifest.num_duplicates) == (3, 2, 1)
+    assert labels_of(manifest, rows) == {png(0): "cat", png(1): "dog"}
+
+
+def test_classes_that_look_alike_are_said(
+    png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "uri,label\na.png,caf\u00e9\nb.png,cafe\u0301\nc.png,Cat\nd.png,cat\n"
+    manifest, _ = prepared(listed(tmp_path, png, text))
+    assert len(manifest.classes) == 4
+    assert "'Cat' and 'cat' are two" in caplog.text
+    assert caplog.text.count(" are two; rename one") == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_label(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    members = [("0.png", png(0)), ("0.cls", b"\xef\xbb\xbf1\r\n"), ("1.png", png(1)), ("1.cls", b"0")]
+    manifest, rows = prepared(pack(tmp_path / "t/a.tar", members))
+    assert labels_of(manifest, rows) == {png(0): "1", png(1): "0"}
