@@ -127,6 +127,8 @@ class PrepareConfig(SourceConfig):
     overlap those before. Without a value images stay whole."""
     min_data: float = field(default=0.5, metadata=ADDED)
     """Smallest share of pixels with data of a tile that is kept."""
+    min_tissue: float = field(default=0.0, metadata=ADDED)
+    """Smallest share of coloured pixels of a tile that is kept, such as 0.1 for stained slides; 0 keeps all."""
 
     @property
     def reading(self) -> Reading:
@@ -163,6 +165,10 @@ class PrepareConfig(SourceConfig):
             raise UserError(f"tile_px {self.tile_px} is below 1; try 512, or leave it out")
         if not 0 <= self.min_data <= 1:
             raise UserError(f"min_data {self.min_data} is outside [0, 1]; try 0.5")
+        if not 0 <= self.min_tissue <= 1:
+            raise UserError(f"min_tissue {self.min_tissue} is outside [0, 1]; try 0.1")
+        if self.min_tissue and self.tile_px is None:
+            raise UserError("min_tissue chooses tiles; add --tile-px 512, for example")
         if self.frames not in ("one", "first", "all") and not (self.frames.isdecimal() and int(self.frames) > 0):
             raise UserError(f"frames {self.frames!r} is none of one, first, all, or a number; try --frames first")
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,7 +16,16 @@ from mae_core.randomness import Purpose, uniform_numpy
 from mae_core.values import limits_of
 from pipelines.config import PrepareConfig
 from pipelines.dataset.row_groups import RowGroups
-from pipelines.images.decode import ImageArray, ImageHeader, ValueArray, decode, inspect, own_window, read_values
+from pipelines.images.decode import (
+    ImageArray,
+    ImageHeader,
+    ValueArray,
+    data_of,
+    decode,
+    inspect,
+    own_window,
+    read_values,
+)
 from pipelines.images.decode.stored import pack
 from pipelines.images.encode import as_png, encode
 from pipelines.prepare.kinds import PLAIN, PixelKind
@@ -38,6 +48,8 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
+# Largest difference between a pixel's channels that glass has, which is never quite gray.
+_MIN_COLOUR = 20
 _LABEL = SCHEMA.get_field_index("label")
 
 
@@ -130,8 +142,7 @@ def _examine(content: Content, config: PrepareConfig, kind: PixelKind, notes: li
         return [row for frame in frames for row in _rows_of_frame(content, header, frame, config, notes)]
     pixels = decode(content, header.channels, header.orientation, notes=notes)
     if config.tile_px is not None:
-        height, width = pixels.shape[:2]
-        return [_tile_row(pixels[tile], tile) for tile in tiles_of(height, width, config.tile_px)]
+        return [_tile_row(pixels[tile], tile) for tile in _kept_tiles(pixels, data_of(content, pixels), config, notes)]
     stored = encode(content, header, pixels, config.encode)
     size = stored.height_px, stored.width_px
     return [_Row(stored.content, *size, stored.orientation, stored.segment_offsets, pixels)]
@@ -147,6 +158,35 @@ def tiles_of(height_px: int, width_px: int, side_px: int) -> list[tuple[slice, s
         starts = [*range(0, max(1, size - side_px), side_px), max(0, size - side_px)]
         sides.append([slice(start, min(start + side_px, size)) for start in dict.fromkeys(starts)])
     return [(rows, columns) for rows in sides[0] for columns in sides[1]]
+
+
+def _kept_tiles(
+    values: ValueArray, valid: Mask | None, config: PrepareConfig, notes: list[str]
+) -> list[tuple[slice, slice]]:
+    """Return the tiles with enough data and tissue. Raises ValueError if there are none."""
+    assert config.tile_px is not None, "asked for tiles"
+    if config.min_tissue and (values.dtype != np.uint8 or values.shape[2] != 3):
+        raise ValueError("no tissue: only colours of 8 bits show it; leave --min-tissue out")
+    kept, reasons = [], {"data": 0, "tissue": 0}
+    for tile in tiles_of(values.shape[0], values.shape[1], config.tile_px):
+        if valid is not None and valid[tile].mean() < config.min_data:
+            reasons["data"] += 1
+        elif config.min_tissue and _tissue(values[tile]) < config.min_tissue:
+            reasons["tissue"] += 1
+        else:
+            kept.append(tile)
+    for what, count in reasons.items():
+        notes += [f"tiles left out for too little {what}"] * count
+    if not kept:
+        share = config.min_data if reasons["data"] else config.min_tissue
+        what = "data" if reasons["data"] else "tissue"
+        raise ValueError(f"no {what}: no tile has {what} in {share:.0%} of its pixels")
+    return kept
+
+
+def _tissue(pixels: ImageArray) -> float:
+    """Return the share of coloured pixels: stains are, glass is gray or white, and so are pen and dust mostly."""
+    return float((np.ptp(pixels, axis=2) > _MIN_COLOUR).mean())
 
 
 def _tile_row(pixels: ImageArray, tile: tuple[slice, slice]) -> _Row:
@@ -190,16 +230,11 @@ def _rows_of_frame(
         height, width = values.shape[:2]
         return [_Row(pack(values, limits), height, width, 1, None, values, valid, limits, suffix)]
     found = []
-    for tile in tiles_of(values.shape[0], values.shape[1], config.tile_px):
+    for tile in _kept_tiles(values, valid, config, notes):
         part, mask = values[tile], None if valid is None else valid[tile]
-        if mask is not None and mask.mean() < config.min_data:
-            notes.append("tiles left out for too little data")
-            continue
         name = suffix + _suffix_of(tile)
         height, width = part.shape[:2]
         found.append(_Row(pack(part, limits), height, width, 1, None, part, mask, limits, name))
-    if not found:
-        raise ValueError(f"no data: no tile has data in {config.min_data:.0%} of its pixels")
     return found
 
 

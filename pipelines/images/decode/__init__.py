@@ -14,7 +14,7 @@ relatively, and nothing else of ours but `mae_core`.
 """
 
 from .headers import MAX_PIXELS, ImageArray, ImageHeader, ValueArray
-from .opening import SUFFIXES, decode, input_view, inspect, own_window, preview, read_values, unit_pixels
+from .opening import SUFFIXES, data_of, decode, input_view, inspect, own_window, preview, read_values, unit_pixels
 from .plain import Box, Scratch, decode_jpeg
 from .views import evaluation_view
 
@@ -26,6 +26,7 @@ __all__ = [
     "ImageHeader",
     "Scratch",
     "ValueArray",
+    "data_of",
     "decode",
     "decode_jpeg",
     "evaluation_view",

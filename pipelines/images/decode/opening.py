@@ -87,6 +87,11 @@ def decode(
     return plain.as_channels(_eight_bits(read_values(content, max_pixels=max_pixels)[0]), channels)
 
 
+def data_of(content: bytes, pixels: ImageArray) -> Mask | None:
+    """Return which of the pixels that `decode` made of a file are data, [height width 1]; None if all are."""
+    return tiff.plain_data(content, pixels) if tiff.recognises(content) and tiff.is_plain(content) else None
+
+
 def _eight_bits(values: ValueArray) -> ImageArray:
     if values.shape[2] not in (1, 3) or values.dtype not in (np.uint8, np.uint16):
         raise ValueError(

@@ -14,8 +14,17 @@ from numpy.typing import NDArray
 from mae_core.normalization import Reading
 from mae_core.values import NO_DATA
 
-from . import plain
-from .headers import ImageHeader, MissingLibraryError, ValueArray, as_kept, check_size, damage_named, kept_dtype
+from . import ome, plain
+from .headers import (
+    ImageArray,
+    ImageHeader,
+    MissingLibraryError,
+    ValueArray,
+    as_kept,
+    check_size,
+    damage_named,
+    kept_dtype,
+)
 from .tiff_header import (
     CIELAB,
     CMYK,
@@ -28,6 +37,9 @@ from .tiff_header import (
     read_tiff_header,
 )
 
+# Compression of Aperio's slides. Whether their YCbCr becomes RGB depends on the reader.
+_APERIO_YCBCR = 33003
+
 
 def recognises(content: bytes) -> bool:
     return content[:4] in SIGNATURES
@@ -36,7 +48,7 @@ def recognises(content: bytes) -> bool:
 def is_plain(content: bytes) -> bool:
     """Return whether `plain.decode` reads the file, if nothing else is asked for."""
     header = read_tiff_header(content)
-    return header.is_plain and header.num_frames == 1
+    return header.is_plain and header.num_frames == 1 and not ome.is_ome(header)
 
 
 def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
@@ -48,16 +60,26 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
     notes = []
     if header.num_overviews:
         notes.append("overviews left out")
+    if header.page.first("compression", 1) == _APERIO_YCBCR:
+        raise ValueError(
+            "unsupported pixels: a slide of JPEG 2000 in YCbCr, of which readers differ; convert it"
+        )
+    planes = ome.planes_of(content) if ome.is_ome(header) else None
     if header.photometric == WHITE_IS_ZERO:
         notes.append("white is zero, inverted")
     keeps_band = header.alpha == UNASSOCIATED and reading.fourth_band == "band"
     if header.alpha and not keeps_band:
         notes.append("alpha composited over white")
     is_asked = header.alpha == UNASSOCIATED and reading.fourth_band != "ask"
-    if header.is_plain and header.num_frames == 1 and not is_asked and header.page.number == 0:
+    if planes is None and header.is_plain and header.num_frames == 1 and not is_asked and header.page.number == 0:
         found = plain.inspect(content, max_pixels, header)
         return ImageHeader(**{**vars(found), "notes": tuple(notes)})
     channels = header.num_samples if keeps_band else header.num_colours
+    num_frames = header.num_frames
+    if planes is not None:
+        num_frames, channels = planes.pages.shape
+        if planes.size_px != (height, width):
+            raise ValueError(f"damaged header: OME-TIFF of {planes.size_px} in pages of {height} x {width}")
     check_size(height, width, channels, max_pixels)
     if header.photometric in (PALETTE, CMYK, YCBCR, CIELAB):
         raise ValueError(
@@ -81,16 +103,17 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
         format="TIFF",
         dtype=dtype,
         is_plain=False,
-        num_frames=header.num_frames,
+        num_frames=num_frames,
         notes=tuple(notes),
     )
 
 
 def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDArray[np.bool_] | None]:
     header = read_tiff_header(content)
-    if frame < len(header.pages) and header.pages[frame].layout != header.page.layout:
+    is_ome = ome.is_ome(header)
+    if not is_ome and frame < len(header.pages) and header.pages[frame].layout != header.page.layout:
         raise ValueError(f"other pages: page {frame} has other pixels or another size than the first; split the file")
-    stored = _samples(content, header, frame)
+    stored = ome.read_planes(content, frame) if is_ome else _samples(content, header, frame)
     if stored.dtype == np.bool_:
         stored = stored.astype(np.uint8)
     if stored.dtype.kind == "f":
@@ -111,6 +134,21 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
     if valid.all():
         return values, None
     return np.where(valid, values, np.array(NO_DATA[values.dtype.name], values.dtype)), valid
+
+
+def plain_data(content: bytes, pixels: ImageArray) -> NDArray[np.bool_] | None:
+    """Return which pixels of a file that `plain` decodes are data, [height width 1]; None if all are.
+
+    Those of GDAL's nodata value are none, and those of which alpha is 0.
+    """
+    header = read_tiff_header(content)
+    if header.alpha:
+        with plain.opened(content, "damaged image") as image:
+            return np.asarray(image.convert("RGBA"))[:, :, 3:] > 0
+    if header.nodata is None or header.photometric == PALETTE:
+        return None
+    nodata = 255 - header.nodata if header.photometric == WHITE_IS_ZERO else header.nodata
+    return (pixels != nodata).any(axis=2, keepdims=True)
 
 
 def _samples(content: bytes, header: TiffHeader, frame: int) -> NDArray[np.generic]:

@@ -162,6 +162,9 @@ def read_tiff_header(content: bytes) -> TiffHeader:
     if at:
         raise ValueError(f"too many pages: more than {_MAX_PAGES}")
     full = tuple(page for page in pages if not page.is_reduced)
+    if pages and pages[0].tags.get("description", b"").startswith(b"Aperio"):
+        # A slide: its first page is the scan, and the others are smaller levels, a thumbnail, label and macro.
+        full = tuple(pages[:1])
     if not full:
         raise ValueError("damaged header: a TIFF without a page of full resolution")
     return TiffHeader(full, len(pages) - len(full))

@@ -76,3 +76,16 @@ def cloud_optimised(values: NDArray[Any], **options: Any) -> bytes:
             # Overviews of other values, so that reading one would show.
             writer.write(values[::factor, ::factor] // 2, tile=(16, 16), subfiletype=1, **options)
     return file.getvalue()
+
+
+def slide(scan: NDArray[np.uint8], **options: Any) -> bytes:
+    """Lay out a slide as Aperio's scanners do: scan, thumbnail, a smaller level, label and macro, all full pages."""
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        about = f"Aperio Image Library v11.2.1 \r\n{scan.shape[1]}x{scan.shape[0]} [0,0] (16x16)|AppMag = 20|MPP = 0.5"
+        writer.write(scan, tile=(16, 16), photometric="rgb", description=about, metadata=None, **options)
+        writer.write(scan[::4, ::4], photometric="rgb", description="Aperio Image Library v11.2.1", metadata=None)
+        writer.write(scan[::2, ::2], tile=(16, 16), photometric="rgb", metadata=None)
+        for name, kind in (("label", 1), ("macro", 9)):
+            writer.write(scan[:10, :20], photometric="rgb", description=f"Aperio\r\n{name} 20x10", subfiletype=kind)
+    return file.getvalue()

@@ -32,7 +32,7 @@ from pipelines.images.decode import (
 )
 from pipelines.images.decode.plain import upright
 from pipelines.images.decode.stored import pack
-from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, png, scene, tiff, tiff_pages
+from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, png, scene, slide, tiff, tiff_pages
 
 
 def exact(content: bytes, reading: Reading = Reading()) -> NDArray[Any]:  # noqa: B008
@@ -483,3 +483,57 @@ def test_heic_of_too_many_pixels_is_refused_by_its_header() -> None:
         inspect(bytes(content), max_pixels=1599)
     with pytest.raises(ValueError, match="damaged"):
         read_values(heic(scene(3, largest=255).astype(np.uint8), "RGB")[:-100])
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "jpeg2000"])
+def test_a_slide_is_its_scan_and_nothing_else(compression: str | None) -> None:
+    scan = scene(3, largest=255, side_px=48).astype(np.uint8)
+    content = slide(scan, compression=compression)
+    np.testing.assert_array_equal(read_values(content)[0], scan)
+    np.testing.assert_array_equal(decode(content, 3), scan)
+    assert inspect(content).num_frames == 1
+    assert inspect(content).notes == ("overviews left out",)
+
+
+def test_channels_of_ome_are_channels_and_the_rest_are_frames() -> None:
+    values = scene(12).reshape(40, 40, 3, 4).transpose(2, 3, 0, 1)
+    for axes, frames in (
+        ("ZCYX", [values[z].transpose(1, 2, 0) for z in range(3)]),
+        ("CZYX", [values[:, z].transpose(1, 2, 0) for z in range(4)]),
+        ("TZYX", [values[t, z][:, :, None] for t in range(3) for z in range(4)]),
+    ):
+        content = tiff_pages(values, ome=True, photometric="minisblack", metadata={"axes": axes})
+        header = inspect(content, reading=Reading(frames="all"))
+        assert (header.num_frames, header.channels) == (len(frames), frames[0].shape[2])
+        for number, meant in enumerate(frames):
+            np.testing.assert_array_equal(read_values(content, Reading(frames="all"), number)[0], meant)
+    content = tiff_pages(values[0], ome=True, photometric="minisblack", metadata={"axes": "CYX"})
+    np.testing.assert_array_equal(read_values(content)[0], values[0].transpose(1, 2, 0))
+    three = (values[:, 0] >> 8).astype(np.uint8)
+    content = tiff_pages(three, ome=True, photometric="minisblack", metadata={"axes": "CYX"})
+    np.testing.assert_array_equal(decode(content, 3), three.transpose(1, 2, 0))
+
+
+def test_series_of_ome_are_frames_if_they_are_alike() -> None:
+    def written(*series: NDArray[np.uint16]) -> bytes:
+        file = io.BytesIO()
+        with tifffile.TiffWriter(file, ome=True) as writer:
+            for values in series:
+                writer.write(values, photometric="minisblack", metadata={"axes": "CYX"})
+        return file.getvalue()
+
+    first, second = scene(2, 1).transpose(2, 0, 1), scene(2, 2).transpose(2, 0, 1)
+    content = written(first, second)
+    assert inspect(content, reading=Reading(frames="all")).num_frames == 2
+    for number, meant in enumerate((first, second)):
+        found = read_values(content, Reading(frames="all"), number)[0]
+        np.testing.assert_array_equal(found, meant.transpose(1, 2, 0))
+    with pytest.raises(ValueError, match="other pages: the 2 series"):
+        inspect(written(first, second[:, ::2]), reading=Reading(frames="all"))
+
+
+def test_ome_with_missing_pages_is_refused() -> None:
+    """Its XML names pages that another file may have, which is not looked for."""
+    content = tiff_pages(scene(2).transpose(2, 0, 1), ome=True, photometric="minisblack", metadata={"axes": "CYX"})
+    with pytest.raises(ValueError, match="damaged image"):
+        read_values(content.replace(b'SizeC="2"', b'SizeC="9"'), Reading(frames="all"))

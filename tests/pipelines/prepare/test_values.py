@@ -17,7 +17,7 @@ from pipelines.images.decode import read_values
 from pipelines.prepare import prepare
 from pipelines.prepare.values import ValueSums, described, levels_of
 from pipelines.storage import open_storage
-from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, scene, tiff, tiff_pages
+from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, scene, slide, tiff, tiff_pages
 from tests.pipelines.images.test_medical import dicom
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -253,3 +253,29 @@ def test_levels_of_fractions_are_in_order_and_near_their_values() -> None:
     for share in (1.0, 30.0, 50.0, 99.0):
         exact = np.percentile(values, share, method="inverted_cdf")
         assert abs(channel.percentile(share, levels) - exact) <= 0.004 * abs(exact)
+
+
+def test_tiles_of_a_slide_have_tissue(tmp_path: Path) -> None:
+    scan = np.full((64, 96, 3), 240, np.uint8)
+    scan[:32, 32:64] = (200, 120, 180)
+    scan[32:40, :32] = (200, 120, 180)
+    files = {"a/one.svs": slide(scan), "a/glass.svs": slide(np.full((64, 96, 3), 240, np.uint8))}
+    uri, manifest = prepared(tmp_path, files, min_tissue=0.2, tile_px=32, max_bad=0.5)
+    assert set(rows_of(uri)) == {"a/one.svs@0,32", "a/one.svs@32,0"}
+    assert manifest.quarantine_reasons == {"no tissue": 1}
+    assert manifest.notes["tiles left out for too little tissue"] == 4
+    with pytest.raises(UserError, match="min_tissue chooses tiles"):
+        PrepareConfig(min_tissue=0.1)
+
+
+def test_tiles_without_data_are_left_out_of_eight_bits_too(tmp_path: Path) -> None:
+    pixels = scene(3, largest=200).astype(np.uint8) + 1
+    pixels[:20] = 0
+    alpha = np.where(pixels[:, :, :1] > 0, 255, 0).astype(np.uint8)
+    masked = {"extrasamples": ["unassalpha"], "photometric": "rgb"}
+    files = {
+        "nodata.tif": tiff(pixels, extratags=[(42113, 2, 0, "0", True)]),
+        "alpha.tif": tiff(np.concatenate([pixels + 1, alpha], axis=2), **masked),
+    }
+    uri, _ = prepared(tmp_path, files, tile_px=20)
+    assert set(rows_of(uri)) == {f"{name}@20,{left}" for name in files for left in (0, 20)}
