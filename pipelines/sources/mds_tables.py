@@ -78,7 +78,10 @@ class MdsTable:
         return cells
 
     def _decoded(self, name: str, cell: bytes) -> Any:
-        from streaming.base.format.mds.encodings import is_mds_encoding_safe, mds_decode
+        from streaming.base.format.mds.encodings import (  # pyright: ignore[reportMissingImports]
+            is_mds_encoding_safe,
+            mds_decode,
+        )
 
         kind = self._kinds[name]
         if not is_mds_encoding_safe(kind):
@@ -99,7 +102,7 @@ def _type_of(kind: str) -> pa.DataType:
 
 def _from_pil(cell: bytes) -> Content:
     """Return an image that PIL's encoding stores as pixels, as PNG."""
-    from streaming.base.format.mds.encodings import mds_decode
+    from streaming.base.format.mds.encodings import mds_decode  # pyright: ignore[reportMissingImports]
 
     width, height, num_mode = (int.from_bytes(cell[at : at + 4], "little") for at in (0, 4, 8))
     mode = cell[12 : 12 + num_mode].decode(errors="replace")
@@ -119,7 +122,7 @@ def _from_pil(cell: bytes) -> Content:
 def open_rows(storage: Storage, path: str, version: str) -> Iterator[MdsTable]:
     full = Path(folder_of(storage, path, "MDS shards"))
     try:
-        from streaming.base.format.mds.reader import MDSReader
+        from streaming.base.format.mds.reader import MDSReader  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise missing(str(full), "a shard of MosaicML's MDS", "mosaicml-streaming", INSTALL) from None
     about = _about(full)

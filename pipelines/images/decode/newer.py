@@ -15,6 +15,8 @@ from .headers import ImageHeader, MissingLibraryError, ValueArray, check_size, d
 
 _JXL_CODESTREAM, _JXL_BOX = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 _SEARCHED_BYTES = 2**16
+# Properties that imagecodecs leaves out: rotation, mirroring and crop, each with the size of its box.
+_TURNS = (b"\0\0\0\x09irot", b"\0\0\0\x09imir", b"\0\0\0\x28clap")
 # Widths of a number by its two-bit selector, and aspect ratios by number (ISO 18181-1, size header).
 _BITS = (9, 13, 18, 30)
 _RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
@@ -25,6 +27,8 @@ def recognises(content: bytes) -> bool:
 
 
 def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
+    if _is_deep_avif(content) and any(turn in content[:_SEARCHED_BYTES] for turn in _TURNS):
+        raise ValueError("unsupported pixels: AVIF of more than 8 bits to be turned or cropped; save it upright")
     height, width = _avif_size(content) if _is_deep_avif(content) else _jxl_size(content)
     check_size(height, width, 1, max_pixels)
     values = _decoded(content)

@@ -61,9 +61,7 @@ def inspect(content: bytes, max_pixels: int, reading: Reading) -> ImageHeader:
     if header.num_overviews:
         notes.append("overviews left out")
     if header.page.first("compression", 1) == _APERIO_YCBCR:
-        raise ValueError(
-            "unsupported pixels: a slide of JPEG 2000 in YCbCr, of which readers differ; convert it"
-        )
+        raise ValueError("unsupported pixels: a slide of JPEG 2000 in YCbCr, of which readers differ; convert it")
     planes = ome.planes_of(content) if ome.is_ome(header) else None
     if header.photometric == WHITE_IS_ZERO:
         notes.append("white is zero, inverted")
@@ -127,7 +125,7 @@ def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDAr
     if header.photometric == WHITE_IS_ZERO:
         stored = _inverted(stored, header.bits)
     if header.bits < 8:
-        stored = stored * np.uint8(255 // (2**header.bits - 1))
+        stored = np.asarray(stored, np.uint8) * np.uint8(255 // (2**header.bits - 1))
     values = as_kept(np.where(valid, stored, 0) if stored.dtype.kind == "f" else stored)
     if header.alpha and not (header.alpha == UNASSOCIATED and reading.fourth_band == "band"):
         values, valid = _composited(values, header, reading), valid[:, :, :-1]

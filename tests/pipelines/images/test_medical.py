@@ -292,12 +292,11 @@ def test_slices_of_nrrd_are_what_simpleitk_makes_of_them(
     SimpleITK.WriteImage(image, str(path), is_packed)
     # [up back left] from SimpleITK, whose order of axes is the reverse.
     turned = SimpleITK.GetArrayFromImage(SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS"))
-    for axis, meant in (
-        ("axial", turned[2]),
-        ("coronal", turned[::-1, -3]),
-        ("sagittal", turned[::-1, :, -3]),
+    for reading, meant in (
+        (Reading(frames="all", axis="axial"), turned[2]),
+        (Reading(frames="all", axis="coronal"), turned[::-1, -3]),
+        (Reading(frames="all", axis="sagittal"), turned[::-1, :, -3]),
     ):
-        reading = Reading(frames="all", axis=axis)
         found, valid = read_values(path.read_bytes(), reading, 2)
         assert valid is None
         np.testing.assert_array_equal(found[:, :, 0], meant)
@@ -305,24 +304,25 @@ def test_slices_of_nrrd_are_what_simpleitk_makes_of_them(
 
 
 def test_nrrd_that_cannot_be_read_whole_is_refused_by_name(tmp_path: Path) -> None:
-    def written(values: NDArray[Any], name: str = "a.nrrd", **header: Any) -> bytes:
+    def written(values: NDArray[Any], header: dict[str, Any] | None = None, name: str = "a.nrrd") -> bytes:
         nrrd.write(str(tmp_path / name), values, header)
         return (tmp_path / name).read_bytes()
 
-    image = np.arange(12, dtype=np.int16).reshape(3, 4)
+    image, raw = np.arange(12, dtype=np.int16).reshape(3, 4), {"encoding": "raw"}
     np.testing.assert_array_equal(read_values(written(image))[0][:, :, 0], image.T)
+    vectors = {"kinds": ["vector", "domain", "domain", "domain"]}
     refused = {
-        "external data": written(VOLUME, "a.nhdr"),
-        "other dimensions": written(np.zeros((3, 4, 4, 4), np.uint8), kinds=["vector", "domain", "domain", "domain"]),
-        "unclear orientation": written(VOLUME, **{"space": "scanner-xyz", "space directions": np.eye(3)}),
-        "unsupported pixels: NRRD of encoding": written(image, encoding="bzip2"),
-        "damaged image": written(VOLUME, encoding="raw")[:-20],
-        "too many pixels": written(image, encoding="raw").replace(b"sizes: 3 4", b"sizes: 99999 99999"),
+        "external data": written(VOLUME, name="a.nhdr"),
+        "other dimensions": written(np.zeros((3, 4, 4, 4), np.uint8), vectors),
+        "unclear orientation": written(VOLUME, {"space": "scanner-xyz", "space directions": np.eye(3)}),
+        "unsupported pixels: NRRD of encoding": written(image, {"encoding": "bzip2"}),
+        "damaged image": written(VOLUME, raw)[:-20],
+        "too many pixels": written(image, raw).replace(b"sizes: 3 4", b"sizes: 99999 99999"),
     }
     for reason, content in refused.items():
         with pytest.raises(ValueError, match=reason):
             read_values(content, Reading(frames="all"))
     # A gzip stream that unpacks to more than the header says is not unpacked further.
-    bomb = written(image, encoding="gzip")
+    bomb = written(image, {"encoding": "gzip"})
     head = bomb[: bomb.index(b"\n\n") + 2]
     np.testing.assert_array_equal(read_values(head + gzip.compress(bytes(10**8)))[0], 0)

@@ -416,7 +416,7 @@ def test_tiff_is_turned_once_whoever_decodes_it(orientation: int) -> None:
 def test_pages_of_few_bits_use_the_range_of_eight() -> None:
     for bits in (1, 4):
         stored = scene(largest=2**bits - 1)[:, :, 0].astype(np.uint8)
-        kind = {"bitspersample": bits} if bits > 1 else {}
+        kind: dict[str, Any] = {"bitspersample": bits} if bits > 1 else {}
         for photometric in ("minisblack", "miniswhite"):
             file = io.BytesIO()
             with tifffile.TiffWriter(file) as writer:
@@ -537,3 +537,12 @@ def test_ome_with_missing_pages_is_refused() -> None:
     content = tiff_pages(scene(2).transpose(2, 0, 1), ome=True, photometric="minisblack", metadata={"axes": "CYX"})
     with pytest.raises(ValueError, match="damaged image"):
         read_values(content.replace(b'SizeC="2"', b'SizeC="9"'), Reading(frames="all"))
+
+
+def test_avif_of_more_bits_that_is_to_be_turned_is_refused() -> None:
+    content = bytes(imagecodecs.avif_encode(scene(3, largest=1023), level=100, bitspersample=10))
+    assert inspect(content).format == "AVIF"
+    at = content.index(b"ipco") + 4
+    turned = content[:at] + b"\0\0\0\x09irot\x01" + content[at:]
+    with pytest.raises(ValueError, match="AVIF of more than 8 bits to be turned"):
+        inspect(turned)

@@ -30,7 +30,7 @@ def write_lance(path: Path, columns: dict[str, Any]) -> None:
 
 def write_mds(path: Path, columns: dict[str, Any]) -> None:
     pytest.importorskip("streaming", reason="no extra has mosaicml-streaming, whose pins exclude others: see docs")
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     of_type = {bytes: "bytes", int: "int", str: "str"}
     encodings = {name: of_type[type(values[0])] for name, values in columns.items()}
@@ -161,7 +161,7 @@ def test_blobs_of_lance_are_images(png: Png, tmp_path: Path) -> None:
 
 def test_mds_is_read_by_what_its_encodings_mean(png: Png, prepared: Callable, tmp_path: Path) -> None:
     pytest.importorskip("streaming", reason="no extra has mosaicml-streaming, whose pins exclude others: see docs")
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     pictures = [Image.open(io.BytesIO(png(n))).convert("RGB") for n in range(3)]
     columns = {"png": "png", "pil": "pil", "array": "ndarray", "palette": "pil", "code": "pkl", "label": "uint8"}
