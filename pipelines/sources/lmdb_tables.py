@@ -81,7 +81,8 @@ class ImagesByKey:
         self._rows: list[int] | None = None
         self._places: list[tuple[str, str, bool]] = []
         # What all keys agree on decides the columns, and whether folders are labels.
-        folders = [by_folder(_shown(bytes(key))) for key in transaction.cursor().iternext(values=False)]
+        keys = map(_shown, map(bytes, transaction.cursor().iternext(values=False)))
+        folders = [by_folder(key) for key in keys if not _is_about_others(key)]
         fields = [pa.field(_IMAGE, pa.binary())]
         if any(label for _, label, _ in folders):
             # An image in no folder, or in several, makes it unclear which one is the class.
@@ -105,7 +106,7 @@ class ImagesByKey:
     def _pass_over(self, key: str, head: bytes) -> None:
         is_pickled = head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")
         reason = "pickled values, which are never unpickled" if is_pickled else "values that are no images"
-        self.passed_over.add(reason, f"{self._uri}/{key}", beside=key.startswith("__") or "num" in key)
+        self.passed_over.add(reason, f"{self._uri}/{key}", beside=_is_about_others(key))
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         found = {"split": [split for split, _, _ in self._places]}
@@ -148,6 +149,11 @@ def _text(value: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     return text if len(value) <= _MAX_LABEL_BYTES and text.strip().isprintable() else None
+
+
+def _is_about_others(key: str) -> bool:
+    """Return whether a key has the name of a number of samples, or of a list of keys: `__len__`, `num-samples`."""
+    return key.startswith("__") or key in ("num-samples", "num_samples", "length", "keys")
 
 
 def _shown(key: bytes) -> str:

@@ -76,6 +76,16 @@ def _inspect(tags: Any, max_pixels: int) -> ImageHeader:
 
 
 def read(content: bytes, frame: int, reading: Reading) -> tuple[ValueArray, NDArray[np.bool_] | None]:
+    try:
+        return _read(content, frame)
+    except ValueError:
+        raise
+    except Exception as error:
+        # Tags are parsed when they are asked for, and damaged ones raise anything.
+        raise ValueError(f"damaged image: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
+
+
+def _read(content: bytes, frame: int) -> tuple[ValueArray, NDArray[np.bool_] | None]:
     from pydicom.pixels import apply_modality_lut, pixel_array
 
     tags = _tags(content)

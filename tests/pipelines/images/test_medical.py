@@ -141,6 +141,13 @@ def test_dicom_whose_bits_lie_elsewhere_is_refused() -> None:
             inspect(edited(content, **tags))
 
 
+def test_a_damaged_tag_that_only_reading_asks_for_is_damage() -> None:
+    content = dicom(FILM, bits=12, PixelPaddingValue=3)
+    at = content.index(b"\x28\x00\x20\x01US") + 4
+    with pytest.raises(ValueError, match="damaged"):
+        read_values(content[:at] + b"U\0" + content[at + 2 :])
+
+
 def test_two_orientations_of_a_volume_that_differ_are_said() -> None:
     image, turned = nibabel.Nifti1Image(VOLUME, np.eye(4)), np.diag([-1.0, 1, 1, 1])
     image.header.set_qform(turned, code=1)
