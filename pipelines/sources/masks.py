@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from mae_core.errors import UserError
 from pipelines.storage import Storage, stays_inside
@@ -39,33 +40,39 @@ def stem_of(path: str) -> str:
 class Twins:
     """Pairs such as x.jpg and x.png: a photograph and its mask, or one picture in two formats.
 
-    The first images without loss are looked up, which cost a request each in a store.
+    The JPEGs of the first images without loss are looked up, all at the end and side by side: a store takes a request
+    for each.
     """
 
     _JPEG = (".jpg", ".jpeg", ".JPG", ".JPEG")
     _LOSSLESS = (".png", ".gif", ".bmp", ".tif", ".tiff", ".npy")
     _MAX_LOOKUPS = 64
+    _THREADS = 16
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._num_looked, self._pairs = 0, list[tuple[str, str]]()
+        self._lossless: list[str] = []
 
     def note(self, path: str) -> None:
-        """Look for a JPEG with the name of an image without loss."""
-        if self._num_looked < self._MAX_LOOKUPS and path.lower().endswith(self._LOSSLESS) and stays_inside(path):
-            self._num_looked += 1
-            jpeg = next((name for end in self._JPEG if self._storage.exists(name := stem_of(path) + end)), "")
-            self._pairs += [(jpeg, path)] if jpeg else []
+        """Remember an image without loss, unless enough are known."""
+        if len(self._lossless) < self._MAX_LOOKUPS and path.lower().endswith(self._LOSSLESS) and stays_inside(path):
+            self._lossless.append(path)
 
     def refuse(self) -> None:
-        """Raise UserError if at least half of the images without loss are one of a pair."""
-        if self._pairs and 2 * len(self._pairs) >= self._num_looked:
-            jpeg, other = self._pairs[0]
+        """Raise UserError if at least half of the images without loss have a JPEG of the same name."""
+        with ThreadPoolExecutor(self._THREADS) as pool:
+            jpegs = pool.map(self._jpeg_of, self._lossless)
+            pairs = [(jpeg, path) for jpeg, path in zip(jpegs, self._lossless) if jpeg]
+        if pairs and 2 * len(pairs) >= len(self._lossless):
+            jpeg, other = pairs[0]
             end = other[other.rindex(".") :]
             raise UserError(
                 f"{self._storage.uri} has pairs such as {jpeg} and {other}, of which one may be the mask of the other; "
                 f"take one of each by --image-member {jpeg[jpeg.rindex('.') :]} or {end}, or all by --image-member any"
             )
+
+    def _jpeg_of(self, path: str) -> str:
+        return next((name for end in self._JPEG if self._storage.exists(name := stem_of(path) + end)), "")
 
 
 class MaskFolders:

@@ -18,6 +18,7 @@ from mae_core.state import unpack
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import read_points
 from tests.digest import tensors_digest
+from tests.new_mlflow import new_mlflow
 from tests.waiting import KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class Place:
         """Make a place whose commands import this code and have a Ray and an MLflow of their own."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         ours = {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+            "MLFLOW_TRACKING_URI": new_mlflow(folder),
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
         }

@@ -53,6 +53,7 @@ def losses_and_gradients(mae: MaskedAutoencoder, loss: torch.Tensor) -> tuple[to
     return loss.detach(), {n: p.grad for n, p in mae.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(config=configs(), seed=st.integers(0, 99))
 def test_loss_and_every_gradient_equal_the_plain_computation(config, seed):

@@ -69,6 +69,7 @@ def test_a_png_of_the_same_size_every_time(tmp_path):
             assert image.size == (1080, 1080)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_no_text_covers_another_or_a_marker(data, tmp_path_factory):

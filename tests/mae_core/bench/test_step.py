@@ -43,6 +43,7 @@ def test_measure_yields_consistent_values_per_model_and_a_table():
         assert "vit_pico_patch" in table(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -128,6 +129,7 @@ def test_the_bench_module_runs_without_the_pipeline_extra():
     assert json.loads(done.stdout)["ratio_vs_plain"] > 0
 
 
+@pytest.mark.slow
 def test_the_bench_module_prints_a_line_of_json_or_a_table(capsys):
     assert main([*SIZES.split(), "--rounds", "6", "--against", "plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["setting"]["against"] == ["plain"]

@@ -70,6 +70,7 @@ def study(tiles: tuple[str, Manifest], tmp_path: Path) -> Callable[..., RecipesC
     return make
 
 
+@pytest.mark.slow
 def test_every_recipe_is_probed_at_every_share_and_seed_and_never_twice(study, monkeypatch) -> None:
     first = recipes.run(study())
     assert [(r["share"], r["seed"]) for r in first["objects"]] == [(0.0, 0), (0.0, 0), (1.0, 0), (1.0, 0)]

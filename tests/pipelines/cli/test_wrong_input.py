@@ -20,6 +20,7 @@ from pipelines import cli, prepare
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import read_manifest, write_manifest
 from pipelines.storage import open_storage
+from tests.new_mlflow import new_mlflow
 
 NOBODY = 65534
 SMALL = ["--model.arch", "vit_pico_patch7", "--model.image-px", "28", "28", "--model.channels", "1"]
@@ -28,7 +29,7 @@ SMALL = ["--model.arch", "vit_pico_patch7", "--model.image-px", "28", "28", "--m
 @pytest.fixture(scope="module")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One database for all tests: making its schema costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    return new_mlflow(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture

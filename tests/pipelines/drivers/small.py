@@ -9,6 +9,7 @@ import pytest
 
 from mae_core.config import ModelConfig, OptimConfig
 from pipelines.config import CheckpointConfig, DataConfig, PretrainConfig
+from tests.new_mlflow import new_mlflow
 
 ARCH = "vit_pico_patch7"
 MODEL = ModelConfig(arch=ARCH, image_px=(28, 28), channels=1, decoder_depth=1, decoder_width=32, decoder_heads=2)
@@ -31,7 +32,7 @@ def pretraining(folder: Path, dataset: str, name: str, **changes: Any) -> Pretra
 def working_in(folder: Path) -> Iterator[None]:
     """Make the folder the working directory, with an MLflow of its own; ranks report to Ray Train often."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.setenv("MLFLOW_TRACKING_URI", new_mlflow(folder))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.chdir(folder)
         yield

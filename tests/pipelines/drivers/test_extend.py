@@ -27,6 +27,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Extended, PretrainJob, index_dataset, segments, train_plan
 from pipelines.runs.listing import list_runs, table
 from tests.finished import finished_run
+from tests.new_mlflow import new_mlflow
 
 TINY = ModelConfig(
     arch="vit_pico_patch4", image_px=(8, 8), channels=3, decoder_depth=1, decoder_width=32, decoder_heads=2
@@ -50,7 +51,7 @@ def tiny(tmp_path: Path, uri: str, **changes: Any) -> PretrainConfig:
 @pytest.fixture(scope="module")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One database for all tests: making its schema costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    return new_mlflow(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture

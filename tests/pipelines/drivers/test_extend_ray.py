@@ -19,6 +19,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.listing import list_runs
 from pipelines.runs.metrics import read_points
 from tests.digest import tensors_digest
+from tests.new_mlflow import new_mlflow
 from tests.pipelines.drivers.small import pretraining, working_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -135,7 +136,7 @@ def test_another_registry_gets_licence_and_origin_from_the_run_folder(
     from pipelines.drivers.register import register
     from pipelines.registry import open_tracking
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     version = open_tracking("mae").resolve(register("runs/longer", RegisterConfig())["model"])
     assert (version.tags["mae.licence"], version.tags["mae.origin"]) == ("CC-BY-NC-4.0", "https://example.org")
     assert "mae.parent" not in version.tags, "the version that it came from is not in this registry"

@@ -18,6 +18,7 @@ from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PrepareC
 from pipelines.dataset.manifest import read_manifest
 from pipelines.images.decode import decode
 from pipelines.storage import open_storage
+from tests.new_mlflow import new_mlflow
 from tests.pipelines.sources.packing import structs, table
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray4")]
@@ -50,7 +51,7 @@ def config(folder: Path, **changes: Any) -> ClassifyConfig:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -18,6 +18,7 @@ from pipelines.config import (
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage
 from tests.digest import tensors_digest
+from tests.new_mlflow import new_mlflow
 from tests.pipelines.drivers.small import MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
@@ -52,7 +53,7 @@ def test_pretraining_from_a_bucket_equals_pretraining_from_a_folder(
     from pipelines.prepare import prepare
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     bucket = f"{s3}/{tmp_path.name}"
     shutil.copytree(few / "train", tmp_path / "images")
     with ray_session(ComputeConfig()):

@@ -15,6 +15,7 @@ from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimC
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.runs.folder import RunFolder
+from tests.new_mlflow import new_mlflow
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -85,7 +86,7 @@ def drive_watched(uri: str, manifest: Manifest, folder: Path) -> None:
 
     watch = watching(folder)
     watch()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ["MLFLOW_TRACKING_URI"] = new_mlflow(folder)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     # The path of a socket may have 107 bytes, and pytest's folders would make it longer.
     with tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:

@@ -24,6 +24,7 @@ from pipelines.evaluation.evaluate import check_classes, evaluate
 from pipelines.evaluation.predictions import read_predictions
 from pipelines.registry import open_tracking, register_classifier
 from pipelines.storage import open_storage
+from tests.new_mlflow import new_mlflow
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -171,10 +172,11 @@ def test_wrong_input_is_refused(
         evaluate(dataclasses.replace(config, **changes), str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_registered_classifier_gets_a_run_with_its_version_metrics_and_pictures(
     config: EvaluateConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     tracking = open_tracking("mae")
     trained = tracking.run("tuned", "finetune", {})
     files: dict[str, bytes | Path] = {path.name: path for path in model.iterdir()}

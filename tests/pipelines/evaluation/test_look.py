@@ -12,6 +12,7 @@ from mae_core.errors import UserError
 from pipelines.config import LookConfig
 from pipelines.evaluation.look import look, principal_colors
 from pipelines.registry import open_tracking
+from tests.new_mlflow import new_mlflow
 
 
 @pytest.fixture
@@ -65,11 +66,12 @@ def test_the_first_colour_is_the_direction_of_most_variance() -> None:
     assert (np.diff(red) >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 def test_pictures_are_logged_if_asked_for(
     backbone: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     result = look(str(images), str(tmp_path / "out"), LookConfig(model=str(backbone), num_images=1, log=True))
     client = open_tracking("mae").client
     assert client.get_run(result["run_id"]).data.tags["mae.kind"] == "look"

@@ -1,8 +1,10 @@
 """A store that is overloaded, cuts bodies short or goes away changes nothing, or ends in one sentence."""
 
 import contextlib
+import dataclasses
 import hashlib
 import random
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,8 @@ from pipelines.storage.retries import retry_limit
 from tests.waiting import COMMAND_DEADLINE_S, EVENT_DEADLINE_S, join, let_pass
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
-CONFIG = PrepareConfig(rows_per_shard=50, rows_per_group=16)
+CONFIG = PrepareConfig(rows_per_shard=20, rows_per_group=8)
+NUM_IMAGES = 90
 
 
 def files_of(uri: str) -> dict[str, str]:
@@ -47,17 +50,29 @@ def num_rows_read(uri: str, manifest: Manifest) -> int:
     return count
 
 
+@pytest.fixture(scope="module")
+def fewer(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 images of `few`, since each costs requests that the proxy delays or repeats."""
+    folder = tmp_path_factory.mktemp("fewer")
+    for split, count in {"train": 24, "test": 6}.items():
+        for source in (few / split).iterdir():
+            (folder / split / source.name).mkdir(parents=True)
+            for path in sorted(source.iterdir())[:count]:
+                shutil.copy(path, folder / split / source.name)
+    return folder
+
+
 @pytest.fixture
-def local(few: Path, tmp_path: Path, without_ray: None) -> tuple[Manifest, dict[str, str]]:
+def local(fewer: Path, tmp_path: Path, without_ray: None) -> tuple[Manifest, dict[str, str]]:
     """Return the result of an undisturbed preparation into a folder."""
-    return prepare(str(few), str(tmp_path / "local"), CONFIG), files_of(str(tmp_path / "local"))
+    return prepare(str(fewer), str(tmp_path / "local"), CONFIG), files_of(str(tmp_path / "local"))
 
 
 def test_spoiled_answers_change_no_byte_and_are_asked_for_again_a_few_times(
-    few: Path, tmp_path: Path, local: Any, proxy: Any, own_s3: Any
+    fewer: Path, tmp_path: Path, local: Any, proxy: Any, own_s3: Any
 ) -> None:
     root = f"{own_s3.uri}/{tmp_path.name}"
-    source = uploaded(few, f"{root}/source")
+    source = uploaded(fewer, f"{root}/source")
     proxy.reset(0.0, "503")
     assert prepare(source, f"{root}/calm", CONFIG) == local[0]
     calm = proxy.num_requests
@@ -67,7 +82,7 @@ def test_spoiled_answers_change_no_byte_and_are_asked_for_again_a_few_times(
         manifest = prepare(source, out, CONFIG)
         assert proxy.num_spoiled > 10
         assert proxy.num_requests < 3 * calm
-        assert num_rows_read(out, manifest) == 300
+        assert num_rows_read(out, manifest) == NUM_IMAGES
         proxy.reset(0.0, "503")
         assert files_of(out) == local[1]
 
@@ -99,10 +114,10 @@ def test_large_parts_come_whole_however_answers_are_spoiled(
 
 
 def test_a_server_that_is_killed_and_started_again_changes_no_byte(
-    few: Path, tmp_path: Path, local: Any, proxy: Any, own_s3: Any
+    fewer: Path, tmp_path: Path, local: Any, proxy: Any, own_s3: Any
 ) -> None:
     root = f"{own_s3.uri}/{tmp_path.name}"
-    source = uploaded(few, f"{root}/source")
+    source = uploaded(fewer, f"{root}/source")
     proxy.reset(0.0, "503")
 
     def restart() -> None:
@@ -113,7 +128,7 @@ def test_a_server_that_is_killed_and_started_again_changes_no_byte(
     restarts: list[threading.Thread] = []
 
     def at(number: int) -> None:
-        if number == 200:
+        if number == 60:
             restarts.append(threading.Thread(target=restart))
             restarts[0].start()
 
@@ -142,7 +157,7 @@ def test_a_store_that_stays_away_ends_in_one_sentence(own_s3: Any, proxy: Any) -
 
 
 def test_only_one_of_two_preparations_of_different_things_gets_a_place(
-    few: Path, tmp_path: Path, proxy: Any, own_s3: Any, without_ray: None
+    fewer: Path, tmp_path: Path, proxy: Any, own_s3: Any, without_ray: None
 ) -> None:
     out = f"{own_s3.uri}/{tmp_path.name}/out"
     outcomes: list[Any] = []
@@ -151,7 +166,7 @@ def test_only_one_of_two_preparations_of_different_things_gets_a_place(
     def attempt(seed: int) -> None:
         barrier.wait(EVENT_DEADLINE_S)
         with contextlib.suppress(ValueError):
-            outcomes.append(prepare(str(few), out, PrepareConfig(rows_per_shard=50, rows_per_group=16, seed=seed)))
+            outcomes.append(prepare(str(fewer), out, dataclasses.replace(CONFIG, seed=seed)))
 
     threads = [threading.Thread(target=attempt, args=(seed,)) for seed in range(2)]
     for thread in threads:
@@ -159,4 +174,4 @@ def test_only_one_of_two_preparations_of_different_things_gets_a_place(
     for thread in threads:
         join(thread)
     (winner,) = outcomes
-    assert num_rows_read(out, winner) == 300
+    assert num_rows_read(out, winner) == NUM_IMAGES

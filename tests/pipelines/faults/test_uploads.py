@@ -144,7 +144,8 @@ def test_uploads_that_stay_refused_end_the_run_with_the_reason_and_the_checkpoin
     run = refused(patience_s=2.0)
     run.go(2 * SAVE_EVERY)
     (tmp_path / "go").write_text("1000")
-    join(run.process)
+    # Metrics that wait for the store at the end have a patience of their own, 120 s.
+    join(run.process, JOB_DEADLINE_S)
     assert run.process.exitcode == 1
     proxy.reset(0.0, "503")
     said = (tmp_path / "error").read_text()

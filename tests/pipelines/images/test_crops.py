@@ -102,6 +102,7 @@ print(zlib.crc32(out.tobytes()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [{}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}])
 def test_every_machine_gives_the_same_bytes(machine: dict[str, str]) -> None:
     command = [sys.executable, "-c", CROP]

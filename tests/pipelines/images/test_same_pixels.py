@@ -88,6 +88,7 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 16])
 def test_every_format_gives_one_input_everywhere(packaged: Path, tmp_path: Path, bits: int) -> None:
     files, values = (eight_bits(), None) if bits == 8 else (sixteen_bits(), RANGE)

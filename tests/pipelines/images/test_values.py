@@ -268,6 +268,7 @@ def test_stored_values_from_elsewhere_cannot_claim_much_memory() -> None:
         input_view(bytes(content), 1, (32, 32), own)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_an_image_and_nothing_else(data: st.DataObject) -> None:

@@ -47,7 +47,7 @@ PIXELS = {"mean": [0.3], "std": [0.35]}
 @pytest.fixture(scope="session")
 def sqlite_uri(tmp_path_factory) -> str:
     """One database for all tests: making its schema costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    return new_mlflow(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
@@ -457,6 +457,7 @@ class TestModels:
 
 SERVE = """
 import io, sys, numpy as np, pandas as pd, mlflow
+from tests.new_mlflow import new_mlflow
 model = mlflow.pyfunc.load_model(sys.argv[1])
 images = [open(path, "rb").read() for path in sys.argv[2:]]
 table = model.predict(pd.DataFrame({"image": images}))

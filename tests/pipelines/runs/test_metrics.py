@@ -108,6 +108,7 @@ def test_adding_does_not_wait_for_the_storage(storage, monkeypatch):
     spool.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_each_step_arrives_once_and_in_order_through_any_restarts(data, tmp_path_factory):

@@ -36,6 +36,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return bytes(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_however_it_is_damaged_it_is_named_or_counts_reconcile(
     compression: str, png: Png, prepared: Callable, tmp_path: Path

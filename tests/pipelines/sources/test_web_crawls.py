@@ -39,6 +39,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("mae ")]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_works(
     png: Png, tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ from pipelines.storage import open_storage
 from pipelines.weights.exporting import export_model
 from pipelines.weights.importing import import_weights
 from pipelines.worker.export import backbone_files, classifier_files
+from tests.new_mlflow import new_mlflow
 from tests.pipelines.weights.checks import (
     assert_equal_to_rounding,
     assert_identical,
@@ -56,7 +57,7 @@ CLASSES = ("cat", "dog", "cow")
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     return tmp_path
 
 

@@ -31,6 +31,7 @@ from pipelines.storage import open_storage
 from pipelines.weights.exporting import export_model
 from pipelines.weights.importing import import_weights
 from tests.mae_core.formats import pico
+from tests.new_mlflow import new_mlflow
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -43,7 +44,7 @@ LICENCE = {"licence": "CC-BY-NC-4.0", "origin": "https://example.org/mae"}
 @pytest.fixture(scope="module")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One database for all tests: making its schema costs seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    return new_mlflow(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from pipelines.config import (
     PretrainConfig,
 )
 from pipelines.registry import open_tracking
+from tests.new_mlflow import new_mlflow
 from tests.pipelines.weights.checks import assert_identical, check_encoder, exported, run_line
 
 pytestmark = [
@@ -54,7 +55,7 @@ def test_a_reference_checkpoint_is_pretrained_further_evaluated_and_exported_to_
     from pipelines.weights.importing import import_weights
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_mlflow(tmp_path))
     prepare(str(sixteen_and_four(few, tmp_path / "images")), str(tmp_path / "data"), PrepareConfig())
     data = DataConfig(uri=str(tmp_path / "data"), batch=BATCH, micro_batch=BATCH)
     official = build_mae(ModelConfig(), seed=0)

@@ -106,6 +106,7 @@ def run_on(job: PretrainJob, dataset: IndexedDataset) -> dict[str, str]:
     return {name: tensors_digest(unpack(content)) for name, content in last.files.items()}
 
 
+@pytest.mark.slow
 def test_an_extension_at_a_constant_rate_equals_one_longer_run(tiles: tuple[str, Manifest], tmp_path: Path) -> None:
     """Two epochs, and two more of which one decays, are four of which one decays: every weight and every moment."""
     uri, manifest = tiles
