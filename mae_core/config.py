@@ -75,12 +75,21 @@ class MaskConfig:
     """random: uniformly; block: rectangles, as in BEiT; grid: one patch in every k x k cell stays visible."""
     ratio: float = 0.75
     """Share of patches that are hidden, above 0 and below 1. A grid needs 1 - 1/k^2: 0.75 for cells of 2 x 2."""
+    cell: int = field(default=1, metadata=ADDED)
+    """Side in patches of the aligned squares that a random mask hides or shows as a whole; 1 in MAE. Larger ones make
+    hidden patches harder to copy from neighbours (Pixio, arXiv 2512.15715)."""
 
     def __post_init__(self) -> None:
+        if self.cell < 1 or (self.cell > 1 and self.kind != "random"):
+            raise UserError(f"mask cell {self.cell} of kind {self.kind} must be 1, or more with kind random; try 1")
         if not 0 < self.ratio < 1:
             raise UserError(f"mask ratio {self.ratio} is outside (0, 1); try 0.75")
         if self.kind == "grid":
             self.grid_cell()
+
+    def num_visible(self, num_patches: int) -> int:
+        """Count the visible patches of a random or block mask: whole cells, truncated as `num_visible` does."""
+        return num_visible(num_patches // self.cell**2, self.ratio) * self.cell**2
 
     def grid_cell(self) -> int:
         """Compute the side of a grid mask's cell in patches. Raises UserError if no grid has this ratio."""
@@ -122,6 +131,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         grid = self.grid
         num_patches = grid[0] * grid[1]
+        side = self.mask.cell
+        if grid[0] % side or grid[1] % side:
+            fitting = [n for n in range(1, side) if grid[0] % n == 0 and grid[1] % n == 0]
+            raise UserError(
+                f"a mask cell of {side} x {side} patches does not divide {grid[0]} x {grid[1]} patches; "
+                f"try --model.mask.cell {max(fitting)}"
+            )
         if self.mask.kind != "grid" and self.num_visible < 1:
             raise UserError(
                 f"mask ratio {self.mask.ratio} leaves none of {num_patches} patches visible; "
@@ -176,7 +192,7 @@ class ModelConfig:
         """Patches that stay visible under the mask."""
         if self.mask.kind == "grid":
             return self.num_patches // self.mask.grid_cell() ** 2
-        return num_visible(self.num_patches, self.mask.ratio)
+        return self.mask.num_visible(self.num_patches)
 
     @property
     def num_predicted(self) -> int:
@@ -188,8 +204,9 @@ class ModelConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule (Tables 8 to 10)."""
 
-    name: Literal["adamw", "lars"] = "adamw"
-    """adamw for transformers, lars for linear probes."""
+    name: Literal["adamw", "lars", "muon"] = "adamw"
+    """adamw for transformers, lars for linear probes; muon: orthogonalized momentum for the matrices of all blocks, at
+    AdamW's rates, and AdamW for everything else."""
     base_lr: float = 1.5e-4
     """Learning rate for a batch of 256; the rate used is base_lr x batch / 256."""
     min_lr: float = 0.0
@@ -207,7 +224,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two decay rates."""
     momentum: float = 0.9
-    """Momentum of LARS."""
+    """Momentum of LARS and Muon."""
     layer_decay: float = 1.0
     """Ratio of a block's learning rate to that of the block above it; 1 treats all alike."""
     clip_norm: float | None = None

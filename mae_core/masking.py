@@ -1,6 +1,7 @@
 """Masks: patches hidden uniformly at random, in blocks, or on a grid (section 3, Figure 6)."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Literal
@@ -9,7 +10,8 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from mae_core.config import MaskConfig, ModelConfig, Size, num_visible
+from mae_core.config import MaskConfig, ModelConfig, Size
+from mae_core.errors import UserError
 from mae_core.random_tensors import hash64, uniform
 from mae_core.randomness import Purpose
 
@@ -64,9 +66,11 @@ def sample_masks(
     if config.kind == "grid":
         noise, visible = _grid_noise(config.grid_cell(), grid, sample_ids)
     else:
-        visible = num_visible(grid[0] * grid[1], config.ratio)
-        noise_of = _block_noise if config.kind == "block" else _random_noise
-        noise = noise_of(grid, visible, seed, epoch, sample_ids, view)
+        visible = config.num_visible(grid[0] * grid[1])
+        if config.kind == "block":
+            noise = _block_noise(grid, visible, seed, epoch, sample_ids, view)
+        else:
+            noise = _cell_noise(grid, config.cell, seed, epoch, sample_ids, view)
     return mask_from_noise(noise, visible)
 
 
@@ -81,17 +85,46 @@ def random_masks(
     return sample_masks(MaskConfig(kind=kind, ratio=ratio), grid, seed=seed, epoch=0, sample_ids=torch.arange(num))
 
 
+def chosen_mask(visible: Sequence[int], num_patches: int, num: int) -> Mask:
+    """Return a mask, the same for `num` images, that leaves these patches visible, counted row by row from 0.
+
+    Raises UserError if there is no such patch, or if none stays visible or hidden.
+    """
+    wrong = [i for i in visible if not 0 <= i < num_patches]
+    if wrong or not 0 < len(set(visible)) < num_patches:
+        found = f"patch {wrong[0]} does not exist" if wrong else f"{len(set(visible))} patches are visible"
+        raise UserError(
+            f"{found}, but the model has patches 0 to {num_patches - 1}, of which some must be visible and some hidden"
+        )
+    noise = torch.ones(1, num_patches, dtype=torch.int64)
+    noise[0, list(visible)] = 0
+    return mask_from_noise(noise.expand(num, -1), len(set(visible)))
+
+
 def training_masks(
-    config: ModelConfig, *, seed: int, epoch: int, sample_ids: Int64[Tensor, "batch"], masks_per_image: int = 1
+    config: ModelConfig,
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Int64[Tensor, "batch"],
+    masks_per_image: int = 1,
+    complementary: bool = False,
 ) -> Mask:
     """Draw the masks of one training step and choose the patches to predict.
 
     Row `view * batch + i` is the mask of sample i. Masks of different views of a sample are independent, as those of
-    different epochs are.
+    different epochs are. With `complementary` no two views of a sample see the same patch, and together they see all;
+    the first is the one that it would be without.
     """
+    if complementary:
+        masks = _complementary_masks(config, seed, epoch, sample_ids, masks_per_image)
+    else:
+        masks = [
+            sample_masks(config.mask, config.grid, seed=seed, epoch=epoch, sample_ids=sample_ids, view=view)
+            for view in range(masks_per_image)
+        ]
     views = []
-    for view in range(masks_per_image):
-        mask = sample_masks(config.mask, config.grid, seed=seed, epoch=epoch, sample_ids=sample_ids, view=view)
+    for view, mask in enumerate(masks):
         if config.predicted_share < 1:
             noise = hash64(seed, Purpose.PREDICT, epoch, sample_ids[:, None], view, mask.hidden_ids)
             mask = choose_predicted(mask, noise, config.num_predicted)
@@ -102,6 +135,20 @@ def training_masks(
     return dataclasses.replace(views[0], visible_ids=visible_ids, hidden_ids=hidden_ids)
 
 
+def _complementary_masks(config: ModelConfig, seed: int, epoch: int, sample_ids: Tensor, num: int) -> list[Mask]:
+    """Split the patches of each sample, in random order, into as many visible sets as there are masks."""
+    visible, patches = config.num_visible, config.num_patches
+    assert num * visible == patches, "the config checks that the visible sets are all patches"
+    noise = _cell_noise(config.grid, config.mask.cell, seed, epoch, sample_ids, view=0)
+    order = noise.argsort(dim=1, stable=True)
+    masks = []
+    for first in range(0, patches, visible):
+        last = first + visible
+        hidden = torch.cat([order[:, :first], order[:, last:]], dim=1)
+        masks.append(Mask(order[:, first:last].sort(dim=1).values, hidden.sort(dim=1).values))
+    return masks
+
+
 def choose_predicted(mask: Mask, noise: Shaped[Tensor, "batch hidden"], num_predicted: int) -> Mask:
     """Predict only the `num_predicted` hidden patches with the most noise."""
     first = mask.hidden_ids.shape[1] - num_predicted
@@ -110,9 +157,16 @@ def choose_predicted(mask: Mask, noise: Shaped[Tensor, "batch hidden"], num_pred
     return dataclasses.replace(mask, hidden_ids=torch.cat(parts, dim=1), predicted_from=first)
 
 
-def _random_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:
-    positions = torch.arange(grid[0] * grid[1], device=sample_ids.device)
-    return hash64(seed, Purpose.MASK, epoch, sample_ids[:, None], view, positions)
+def _cell_noise(grid: Size, cell: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:
+    """Draw noise for each square of cell x cell patches, the same for all of them; the rank of a cell is unique."""
+    rows, columns = grid[0] // cell, grid[1] // cell
+    positions = torch.arange(rows * columns, device=sample_ids.device)
+    noise = hash64(seed, Purpose.MASK, epoch, sample_ids[:, None], view, positions)
+    if cell == 1:
+        return noise
+    # Ranks differ even where noise does not, so that no cell is cut by a tie.
+    rank = noise.argsort(dim=1, stable=True).argsort(dim=1).unflatten(1, (rows, columns))
+    return rank.repeat_interleave(cell, 1).repeat_interleave(cell, 2).flatten(1)
 
 
 def _block_noise(grid: Size, visible: int, seed: int, epoch: int, sample_ids: Tensor, view: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Optimizers of the paper's recipes: AdamW with layer-wise learning-rate decay, and LARS for linear probes."""
+"""Optimizers: AdamW with layer-wise learning-rate decay and LARS, of the paper's recipes, and Muon."""
 
 import re
 from collections.abc import Callable
 from typing import Any
 
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -13,6 +14,7 @@ from mae_core.errors import UserError
 
 _TOKENS = ("cls_token", "mask_token", "pos_embed", "reg_token")
 _FIRST = re.compile(r"(cls_token|pos_embed|patch_embed\..*)")
+_IN_BLOCK = re.compile(r"\bblocks\.\d+\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\..*")
 _LAST = re.compile(r"(norm|fc_norm|head)\..*")
 
@@ -24,6 +26,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: float) -> Optimiz
         group["lr"] = lr * group["lr_scale"]
     if config.name == "lars":
         return LARS(groups, lr=lr, momentum=config.momentum)
+    if config.name == "muon":
+        return Muon(_split(groups, model), lr=lr, momentum=config.momentum, betas=config.betas)
     return AdamW(groups, lr=lr, betas=config.betas, fused=True)
 
 
@@ -63,6 +67,37 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> Callable[[str], float
         return layer_decay ** (top - layer)
 
     return scale_of
+
+
+def _split(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Split each group into matrices of blocks, which Muon updates, and everything else, which AdamW updates."""
+    matrices = {p for name, p in model.named_parameters() if p.ndim == 2 and _IN_BLOCK.search(name)}
+    found = []
+    for group in groups:
+        for use_fallback in (False, True):
+            chosen = [parameter for parameter in group["params"] if (parameter not in matrices) == use_fallback]
+            if chosen:
+                found.append({**group, "params": chosen, "use_fallback": use_fallback})
+    return found
+
+
+class Muon(timm.optim.Muon):
+    """timm's Muon (Jordan et al. 2024), with updates scaled to the size of AdamW's (Liu et al. 2025).
+
+    An update is skipped if `found_inf` is 1, as by torch's fused optimizers, at the price of a synchronization a step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() > 0:
+            return
+        super().step()
+        for state in self.state.values():
+            # It follows from the group. Only tensors are saved.
+            state.pop("use_muon", None)
 
 
 class LARS(Optimizer):

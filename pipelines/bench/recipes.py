@@ -134,6 +134,7 @@ def _backward(job: PretrainJob, mae: MaskedAutoencoder, batch: MicroBatch, epoch
         epoch=epoch,
         sample_ids=batch.ids,
         masks_per_image=config.views_per_image,
+        complementary=config.complementary_masks,
     )
     loss = pretrain_loss(mae, pixels_to_input(batch.images, job.pixels), mask, batch.weights) / planned
     loss.backward()

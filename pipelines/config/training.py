@@ -56,6 +56,11 @@ class PretrainConfig:
     where they fit. `mae pretrain` accepts --model as another name. If empty, the weights are random."""
     masks_per_image: int = 1
     """Masks per crop of a decoded image, all used in the same step. Batch and epochs still count masked images."""
+    complementary_masks: bool = field(default=False, metadata=ADDED)
+    """Let the masks of a crop see different patches, and all of them together: masks_per_image x visible patches must
+    be all patches, as with 4 masks of 75 %. Otherwise masks are independent."""
+    ema_decay: float | None = field(default=None, metadata=ADDED)
+    """Export an exponential moving average of the weights with this decay per step; without a value the weights."""
     crops_per_image: int = 1
     """Crops per decoded image, each with its own masks, all used in the same step; counted in the same way."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -95,11 +100,32 @@ class PretrainConfig:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; try 4, or 1 for the paper's")
         if self.crops_per_image > 1 and self.augment.crop == "none":
             raise UserError("crops_per_image needs a random crop; try --augment.crop random_resized, or 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999, or leave it out for none")
+        self._check_complementary()
         views = self.views_per_image
         by = "masks_per_image" if self.crops_per_image == 1 else "masks_per_image x crops_per_image"
         for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
             if count % views:
                 raise UserError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
+
+    def _check_complementary(self) -> None:
+        if not self.complementary_masks:
+            return
+        model, num = self.model, self.masks_per_image
+        if self.crops_per_image > 1 or model.mask.kind != "random":
+            raise UserError(
+                f"complementary_masks need random masks of one crop, not {model.mask.kind} ones of "
+                f"{self.crops_per_image}; try --crops-per-image 1 --model.mask.kind random"
+            )
+        if num < 2 or num * model.num_visible != model.num_patches:
+            fitting = [n for n in range(2, model.num_patches + 1) if model.num_patches % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - max(num, 2)), default=0)
+            raise UserError(
+                f"{num} complementary masks with {model.num_visible} visible patches each are not all "
+                f"{model.num_patches} patches; try --masks-per-image {nearest} --model.mask.ratio "
+                f"{1 - 1 / max(nearest, 2):.6g}"
+            )
 
     @property
     def views_per_image(self) -> int:
@@ -121,6 +147,7 @@ class PretrainConfig:
             self,
             epochs=self.epochs // views,
             masks_per_image=1,
+            complementary_masks=False,
             crops_per_image=1,
             data=replace(data, batch=data.batch // views, micro_batch=data.micro_batch // views),
             optim=replace(optim, base_lr=optim.base_lr * views, warmup_epochs=optim.warmup_epochs / views),

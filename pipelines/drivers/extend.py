@@ -26,8 +26,8 @@ from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)
 
-_FIXED = ("masks_per_image", "crops_per_image", "optim.name", "data.labels_per_class")
-"""Fields beside those of the model that decide what an epoch is, or to what optimizer the state belongs."""
+_FIXED = ("masks_per_image", "crops_per_image", "ema_decay", "optim.name", "data.labels_per_class")
+"""Fields beside those of the model that decide what an epoch is, or to what the state in a checkpoint belongs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,10 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     values, uri = folder.read_identity(), folder.storage.uri
     assert values is not None, "_checkpoint_named returns only folders of runs"
     checkpoint = folder.checkpoints.load(step)
+    weights = checkpoint.files.get("ema.safetensors", checkpoint.files["model.safetensors"])
     run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
     files: dict[str, bytes | Path] = dict(
-        backbone_files(
-            run_config.model, from_dict(Normalization, values["job"]["pixels"]), checkpoint.files["model.safetensors"]
-        )
+        backbone_files(run_config.model, from_dict(Normalization, values["job"]["pixels"]), weights)
     )
     manifest = read_manifest(open_storage(folder.storage.join("dataset")))
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)

@@ -82,7 +82,7 @@ class TrainState:
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(with_grad, self.clip_norm, norm)
         bad = (~norm.isfinite()).float()
-        # Both optimizers read found_inf on the device, as they do with a GradScaler, and skip the update if it is 1.
+        # The optimizers read found_inf on the device, as they do with a GradScaler, and skip the update if it is 1.
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -61,9 +61,12 @@ def run(
         mae,
         rank.parallel(mae),
         plan.steps_per_epoch,
+        config.ema_decay,
         first_epoch=first_epoch,
         start_lr=job.extended.end_lr if job.extended else 0.0,
     )
+    exported = mae if state.ema is None else state.ema
+    assert isinstance(exported, MaskedAutoencoder)
     loss_of = _loss_of(job, plan.steps_per_epoch, rank)
     gpu = GpuMeter.of(config.model, config.views_per_image, rank)
     in_float = job.pixels.values is not None
@@ -74,7 +77,7 @@ def run(
         warm_up(state, blank.to(rank.device), loss_of)
 
     def save_picture(step: int) -> None:
-        _save_picture(job, dataset, mae, folder, step)
+        _save_picture(job, dataset, exported, folder, step)
 
     evaluations = _evaluations(job, dataset, plan, folder) if rank.is_main and reading.evaluate.every_epochs else None
     with evaluations or nullcontext():
@@ -96,7 +99,7 @@ def run(
             train(state, rank, plan, feed, total, loss_of, recorder.after_step)
         recorder.finish()
         if rank.is_main:
-            for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(mae))).items():
+            for name, content in backbone_files(config.model, job.pixels, pack(model_tensors(exported))).items():
                 folder.storage.write(f"export/{name}", content)
         found = {"evaluation": evaluations.finish()} if evaluations else {}
     return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss"), **found}
@@ -145,6 +148,7 @@ def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
             epoch=epoch,
             sample_ids=batch.ids,
             masks_per_image=config.views_per_image,
+            complementary=config.complementary_masks,
         )
         with rank.autocast():
             return pretrain_loss(model, images, mask, batch.weights, seen)

@@ -197,14 +197,15 @@ class Recorder:
         """Copy the training state for a checkpoint; an evaluation that is due shares the copy."""
         found = self._state.snapshot()
         if evaluations := self._evaluations_due(step):
-            evaluations.put(step, encoder_tensors(found["model"]))
+            evaluations.put(step, encoder_tensors(found.get("ema", found["model"])))
         return found
 
     def _evaluate(self, step: int) -> None:
         """Copy the encoder for an evaluation that is due, unless it shares the copy of a checkpoint."""
         if evaluations := self._evaluations_due(step):
             with self._clock.spent("evaluation"):
-                evaluations.put(step, copied(encoder_tensors(model_tensors(unwrapped(self._state.model)))))
+                model = self._state.ema or unwrapped(self._state.model)
+                evaluations.put(step, copied(encoder_tensors(model_tensors(model))))
 
     def _evaluations_due(self, step: int) -> EvaluationQueue | None:
         is_due = self._due.evaluate(step) and self._evaluations is not None and self._evaluations.wants(step)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_core.config import MaskConfig, ModelConfig
-from mae_core.masking import Mask, mask_from_noise, sample_masks, training_masks
+from mae_core.errors import UserError
+from mae_core.masking import Mask, chosen_mask, mask_from_noise, sample_masks, training_masks
 
 GRID = (14, 14)
 
@@ -61,6 +62,46 @@ def test_patches_with_the_least_noise_stay_visible_and_ties_go_to_the_earlier():
     assert mask.is_hidden().tolist() == [[True, False, True, False, True]]
 
 
+@given(
+    cell=st.sampled_from([1, 2, 3]),
+    ratio=st.floats(0.1, 0.9),
+    rows=st.integers(1, 4),
+    columns=st.integers(2, 4),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_cell_of_patches_is_hidden_or_shown_as_a_whole(cell, ratio, rows, columns, seed):
+    grid = (rows * cell, columns * cell)
+    mask = masks(MaskConfig(ratio=ratio, cell=cell), grid, num=3, seed=seed)
+    assert mask.visible_ids.shape == (3, int(rows * columns * (1 - ratio)) * cell**2)
+    hidden = mask.is_hidden().reshape(3, rows, cell, columns, cell)
+    assert torch.equal(hidden.all(dim=4).all(dim=2), hidden.any(dim=4).any(dim=2))
+    # Cells are drawn as patches of a coarser grid are.
+    coarse = masks(MaskConfig(ratio=ratio), (rows, columns), num=3, seed=seed).is_hidden().reshape(3, rows, columns)
+    assert torch.equal(hidden[:, :, 0, :, 0], coarse)
+
+
+def test_complementary_masks_keep_cells_whole():
+    config = ModelConfig(image_px=(256, 256), mask=MaskConfig(cell=2))
+    mask = training_masks(
+        config, seed=0, epoch=0, sample_ids=torch.arange(3), masks_per_image=4, complementary=True
+    ).is_hidden()
+    cells = mask.reshape(12, 8, 2, 8, 2)
+    assert torch.equal(cells.all(dim=4).all(dim=2), cells.any(dim=4).any(dim=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaskConfig(cell=0), "mask cell 0"),
+        (lambda: MaskConfig(cell=2, kind="block"), "with kind random"),
+        (lambda: ModelConfig(mask=MaskConfig(cell=4)), "does not divide 14 x 14 patches; try --model.mask.cell 2"),
+    ],
+)
+def test_cells_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
 def test_block_masks_are_in_larger_pieces_than_random_ones():
     def edges(kind: Literal["random", "block"]) -> float:
         hidden = masks(MaskConfig(kind=kind, ratio=0.5), num=64).is_hidden().reshape(-1, *GRID)
@@ -94,8 +135,9 @@ def test_predicted_patches_are_hidden_and_chosen_anew_each_epoch(kind):
     assert torch.equal(mask.hidden_ids.sort(dim=1).values, every.hidden_ids)
     assert torch.equal(mask.visible_ids, every.visible_ids)
     assert (mask.predicted_ids.diff(dim=1) > 0).all()
-    for other in ({"seed": 1, "epoch": 0}, {"seed": 0, "epoch": 1}):
-        assert (training_masks(config, sample_ids=ids, **other).predicted_ids != mask.predicted_ids).any(dim=1).all()
+    for seed, epoch in ((1, 0), (0, 1)):
+        other = training_masks(config, seed=seed, epoch=epoch, sample_ids=ids)
+        assert (other.predicted_ids != mask.predicted_ids).any(dim=1).all()
 
 
 def test_every_hidden_patch_is_predicted_equally_often():
@@ -115,6 +157,30 @@ def test_masks_of_further_views_follow_the_first_and_differ():
     assert len(three.hidden_ids.sort(dim=1).values.unique(dim=0)) == 12
 
 
+def test_complementary_masks_see_every_patch_once():
+    config, ids = ModelConfig(), torch.arange(5)
+    masks = training_masks(config, seed=0, epoch=3, sample_ids=ids, masks_per_image=4, complementary=True)
+    visible = masks.visible_ids.unflatten(0, (4, 5))
+    assert visible.shape == (4, 5, 49)
+    every = visible.permute(1, 0, 2).flatten(1).sort(dim=1).values
+    assert torch.equal(every, torch.arange(196).expand(5, -1))
+    together = torch.cat([masks.visible_ids, masks.hidden_ids], dim=1).sort(dim=1).values
+    assert torch.equal(together, torch.arange(196).expand(20, -1))
+    assert (masks.hidden_ids.diff(dim=1) > 0).all()
+    one = training_masks(config, seed=0, epoch=3, sample_ids=ids)
+    assert torch.equal(masks.visible_ids[:5], one.visible_ids)
+    other = training_masks(config, seed=0, epoch=4, sample_ids=ids, masks_per_image=4, complementary=True)
+    assert (other.visible_ids != masks.visible_ids).any(dim=1).all()
+
+
+def test_complementary_masks_are_as_likely_as_independent_ones():
+    config, num = ModelConfig(), 2000
+    masks = training_masks(config, seed=0, epoch=0, sample_ids=torch.arange(num), masks_per_image=4, complementary=True)
+    for view in masks.visible_ids.split(num):
+        share = torch.zeros(num, 196).scatter_(1, view, 1.0).mean(0)
+        assert (share - 0.25).abs().max() < 5 * (3 / 16 / num) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -126,3 +192,15 @@ def test_masks_of_further_views_follow_the_first_and_differ():
 def test_inconsistent_model_configs_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         ModelConfig(**fields)
+
+
+def test_a_chosen_mask_leaves_just_these_patches_visible():
+    mask = chosen_mask([5, 0, 5, 2], 6, 2)
+    assert mask.visible_ids.tolist() == [[0, 2, 5]] * 2
+    assert mask.hidden_ids.tolist() == [[1, 3, 4]] * 2
+
+
+@pytest.mark.parametrize(("visible", "message"), [([6], "patch 6 does not exist"), (range(6), "6 patches are visible")])
+def test_a_mask_of_no_such_patch_or_of_none_is_refused(visible, message):
+    with pytest.raises(UserError, match=message):
+        chosen_mask(visible, 6, 1)

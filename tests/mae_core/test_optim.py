@@ -105,6 +105,54 @@ def test_the_config_names_the_optimizer():
     assert {group["betas"] for group in adamw.param_groups} == {(0.9, 0.95)}
 
 
+def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest():
+    config = ModelConfig(arch="vit_pico_patch4", image_px=(16, 16), decoder_depth=1, decoder_width=32, decoder_heads=4)
+    model = build_mae(config, 0)
+    optimizer = build_optimizer(model, OptimConfig(name="muon"), 0.1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_muon = {names[p] for group in optimizer.param_groups if not group["use_fallback"] for p in group["params"]}
+    assert by_muon == {
+        name for name in names.values() if "blocks." in name and name.endswith("weight") and ".norm" not in name
+    }
+    assert {"encoder.patch_embed.proj.weight", "decoder.pred.weight", "decoder.embed.weight"}.isdisjoint(by_muon)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+class OneBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 6)])
+
+
+def test_a_muon_step_is_orthogonal_whatever_the_size_of_the_gradient():
+    steps = []
+    for size in (1.0, 1000.0):
+        model, generator = OneBlock(), torch.Generator().manual_seed(0)
+        nn.init.zeros_(model.blocks[0].weight)
+        optimizer = build_optimizer(model, OptimConfig(name="muon", weight_decay=0.0), 0.1)
+        model.blocks[0].weight.grad = size * torch.randn(6, 8, generator=generator)
+        model.blocks[0].bias.grad = torch.ones(6)
+        optimizer.step()
+        steps.append(model.blocks[0].weight.detach())
+    singular = torch.linalg.svdvals(steps[0])
+    assert singular.max() / singular.min() < 1.6, "Newton-Schulz makes singular values nearly equal"
+    torch.testing.assert_close(steps[0], steps[1], rtol=0.05, atol=1e-3)
+    # Scaled to AdamW's: root mean square 0.2 of the rate.
+    assert 0.01 < steps[0].square().mean().sqrt() < 0.03
+
+
+def test_muon_skips_an_update_that_is_not_finite():
+    model = OneBlock()
+    optimizer = build_optimizer(model, OptimConfig(name="muon"), 0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
+    assert not optimizer.state
+
+
 def test_the_fused_adamw_equals_the_plain_one():
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     models[1].load_state_dict(models[0].state_dict())

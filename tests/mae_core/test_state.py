@@ -22,7 +22,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "lars", "muon"])
 def test_training_resumed_from_bytes_equals_uninterrupted_training(name):
     model = network()
     optimizer = build_optimizer(model, OptimConfig(name=name), 0.1)

@@ -148,3 +148,34 @@ def test_an_extension_at_a_constant_rate_equals_one_longer_run(tiles: tuple[str,
             if step > kept:
                 longer.checkpoints.discard(step)
         assert run_on(published.job, published.dataset) == whole, f"resumed after step {kept}"
+
+
+def test_muon_an_average_and_complementary_masks_resume_bit_for_bit_and_the_average_is_exported(
+    tiles: tuple[str, Manifest], tmp_path: Path
+) -> None:
+    uri, manifest = tiles
+    config = PretrainConfig(
+        output=str(tmp_path),
+        epochs=8,
+        masks_per_image=4,
+        complementary_masks=True,
+        ema_decay=0.9,
+        data=DataConfig(uri=uri, batch=16, micro_batch=16, window=32),
+        model=ModelConfig(arch="vit_pico_patch4", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2),
+        optim=OptimConfig(name="muon", base_lr=1e-2, warmup_epochs=0.0),
+        checkpoint=CheckpointConfig(keep=9, every_epochs=4.0),
+        tracking=TrackingConfig(pictures_every_epochs=1000),
+    )
+    published = published_pretrain_job(config, "averaged", manifest)
+    assert isinstance(published.job, PretrainJob)
+    claim(published.job, "pretrain", manifest)
+    whole = run_on(published.job, published.dataset)
+    mae, _ = load_mae(tmp_path / "averaged" / "export")
+    assert tensors_digest(mae.state_dict()) == whole["ema.safetensors"] != whole["model.safetensors"]
+
+    store = RunFolder(published.job.folder).checkpoints
+    first, *later = store.steps()
+    assert later
+    for step in later:
+        store.discard(step)
+    assert run_on(published.job, published.dataset) == whole, f"resumed after step {first}"
