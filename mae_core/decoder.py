@@ -44,14 +44,25 @@ class Decoder(nn.Module):
         self, latent: Float[Tensor, "batch tokens features"], mask: Mask
     ) -> Float[Tensor, "batch predicted dim"]:
         """Predict the patches of `mask.predicted_ids`, in that order; dim is patch_px * patch_px * channels."""
-        tokens = self._cross(latent, mask) if self.is_cross else self._self(latent, mask)
+        if self.is_cross:
+            tokens = self._cross(latent, mask, mask.predicted_ids)
+        else:
+            tokens = self._self(latent, mask, 1 + mask.visible_ids.shape[1] + mask.predicted_from)
         return self.pred(self.norm(tokens))
 
-    def _self(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Run all blocks with self-attention; return the predicted tokens.
+    def predict_all(self, latent: Float[Tensor, "batch tokens features"], mask: Mask) -> Float[Tensor, "batch num dim"]:
+        """Predict the visible patches, which no loss covers, and then the hidden ones, in the order of the mask."""
+        if self.is_cross:
+            tokens = self._cross(latent, mask, torch.cat([mask.visible_ids, mask.hidden_ids], dim=1))
+        else:
+            tokens = self._self(latent, mask, 1)
+        return self.pred(self.norm(tokens))
+
+    def _self(self, latent: Tensor, mask: Mask, first: int) -> Tensor:
+        """Run all blocks with self-attention; return the tokens from place `first` on.
 
         The order of tokens is class, visible, hidden: attention is invariant to it, since each token carries its
-        position. The last block computes queries, projection and MLP for predicted tokens only.
+        position. The last block computes queries, projection and MLP for the returned tokens only.
         """
         seen_ids = mask.visible_ids + 1
         if self.mask_token is None:
@@ -62,14 +73,16 @@ class Decoder(nn.Module):
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         last = cast(Block, self.blocks[-1])
-        first = 1 + mask.visible_ids.shape[1] + mask.predicted_from
         normed = last.norm1(tokens)
         return _attend(last, tokens[:, first:], normed[:, first:], normed)
 
-    def _cross(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Run all blocks on mask tokens only; each attends to the class and visible tokens, which no block changes."""
+    def _cross(self, latent: Tensor, mask: Mask, ids: Tensor) -> Tensor:
+        """Run all blocks on mask tokens of these patches only.
+
+        Each attends to the class and visible tokens, which no block changes.
+        """
         seen = self._with_positions(latent, mask.visible_ids + 1)
-        tokens = self._mask_tokens(mask.predicted_ids)
+        tokens = self._mask_tokens(ids)
         for module in self.blocks:
             block = cast(Block, module)
             tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(seen))

@@ -55,25 +55,41 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Float[Tensor, "batch channels height width"], mask: Mask
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        mask: Mask,
+        *,
+        paste: bool = True,
+        crisp: bool = False,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]:
         """Return images with hidden patches zeroed, and images with hidden patches predicted.
 
-        Visible patches are unchanged. A prediction of normalized pixels lacks the patch's own mean and deviation; they
-        are estimated from nearby visible patches, so that nothing hidden leaks into the picture. The common alternative
-        uses the hidden patches' true statistics: the picture is crisper, but the model predicted only part of it.
+        Visible patches are unchanged, or with `paste=False` predicted too, as in the paper's figures: no loss covers
+        them, so they are of worse quality. A prediction of normalized pixels lacks the patch's own mean and deviation;
+        those of hidden patches are estimated from nearby visible patches, so that nothing hidden leaks into the
+        picture. `crisp` borrows the hidden patches' true ones instead, as is common: then the model predicted only part
+        of the picture. It changes nothing if the target is pixels.
         """
         assert mask.predicted_from == 0, "a picture needs predictions of all hidden patches"
         config = self.config
         patches = patchify(images, config.patch_px)
-        predicted = self.predict(images, mask).to(images.dtype)
+        ids = mask.hidden_ids if paste else torch.cat([mask.visible_ids, mask.hidden_ids], dim=1)
+        latent = encode(self.encoder, images, mask, self.mask_token)
+        predicted = (self.decoder(latent, mask) if paste else self.decoder.predict_all(latent, mask)).to(images.dtype)
         if config.target == "norm_pixels":
-            mean, deviation = _nearby_statistics(gather(patches, mask.visible_ids), mask, config.grid)
+            mean, deviation = _statistics(gather(patches, ids))
+            if not crisp:
+                num_hidden = mask.hidden_ids.shape[1]
+                nearby = _nearby_statistics(gather(patches, mask.visible_ids), mask, config.grid)
+                mean, deviation = (
+                    torch.cat([own[:, :-num_hidden], estimated], dim=1)
+                    for own, estimated in zip((mean, deviation), nearby, strict=True)
+                )
             predicted = predicted * deviation + mean
-        slots = mask.hidden_ids[..., None].expand_as(predicted)
         layout = (config.grid, config.patch_px, config.channels)
-        masked = unpatchify(patches.scatter(1, slots, 0.0), *layout)
-        return masked, unpatchify(patches.scatter(1, slots, predicted), *layout)
+        dim = patches.shape[2]
+        masked = unpatchify(patches.scatter(1, mask.hidden_ids[..., None].expand(-1, -1, dim), 0.0), *layout)
+        return masked, unpatchify(patches.scatter(1, ids[..., None].expand(-1, -1, dim), predicted), *layout)
 
 
 def build_mae(config: ModelConfig, seed: int) -> MaskedAutoencoder:
@@ -83,12 +99,17 @@ def build_mae(config: ModelConfig, seed: int) -> MaskedAutoencoder:
         return MaskedAutoencoder(config)
 
 
+def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation [batch, num, 1] of each patch, as the target normalizes by them."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + NORM_EPS).sqrt()
+
+
 def _nearby_statistics(visible: Tensor, mask: Mask, grid: Size) -> tuple[Tensor, Tensor]:
     """Estimate mean and deviation [batch, hidden, 1] of hidden patches from visible ones, weighted by distance**-4.
 
     The weight falls fast enough for near patches to outweigh far ones, whose number grows with distance.
     """
-    statistics = torch.cat([visible.mean(-1, keepdim=True), (visible.var(-1, keepdim=True) + NORM_EPS).sqrt()], -1)
+    statistics = torch.cat(_statistics(visible), -1)
     rows = torch.arange(grid[0], device=visible.device).repeat_interleave(grid[1])
     columns = torch.arange(grid[1], device=visible.device).repeat(grid[0])
     positions = torch.stack([rows, columns], dim=1).to(visible.dtype)

@@ -146,6 +146,10 @@ def _sweep(call: Invocation) -> dict[str, Any]:
 
 
 def _reconstruct(call: Invocation) -> dict[str, Any]:
+    if call.config.run:
+        from pipelines.drivers.animation import animate
+
+        return {"picture": animate(call.config)}
     from pipelines.pictures import reconstruct
 
     return {"picture": reconstruct.run(call.config)}
@@ -326,7 +330,9 @@ COMMANDS: dict[str, Command] = {
         help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep, resumes=True
     ),
     "reconstruct": Command(
-        help="Draw masked images, reconstructions and originals.", config=ReconstructConfig, run=_reconstruct
+        help="Draw masked images, reconstructions and originals, or an animation over a run.",
+        config=ReconstructConfig,
+        run=_reconstruct,
     ),
     "segment": Command(
         help="Train a linear segmentation probe on frozen patch tokens; measure mIoU.",

@@ -20,23 +20,51 @@ class ReconstructConfig:
     split: str = "test"
     """Split of a prepared dataset that images are taken from."""
     ratios: tuple[float, ...] = (0.75, 0.8)
-    """Mask ratios; each gets a block of rows."""
+    """Mask ratios, each with a block of rows: shares such as 0.75, or percentages such as 75."""
     num_images: int = 12
     """Number of images, spread evenly over the split."""
     seed: int = 0
     """Seed of the masks."""
+    visible: tuple[int, ...] = field(default=(), metadata=ADDED)
+    """Patches that stay visible in every image, counted row by row from 0, instead of masks of `ratios`."""
+    paste: bool = field(default=True, metadata=ADDED)
+    """Show visible patches as they are; otherwise as they are predicted, like the paper's figures. No loss covers those
+    predictions, so they are of worse quality."""
+    crisp: bool = field(default=False, metadata=ADDED)
+    """For a model of normalized pixels: take mean and contrast of each hidden patch from the original, which the model
+    did not predict, instead of estimating them from visible patches nearby."""
     bands: tuple[int, ...] = field(default=(), metadata=ADDED)
     """Channels shown as red, green and blue, or one as gray, counted from 0; without them the first three."""
     out: str = "reconstructions.png"
     """Output file: a path or an s3:// URI."""
+    separate: bool = field(default=False, metadata=ADDED)
+    """Also write one file per image and mask, masked | reconstruction | original, into a folder named like the file."""
+    run: str = field(default="", metadata=ADDED)
+    """Folder of a pretraining run: draw the model of each of its checkpoints, as an animation, instead of `model`. To
+    keep some, pretrain with --checkpoint.keep-every-epochs."""
+    frame_s: float = field(default=0.5, metadata=ADDED)
+    """Seconds that a checkpoint is shown in an animation; the last one is shown four times as long."""
 
     def __post_init__(self) -> None:
         if not self.ratios or self.num_images < 1:
             raise UserError("ratios and num_images must be at least one each; try --ratios 0.75 0.8 --num-images 12")
+        if any(not 0 < ratio < 1 for ratio in self.shares):
+            raise UserError(f"ratios {self.ratios} are not all within (0, 1) or from 1 to 99 percent; try 75 80")
+        if self.run and not self.out.lower().endswith((".gif", ".webp", ".png")):
+            raise UserError(f"out {self.out!r} of an animation must end in .gif, .webp or .png (APNG); try run.gif")
+        if self.run and self.separate:
+            raise UserError("separate is for pictures of one model, and run makes an animation; leave one out")
+        if not 0.02 <= self.frame_s <= 60:
+            raise UserError(f"frame_s {self.frame_s:g} is outside [0.02, 60]; try 0.5")
         if len(self.bands) not in (0, 1, 3) or any(band < 0 for band in self.bands):
             raise UserError(f"bands {self.bands} are not one or three channels from 0 up; try --bands 3 2 1")
-        if not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        if not self.run and not self.out.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
             raise UserError(f"out {self.out!r} must end in .png, .jpg, .jpeg or .webp; try reconstructions.png")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Mask ratios as shares: those of 1 and above are percentages."""
+        return tuple(ratio / 100 if ratio >= 1 else ratio for ratio in self.ratios)
 
 
 @dataclass(frozen=True, kw_only=True)

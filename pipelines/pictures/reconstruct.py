@@ -1,7 +1,8 @@
 """Reconstruct hidden patches with a pretrained model, for figures in the style of the paper's Figures 2 and 3."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,35 +14,60 @@ from numpy.typing import NDArray
 from mae_core.augment import input_to_pixels, pixels_to_input
 from mae_core.config import MaskConfig, Size
 from mae_core.errors import UserError
-from mae_core.masking import sample_masks
+from mae_core.masking import Mask, chosen_mask, sample_masks
 from mae_core.model import MaskedAutoencoder
 from mae_core.normalization import Normalization, ValueRange
 from mae_core.pretrained import mae_of
 from pipelines import registry
 from pipelines.config import ReconstructConfig
 from pipelines.dataset.manifest import Split, is_prepared, read_manifest
-from pipelines.images.decode import SUFFIXES, ImageArray, input_view
-from pipelines.pictures.figures import Block, reconstruction_rows, shown_pixels
+from pipelines.images.decode import SUFFIXES, input_view
+from pipelines.pictures.figures import Block, Triple, reconstruction_rows, shown_pixels
 from pipelines.storage import Storage, open_storage, storage_of
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True)
+class Showing:
+    """How reconstructions are shown."""
+
+    bands: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, or one as gray; without them the first three."""
+    paste: bool = True
+    """Show visible patches as they are, instead of as they are predicted."""
+    crisp: bool = False
+    """Borrow mean and contrast of hidden patches from the original, for a model of normalized pixels."""
+
+
 def reconstruct(
     mae: MaskedAutoencoder,
     normalization: Normalization,
     images: NDArray[Any],
     mask: MaskConfig,
     seed: int,
-    bands: Sequence[int] = (),
-) -> list[tuple[ImageArray, ImageArray, ImageArray]]:
-    """Return (masked, reconstruction, original) of each image [n h w c] as uint8, in the channels `bands` if given."""
-    device = next(mae.parameters()).device
-    ids = torch.arange(len(images), device=device)
+    showing: Showing = Showing(),
+) -> list[Triple]:
+    """Return (masked, reconstruction, original) of each image [n h w c] as uint8."""
+    ids = torch.arange(len(images), device=next(mae.parameters()).device)
     masks = sample_masks(mask, mae.config.grid, seed=seed, epoch=0, sample_ids=ids)
+    return reconstruct_masked(mae, normalization, images, masks, showing)
+
+
+@torch.inference_mode()
+def reconstruct_masked(
+    mae: MaskedAutoencoder,
+    normalization: Normalization,
+    images: NDArray[Any],
+    masks: Mask,
+    showing: Showing = Showing(),
+) -> list[Triple]:
+    """Return what `reconstruct` returns, with these masks."""
+    device = next(mae.parameters()).device
     inputs = pixels_to_input(torch.from_numpy(images).to(device), normalization)
-    masked, restored = mae.reconstruct(inputs, masks)
-    pictures = (shown_pixels(input_to_pixels(x, normalization).cpu().numpy(), bands) for x in (masked, restored))
-    return list(zip(*pictures, shown_pixels(images, bands), strict=True))
+    masked, restored = mae.reconstruct(inputs, masks.to(device), paste=showing.paste, crisp=showing.crisp)
+    pictures = (
+        shown_pixels(input_to_pixels(x, normalization).cpu().numpy(), showing.bands) for x in (masked, restored)
+    )
+    return list(zip(*pictures, shown_pixels(images, showing.bands), strict=True))
 
 
 def sample_images(
@@ -90,13 +116,14 @@ def picture_block(
     images: NDArray[Any],
     ratio: float,
     seed: int,
-    bands: Sequence[int] = (),
+    showing: Showing = Showing(),
 ) -> Block:
     """Return one block of a figure: reconstructions at one mask ratio, titled with the numbers of patches."""
-    mask = MaskConfig(kind=mae.config.mask.kind, ratio=ratio)
-    rows = reconstruct(mae, normalization, images, mask, seed, bands)
+    mask = dataclasses.replace(mae.config.mask, ratio=ratio)
+    rows = reconstruct(mae, normalization, images, mask, seed, showing)
     visible, total = dataclasses.replace(mae.config, mask=mask).num_visible, mae.config.num_patches
-    return Block(title=f"{ratio:.0%} masked: {visible} of {total} patches visible", rows=rows)
+    title = f"{ratio:.0%} masked: {visible} of {total} patches visible"
+    return Block(title=title + _said(mae, showing), rows=rows)
 
 
 def run(config: ReconstructConfig) -> str:
@@ -107,16 +134,54 @@ def run(config: ReconstructConfig) -> str:
     remedy = "a picture needs a backbone with its decoder, such as models:/mae-<arch>"
     model = registry.read_model(config.model, "mae.safetensors", remedy=remedy)
     mae, normalization = mae_of(model.values, model.tensors)
-    image_px, channels = mae.config.image_px, mae.config.channels
-    if any(band >= channels for band in config.bands):
-        raise UserError(f"bands {config.bands} are not all below the model's {channels} channels; count from 0")
-    images = sample_images(config.uri, config.split, config.num_images, image_px, channels, normalization.values)
-    blocks = [picture_block(mae, normalization, images, ratio, config.seed, config.bands) for ratio in config.ratios]
+    blocks = blocks_of(config, mae, normalization, images_of(config, mae, normalization))
     with TemporaryDirectory() as folder:
         picture = Path(folder) / name
         reconstruction_rows(blocks, picture)
         output.write(name, picture.read_bytes())
+        if config.separate:
+            for path, block in _separate(name, blocks):
+                reconstruction_rows([block], picture)
+                output.write(path, picture.read_bytes())
     return output.join(name)
+
+
+def images_of(config: ReconstructConfig, mae: MaskedAutoencoder, normalization: Normalization) -> NDArray[Any]:
+    """Load the images to draw, as the model takes them. Raises UserError if the model lacks a band to show."""
+    image_px, channels = mae.config.image_px, mae.config.channels
+    if any(band >= channels for band in config.bands):
+        raise UserError(f"bands {config.bands} are not all below the model's {channels} channels; count from 0")
+    return sample_images(config.uri, config.split, config.num_images, image_px, channels, normalization.values)
+
+
+def blocks_of(
+    config: ReconstructConfig, mae: MaskedAutoencoder, normalization: Normalization, images: NDArray[Any]
+) -> list[Block]:
+    """Return the blocks of a figure: one per mask ratio, or one for the patches that were chosen to be visible."""
+    showing = Showing(bands=config.bands, paste=config.paste, crisp=config.crisp)
+    if not config.visible:
+        return [picture_block(mae, normalization, images, ratio, config.seed, showing) for ratio in config.shares]
+    num_patches = mae.config.num_patches
+    masks = chosen_mask(config.visible, num_patches, len(images))
+    rows = reconstruct_masked(mae, normalization, images, masks, showing)
+    title = f"{len(set(config.visible))} chosen of {num_patches} patches visible"
+    return [Block(title=title + _said(mae, showing), rows=rows)]
+
+
+def _said(mae: MaskedAutoencoder, showing: Showing) -> str:
+    """Return what the title must add, so that a picture claims no more than the model predicted."""
+    words = [] if showing.paste else ["visible patches predicted too"]
+    if showing.crisp and mae.config.target == "norm_pixels":
+        words.append("mean and contrast of hidden patches borrowed from the original")
+    return "".join(f"; {word}" for word in words)
+
+
+def _separate(name: str, blocks: Sequence[Block]) -> Iterator[tuple[str, Block]]:
+    """Return a path and a block for every image of every block."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    for i, block in enumerate(blocks, 1):
+        for j, row in enumerate(block.rows, 1):
+            yield f"{stem}/mask-{i}-image-{j:03d}{suffix}", Block(title=block.title, rows=[row])
 
 
 def _from_split(uri: str, split: Split, count: int) -> list[tuple[str, bytes, int | None]]:

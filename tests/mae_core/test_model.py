@@ -9,6 +9,7 @@ from mae_core.config import MaskConfig, ModelConfig
 from mae_core.masking import Mask, sample_masks
 from mae_core.model import MaskedAutoencoder, build_mae
 from mae_core.patches import gather, patchify
+from mae_core.plain import plain_predict
 from tests.digest import tensors_digest
 
 CONFIG = ModelConfig(arch="vit_pico_patch4", image_px=(16, 24), decoder_depth=2, decoder_width=32, decoder_heads=4)
@@ -85,6 +86,36 @@ def test_reconstructions_keep_visible_patches_show_all_hidden_ones_and_leak_none
     assert gather(patchify(restored, 4), mask.hidden_ids).abs().amax(dim=2).all()
     elsewhere = mae.reconstruct(paint(images, mask.hidden_ids, 5.0), mask)[1]
     assert torch.equal(elsewhere, restored)
+
+
+@pytest.mark.parametrize(("attention", "place"), [("self", "decoder"), ("self", "encoder"), ("cross", "decoder")])
+def test_without_pasting_a_picture_is_what_the_plain_computation_predicts_everywhere(attention, place):
+    config = ModelConfig(
+        arch="vit_pico_patch4",
+        image_px=(16, 24),
+        decoder_depth=2,
+        decoder_width=32,
+        decoder_heads=4,
+        target="pixels",
+        decoder_attention=attention,
+        mask_token_in=place,
+    )
+    mae, images, mask = case(config)
+    restored = mae.reconstruct(images, mask, paste=False)[1]
+    torch.testing.assert_close(patchify(restored, 4), plain_predict(mae, images, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_a_crisp_picture_borrows_mean_and_deviation_and_a_plain_one_does_not():
+    mae, images, mask = case()
+    bright = paint(images, mask.hidden_ids, 5.0)
+    crisp = gather(patchify(mae.reconstruct(bright, mask, crisp=True)[1], 4), mask.hidden_ids)
+    torch.testing.assert_close(crisp, torch.full_like(crisp, 5.0), rtol=0, atol=0.02)
+    plain = gather(patchify(mae.reconstruct(bright, mask)[1], 4), mask.hidden_ids)
+    assert (plain - 5.0).abs().mean() > 1
+    # Visible patches are known, so that their own statistics are honest.
+    both = [mae.reconstruct(images, mask, paste=False, crisp=crisp)[1] for crisp in (False, True)]
+    visible = [gather(patchify(picture, 4), mask.visible_ids) for picture in both]
+    torch.testing.assert_close(visible[0], visible[1], rtol=0, atol=0)
 
 
 def test_reconstructions_of_normalized_pixels_have_the_scale_of_the_visible_ones():
