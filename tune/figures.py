@@ -31,8 +31,8 @@ def masking_ratio_figure(
     """Draw fine-tuning above linear probing, against mask ratio, with one line per decoder depth.
 
     A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None if the trial did not measure
-    it) and optionally `finetune_std` and `probe_std`. `baselines` may give `finetune` (from scratch) and `probe` (a
-    random encoder), drawn as dashed lines. Raises UserError if there is no point.
+    it) and optionally `finetune_error` and `probe_error`, half of an interval. `baselines` may give `finetune` (from
+    scratch) and `probe` (a random encoder), drawn as dashed lines. Raises UserError if there is no point.
     """
     from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
         name = f"decoder of {depth} block{'s' if depth > 1 else ''}"
         axes.plot(x, y, color=color, marker=marker, markersize=5.5, linewidth=1.8, label=name)
-        spread = [p.get(f"{measure}_std") or 0.0 for p in line]
+        spread = [p.get(f"{measure}_error") or 0.0 for p in line]
         if any(spread):
             axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=1, capsize=3, alpha=0.6)
     if baseline is not None:
@@ -165,6 +165,6 @@ def _line(points: Sequence[Point], measure: Measure, depth: int) -> list[Point]:
 
 def _range(points: Sequence[Point], measure: Measure, baseline: float | None) -> tuple[float, float]:
     """Return the lowest and highest value that the panel shows."""
-    measured = [(p[measure], p.get(f"{measure}_std") or 0.0) for p in points if p.get(measure) is not None]
+    measured = [(p[measure], p.get(f"{measure}_error") or 0.0) for p in points if p.get(measure) is not None]
     extra = [] if baseline is None else [baseline]
     return min([v - s for v, s in measured] + extra), max([v + s for v, s in measured] + extra)

@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,19 @@ from ray.tune import Callback, Stopper
 from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
-from pipelines.drivers.drive import claim, mark_interrupted
+from pipelines.drivers.drive import mark_interrupted
 from pipelines.interrupts import wait_for
 from pipelines.registry import Point
 from pipelines.runs.automatic import settled_config
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from pipelines.runs.stopping import StopRequest
-from tune.space import describe
-from tune.trial import MEASURES, Trial, run
+from tune.budget import Budget
+from tune.trial import CLOSED, MEASURES, Trial, run
 
 log = logging.getLogger(__name__)
 
 _PREFIXES = {"pretrain": "", "probe": "probe/", "finetune": "finetune/"}
-_CLOSED = "closed.json"
 _ENVIRONMENT = {
     # Turn off Tune's tables, loggers and hints: we report with our table, MLflow and the log.
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -38,8 +38,12 @@ _ENVIRONMENT = {
 }
 
 
-def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurrent: int) -> None:
+def search(
+    groups: Sequence[Sequence[Trial]], children: "Children", max_concurrent: int, budget: Budget | None = None
+) -> None:
     """Run every trial, at most `max_concurrent` groups at a time, and record each in the ledger and MLflow.
+
+    Groups that the budget does not cover are not started; those at work when it ends save their checkpoints and stop.
 
     Tune's own state is discarded because the ledger replaces it: a restarted sweep is a new search over the unfinished
     trials. Raises Interrupted after a signal, once the groups at work have saved their checkpoints, or compute.grace_s
@@ -50,19 +54,18 @@ def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurre
 
     quiet_ray()
     request, watch = StopRequest.new(), _Watch(groups, children)
-    grace_s = max(trial.pretrain.config.compute.grace_s for group in groups for trial in group)
+    grace_s = max(trial.main.config.compute.grace_s for group in groups for trial in group)
 
     def stop() -> float:
         watch.is_stopping = True
         return request.make_and_allow(grace_s)
 
-    with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children:
+    run_group = tune.with_parameters(_run_group, groups=groups, request=request, budget=budget)
+    with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children, _at_end_of(budget, stop):
         tuner = tune.Tuner(
             # A trial's driver only waits for its worker group, which requests CPUs itself. Tune refuses an empty
             # request, so the driver requests one byte of memory.
-            tune.with_resources(
-                tune.with_parameters(_run_group, groups=groups, request=request), {"CPU": 0, "memory": 1}
-            ),
+            tune.with_resources(run_group, {"CPU": 0, "memory": 1}),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
             run_config=tune.RunConfig(
@@ -72,11 +75,29 @@ def search(groups: Sequence[Sequence[Trial]], children: "Children", max_concurre
         wait_for(tuner.fit, stop)
 
 
-def _run_group(config: dict[str, Any], groups: Sequence[Sequence[Trial]], request: StopRequest) -> dict[str, Any]:
+def _run_group(
+    config: dict[str, Any], groups: Sequence[Sequence[Trial]], request: StopRequest, budget: Budget | None
+) -> dict[str, Any]:
     quiet_ray()
-    if not request.is_made():
-        run(groups[config["group"]], request)
+    group = groups[config["group"]]
+    if not request.is_made() and (budget is None or budget.covers(group)):
+        run(group, request)
     return {"done": True}
+
+
+@contextmanager
+def _at_end_of(budget: Budget | None, stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop` on a thread when the budget ends, unless the block has ended."""
+    if budget is None:
+        yield
+        return
+    timer = threading.Timer(max(0.0, budget.rest_s), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Watch(Callback):
@@ -112,7 +133,8 @@ class _Watch(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._at_work.discard(trial.config["group"])
         for one in self._groups[trial.config["group"]]:
-            if one.is_finished() or not self.is_stopping:
+            # Without an entry it was stopped, or never started because the budget does not cover it.
+            if one.entry() is not None and (one.is_finished() or not self.is_stopping):
                 self._children.close(one)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -196,28 +218,33 @@ class Children:
         """Find or create the trial's run, and start copying what its jobs report to it."""
         if trial.key in self._open:
             return
-        config = trial.pretrain.config
-        key = claim(trial.pretrain, "pretrain", trial.manifest)
+        config = trial.main.config
         child = self._tracking.run(
             self.name(trial),
             "trial",
-            to_dict(settled_config(trial.pretrain)),
-            tags={"mae.folder": trial.folder, "mae.point": json.dumps(trial.point)},
+            to_dict(settled_config(trial.main)),
+            tags={
+                "mae.folder": trial.folder,
+                "mae.point": json.dumps(trial.point),
+                "mae.seed": str(trial.seed),
+                "mae.pretrained": str(trial.pretrain is not None).lower(),
+            },
             dataset=trial.manifest,
             dataset_uri=config.data.uri,
             parent=self._parent,
-            key=key,
+            key=trial.claim(),
         )
         following = ExitStack()
-        for name, prefix in _PREFIXES.items():
-            storage = RunFolder(trial.jobs[name].folder).storage
-            following.enter_context(MetricFollower(storage, Prefixed(child, prefix)))
-        storage = RunFolder(trial.pretrain.folder).storage
-        following.enter_context(PictureFollower(storage, child))
-        if config.evaluate.every_epochs:
-            following.enter_context(EvaluationFollower(storage, Prefixed(child, _PREFIXES["pretrain"])))
+        for name, job in trial.jobs.items():
+            storage = RunFolder(job.folder).storage
+            following.enter_context(MetricFollower(storage, Prefixed(child, _PREFIXES[name])))
+        if trial.pretrain is not None:
+            storage = RunFolder(trial.pretrain.folder).storage
+            following.enter_context(PictureFollower(storage, child))
+            if trial.pretrain.config.evaluate.every_epochs:
+                following.enter_context(EvaluationFollower(storage, Prefixed(child, _PREFIXES["pretrain"])))
         self._open[trial.key] = child, following
-        log.info("trial %s: %s", self._place(trial), describe(trial.point))
+        log.info("trial %s: %s", self._place(trial), trial.describe())
 
     def close(self, trial: Trial) -> None:
         """Wait until the trial's run has every point, picture and final number, and end it as the ledger says."""
@@ -233,7 +260,7 @@ class Children:
         now_ms = int(time.time() * 1000)
         child.log_points([Point(f"{m}_top1", entry[m], 0, now_ms) for m in MEASURES])
         child.finish("FINISHED")
-        trial.storage.write(_CLOSED, json.dumps({"run_id": child.id}).encode())
+        trial.storage.write(CLOSED, json.dumps({"run_id": child.id}).encode())
         log.info(
             "trial %s: probe %.2f, fine-tuned %.2f (%.0f s)",
             self._place(trial),
@@ -245,12 +272,12 @@ class Children:
         """Report finished trials that MLflow does not know, because the driver was killed before reporting them."""
         with self:
             for trial in trials:
-                if trial.is_finished() and not trial.storage.exists(_CLOSED):
+                if trial.is_finished() and not trial.storage.exists(CLOSED):
                     self.close(trial)
 
     def find(self, trial: Trial) -> registry.Run:
         """Return the run of a finished trial; report the trial again if MLflow does not know it."""
-        key = claim(trial.pretrain, "pretrain", trial.manifest)
+        key = trial.claim()
         found = self._tracking.find_run(key)
         if found is None:
             self.close(trial)

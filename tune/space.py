@@ -9,26 +9,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from mae_core.errors import UserError
-from pipelines.config import PretrainConfig, SweepConfig, identity, to_dict, with_overrides
+from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity, to_dict, with_overrides
 
 Point = dict[str, Any]
+Parts = tuple[PretrainConfig, ClassifyConfig, ClassifyConfig]
+_CLASSIFIERS = ("probe.", "finetune.")
 
 
 def points(config: SweepConfig) -> list[Point]:
-    """Return the trials' points, in a stable order: dotted fields of the pretraining config with their parsed values.
+    """Return the trials' points, in a stable order: dotted fields with their parsed values.
 
     A grid varies the last field fastest. A random search draws without repetition, and with the same seed a longer
-    search begins with the shorter one. Raises UserError for a field or value that pretraining refuses, and for two
-    points that would be the same trial.
+    search begins with the shorter one. Raises UserError for a field or value that is refused, and for two points that
+    would be the same trial.
     """
-    for field in config.space:
-        _check_field(field, config.pretrain)
+    check_fields(config)
     found: list[Point] = []
     first: dict[str, Point] = {}
     for point in _grid(config.space) if config.search == "grid" else _random(config):
-        pretrain = at(config.pretrain, point)
-        found.append(_parsed(pretrain, point))
-        key = json.dumps(identity(pretrain), sort_keys=True)
+        parts = parts_at(config, point)
+        found.append(_parsed(parts, point))
+        key = json.dumps([identity(part) for part in parts], sort_keys=True)
         if key in first:
             raise UserError(
                 f"space points {describe(first[key])} and {describe(point)} are the same trial; remove one (names, "
@@ -38,15 +39,43 @@ def points(config: SweepConfig) -> list[Point]:
     return found
 
 
-def at(config: PretrainConfig, point: Point) -> PretrainConfig:
-    """Return the pretraining config with the point's values.
+def check_fields(config: SweepConfig) -> None:
+    """Raise UserError, with the nearest name, for a field of the space that does not exist."""
+    for field in config.space:
+        _check_field(field, config)
+
+
+def parsed(config: SweepConfig, point: Point) -> Point:
+    """Return the point with its parsed values. Raises UserError if one is refused."""
+    return _parsed(parts_at(config, point), point)
+
+
+def parts_at(config: SweepConfig, point: Point) -> Parts:
+    """Return the configs of pretraining, probe and fine-tuning with the point's values.
 
     Raises UserError that names the point if one is refused.
     """
+    pretrain, probe, finetune = (_of_part(point, prefix) for prefix in ("", *_CLASSIFIERS))
     try:
-        return with_overrides(config, point)
+        return (
+            with_overrides(config.pretrain, pretrain),
+            with_overrides(config.probe, probe),
+            with_overrides(config.finetune, finetune),
+        )
     except ValueError as error:
         raise UserError(f"space point {describe(point)}: {error}") from None
+
+
+def varies_classifiers(config: SweepConfig) -> bool:
+    """Return whether the space has fields of probe or fine-tuning, so that points may share a pretraining."""
+    return any(field.startswith(_CLASSIFIERS) for field in config.space)
+
+
+def _of_part(point: Point, prefix: str) -> Point:
+    """Return the point's fields of one part without their prefix; the prefix of pretraining is empty."""
+    if prefix:
+        return {field.removeprefix(prefix): value for field, value in point.items() if field.startswith(prefix)}
+    return {field: value for field, value in point.items() if not field.startswith(_CLASSIFIERS)}
 
 
 def describe(point: Point) -> str:
@@ -84,10 +113,11 @@ def _point_at(index: int, space: dict[str, list[Any]]) -> Point:
     return {field: point[field] for field in space}
 
 
-def _parsed(config: PretrainConfig, point: Point) -> Point:
-    """Return the point with the values that the config made from it has: YAML's "1e-3" becomes a number."""
-    values = to_dict(config)
-    return {field: _look_up(values, field) for field in point}
+def _parsed(parts: Parts, point: Point) -> Point:
+    """Return the point with the values that the configs made from it have: YAML's "1e-3" becomes a number."""
+    values: dict[str, Any] = dict(zip(("", *_CLASSIFIERS), map(to_dict, parts), strict=True))
+    prefixes = {field: next((prefix for prefix in _CLASSIFIERS if field.startswith(prefix)), "") for field in point}
+    return {field: _look_up(values[prefix], field.removeprefix(prefix)) for field, prefix in prefixes.items()}
 
 
 def _look_up(values: dict[str, Any], dotted: str) -> Any:
@@ -97,8 +127,10 @@ def _look_up(values: dict[str, Any], dotted: str) -> Any:
     return found
 
 
-def _check_field(field: str, config: PretrainConfig) -> None:
-    known = list(_fields(to_dict(config)))
+def _check_field(field: str, config: SweepConfig) -> None:
+    classifiers = {prefix: getattr(config, prefix[:-1]) for prefix in _CLASSIFIERS}
+    parts = {"": config.pretrain, **classifiers}
+    known = [name for prefix, part in parts.items() for name in _fields(to_dict(part), prefix)]
     if field in known:
         return
     same_end = [name for name in known if name.endswith(f".{field}")]

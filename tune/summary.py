@@ -9,42 +9,41 @@ from typing import Any
 
 import yaml
 
-from mae_core.errors import UserError
 from pipelines.config import KINDS, PretrainConfig, to_dict
 from tune.figures import masking_ratio_figure
+from tune.results import Entry, Measured, interval, is_baseline, measured_baselines, measured_points
 from tune.space import describe, value_text
 from tune.trial import MEASURES, Measure, Trial
 
 RATIO = "model.mask.ratio"
-Entry = dict[str, Any]
-
-
-def best_of(entries: Sequence[Entry], select_by: Measure) -> Entry:
-    """Return the finished trial with the highest accuracy on val; ties go to the other measure, then to the order.
-
-    Raises UserError if none has finished.
-    """
-    finished = [entry for entry in entries if not entry["error"]]
-    if not finished:
-        raise UserError("no trial has finished, so none is the best; check the trials' errors")
-    other = next(measure for measure in MEASURES if measure != select_by)
-    return max(finished, key=lambda entry: (entry[select_by], entry[other]))
 
 
 def table(entries: Sequence[Entry], best_key: str) -> str:
-    """Format one aligned row per trial: point, visible patches, results on val; `*` marks the best."""
-    names = _short_names(list(entries[0]["point"]))
-    head = ["", *names.values(), "visible", "probe", "fine-tuned", "loss", "minutes"]
+    """Format one aligned row per point and baseline: visible patches, results on val; `*` marks the best.
+
+    With several seeds, accuracies are means with half their 95 % interval. A point without a finished trial has failed.
+    """
+    names = short_names(list(entries[0]["point"]))
+    points, baselines = measured_points(entries), measured_baselines(entries)
+    has_seeds = any(len(measured.entries) > 1 for measured in (*points, *baselines))
+    head = ["", *names.values(), "visible", *(["seeds"] if has_seeds else []), "probe", "fine-tuned", "loss", "minutes"]
     rows = [head]
+    for measured in (*points, *baselines):
+        first = measured.entries[0]
+        mark = "*" if any(entry["key"] == best_key for entry in measured.entries) else ""
+        visible = "scratch" if is_baseline(first) else f"{first['visible']}/{first['patches']}"
+        cells = [mark, *(value_text(measured.point.get(field, "")) for field in names), visible]
+        cells += [str(len(measured.entries))] if has_seeds else []
+        cells += [str(measured.of(measure)) for measure in MEASURES]
+        losses = [entry["loss"] for entry in measured.entries if entry["loss"] is not None]
+        rows.append([*cells, f"{statistics.fmean(losses):.4f}" if losses else "", f"{measured.minutes:.1f}"])
+    finished = [measured.point for measured in points]
     for entry in entries:
-        mark = "*" if entry["key"] == best_key else ""
-        visible = f"{entry['visible']}/{entry['patches']}"
-        cells = [mark, *(value_text(entry["point"][field]) for field in names), visible]
-        if entry["error"]:
-            rows.append([*cells, "failed", "failed", "", ""])
-        else:
-            accuracies = [f"{entry[measure]:.2f}" for measure in MEASURES]
-            rows.append([*cells, *accuracies, f"{entry['loss']:.4f}", f"{entry['duration_s'] / 60:.1f}"])
+        if entry["error"] and not is_baseline(entry) and entry["point"] not in finished:
+            visible = f"{entry['visible']}/{entry['patches']}"
+            cells = ["", *(value_text(entry["point"][field]) for field in names), visible]
+            rows.append([*cells, *(["0"] if has_seeds else []), "failed", "failed", "", ""])
+            finished.append(entry["point"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Align the mark left and every value right, so that digits line up.
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -58,25 +57,32 @@ def report(result: dict[str, Any]) -> str:
     lines.append(f"best by {result['select_by']} on val: {describe(best['point'])}")
     if result["finetune_test"] is not None:
         lines.append(f"its test accuracy: probe {result['probe_test']:.2f}, fine-tuned {result['finetune_test']:.2f}")
+    if result.get("scratch_test") is not None:
+        lines.append(f"from scratch on the same labels: {result['scratch_test']:.2f}")
     failed = [entry for entry in result["trials"] if entry["error"]]
     lines += [f"failed: {describe(entry['point'])}: {entry['error']}" for entry in failed]
     if failed:
         lines.append("rerun the same command to retry failed trials")
-    labels = {"model": "model", "figure": "figure", "best_preset": "preset"}
-    lines += [f"{label}: {result[key]}" for key, label in labels.items() if result[key]]
+    if result.get("num_unrun"):
+        lines.append(
+            f"the budget of {result['budget_hours']:g} h ended before {result['num_unrun']} trials; a larger "
+            "--budget-hours continues"
+        )
+    labels = {"model": "model", "figure": "figure", "report": "report", "best_preset": "preset"}
+    lines += [f"{label}: {result[key]}" for key, label in labels.items() if result.get(key)]
     lines.append(f"next: mae pretrain --preset {shlex.quote(result['best_preset'])}")
     return "\n".join(lines)
 
 
-def preset_of(config: PretrainConfig, sweep: str, best: Entry, tests: Mapping[Measure, float | None]) -> bytes:
+def preset_of(config: PretrainConfig, sweep: str, best: Measured, tests: Mapping[Measure, float | None]) -> bytes:
     """Return a preset file for `mae pretrain`, with a header that states its origin and results."""
-    reached = [f"val: probe {best['probe']:.2f}, fine-tuned {best['finetune']:.2f}"]
+    reached = [f"val: probe {best.of('probe')}, fine-tuned {best.of('finetune')}"]
     if tests["finetune"] is not None:
         reached.append(f"test: probe {tests['probe']:.2f}, fine-tuned {tests['finetune']:.2f}")
     header = [
-        f"The best of sweep {sweep}: {describe(best['point'])}.",
+        f"The best of sweep {sweep}: {describe(best.point)}.",
         "Run:     mae pretrain --preset best.yaml",
-        f"Cost:    {best['duration_s'] / 60:.1f} minutes in the sweep, with probe and fine-tuning.",
+        f"Cost:    {best.minutes:.1f} minutes in the sweep, with probe and fine-tuning.",
         f"Reached: top-1 in percent on {'; on '.join(reached)}.",
     ]
     values = {"kind": KINDS[PretrainConfig], **to_dict(config)}
@@ -87,12 +93,13 @@ def preset_of(config: PretrainConfig, sweep: str, best: Entry, tests: Mapping[Me
 def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
     """Return masking_ratio.png of the finished trials; empty if the mask ratio was not varied.
 
-    Trials of one ratio and decoder depth that differ in other fields, such as the seed, become a mean and a spread.
+    Trials of one ratio and decoder depth that differ in other fields, such as the seed, become a mean and an interval.
     """
+    models = {trial.key: trial.pretrain.config.model for trial in trials if trial.pretrain}
     groups: dict[tuple[float, int], list[Entry]] = {}
-    for trial, entry in zip(trials, entries, strict=True):
-        model = trial.pretrain.config.model
-        if RATIO in trial.point and not entry["error"]:
+    for entry in entries:
+        if RATIO in entry["point"] and not entry["error"]:
+            model = models[entry["key"]]
             groups.setdefault((model.mask.ratio, model.decoder_depth), []).append(entry)
     if not groups:
         return b""
@@ -100,16 +107,18 @@ def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
     for (ratio, depth), members in groups.items():
         point: dict[str, Any] = {"ratio": ratio, "decoder_depth": depth}
         for measure in MEASURES:
-            values = [entry[measure] for entry in members]
-            point |= {measure: statistics.mean(values), f"{measure}_std": statistics.pstdev(values)}
+            over_seeds = interval([entry[measure] for entry in members])
+            point |= {measure: over_seeds.mean, f"{measure}_error": over_seeds.high - over_seeds.mean}
         points.append(point)
+    baselines = measured_baselines(entries)
+    dashed = {measure: baselines[0].of(measure).mean for measure in MEASURES} if len(baselines) == 1 else None
     with TemporaryDirectory(prefix="mae-figure-") as scratch:
         path = Path(scratch) / "masking_ratio.png"
-        masking_ratio_figure(points, path)
+        masking_ratio_figure(points, path, dashed)
         return path.read_bytes()
 
 
-def _short_names(fields: Sequence[str]) -> dict[str, str]:
+def short_names(fields: Sequence[str]) -> dict[str, str]:
     """Map every field to its shortest suffix of words that no other field ends with."""
     names = {}
     for field in fields:

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import statistics
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +15,7 @@ from typing import Any
 
 from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
-from pipelines.config import SweepConfig, identity, run_name, to_dict
+from pipelines.config import SCRATCH, SweepConfig, identity, run_name, to_dict
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import mark_interrupted
 from pipelines.drivers.launch import launch
@@ -23,11 +25,14 @@ from pipelines.interrupts import stopping_at
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset
+from pipelines.runs.jobs import ClassifyJob, IndexedJob, index_dataset
 from pipelines.storage import Storage, open_storage
-from tune.space import at
-from tune.summary import Entry, best_of, figure_of, preset_of, report
-from tune.trial import MEASURES, Measure, Trial, classify_job, grouped, of_trial, plan, settled, with_choices
+from tune.budget import Budget, Clock
+from tune.report import write_report
+from tune.results import Entry, best_of, measured_points
+from tune.space import parts_at
+from tune.summary import figure_of, preset_of, report
+from tune.trial import LABEL_FIELDS, MEASURES, Measure, Trial, grouped, of_trial, plan, settled, with_choices
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +99,14 @@ def _progress(checked: _Sweep) -> str:
 def _check(config: SweepConfig, preset: str) -> _Sweep:
     """Return the sweep with its trials. Raises UserError for every mistake that can be found without training."""
     config, manifest = settled(config)
-    # Concurrency and the selection criterion do not change the trials.
+    # Concurrency, budget and the selection criterion do not change the trials; more seeds and baselines only add some.
     fixed = dataclasses.replace(
         config,
+        question="",
+        seeds=1,
+        baselines=False,
+        scratch=SCRATCH,
+        budget_hours=None,
         max_concurrent=1,
         trials_per_group=1,
         select_by="finetune",
@@ -105,7 +115,9 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
     name = run_name(fixed, preset, manifest.digest)
     storage = open_storage(open_storage(config.output).join(name))
     trials = plan(config, storage)
-    content = json.dumps([identity(fixed), config.select_by, [trial.key for trial in trials]], sort_keys=True)
+    # Which trials tpe chooses follows from the rest.
+    keys = [config.seeds, config.baselines] if config.search == "tpe" else [trial.key for trial in trials]
+    content = json.dumps([identity(fixed), config.select_by, keys], sort_keys=True)
     return _Sweep(
         config=config,
         name=name,
@@ -134,11 +146,17 @@ def _clear(storage: Storage) -> None:
 
 
 def _summary(checked: _Sweep) -> dict[str, Any] | None:
-    """Return the result of the finished sweep; None if it is unfinished, another sweep's, or has failed trials."""
+    """Return the result of the finished sweep; None if it is unfinished, another sweep's, or has failed trials.
+
+    A sweep that its budget ended is unfinished for a larger one.
+    """
     if not checked.storage.exists(_SUMMARY):
         return None
     found = json.loads(checked.storage.read(_SUMMARY))
     if found.pop("identity") != checked.identity or any(entry["error"] for entry in found["trials"]):
+        return None
+    hours = checked.config.budget_hours
+    if found.get("num_unrun") and (hours is None or hours > found["budget_hours"]):
         return None
     return found
 
@@ -147,34 +165,67 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
     """Run all trials; register, test and plot the best one, and write the result."""
     from tune.search import Children, search
 
-    config, trials = checked.config, checked.trials
-    children = Children(tracking, parent, trials)
-    children.catch_up(trials)
-    unfinished = [trial for trial in trials if not trial.is_finished()]
-    if len(unfinished) < len(trials):
-        log.info("%d of %d trials are finished already", len(trials) - len(unfinished), len(trials))
+    config, attempted = checked.config, set[str]()
+    num_finished = sum(trial.is_finished() for trial in checked.trials)
+    if num_finished:
+        log.info("%d of %d trials are finished already", num_finished, len(checked.trials))
     with ExitStack() as stack:
-        if unfinished:
-            # Points may differ in their number of workers: size Ray for the largest group.
-            largest = max((t.pretrain.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
+        clock = Clock(checked.storage)
+        stack.callback(clock.save)
+        while True:
+            children = Children(tracking, parent, checked.trials)
+            children.catch_up(checked.trials)
+            unfinished = [t for t in checked.trials if not t.is_finished() and t.key not in attempted]
+            budget = None
+            if config.budget_hours is not None:
+                budget = Budget.of(checked.trials, 3600 * config.budget_hours - clock.spent_s())
+            if not unfinished or (budget is not None and budget.rest_s <= 0):
+                break
             groups = grouped(unfinished, config.trials_per_group)
-            stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
-            search(groups, children, config.max_concurrent)
-        entries = [trial.entry() or trial.record("the trial ended without a result") for trial in trials]
-        if all(entry["error"] for entry in entries):
-            raise CommandFailed(f"every trial of sweep {checked.name} failed; first error: {entries[0]['error']}")
+            if not attempted:
+                # Points may differ in their number of workers: size Ray for the largest group.
+                largest = max((t.main.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
+                stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
+            search(groups, children, config.max_concurrent, budget)
+            attempted |= {trial.key for trial in unfinished}
+            if config.search == "tpe":
+                trials = with_choices(plan(config, checked.storage), config.max_concurrent)
+                checked = dataclasses.replace(checked, trials=trials)
+        trials, entries = checked.trials, _entries(checked)
         best = best_of(entries, config.select_by)
-        winner = next(trial for trial in trials if trial.key == best["key"])
-        model = _register(winner, children)
-        tests = _test(checked, winner, stack)
+        winners = [trial for trial in trials if trial.pretrain and trial.point == best["point"]]
+        model = _register(next(trial for trial in winners if trial.key == best["key"]), children)
+        tests = _test(checked, [trial for trial in winners if trial.is_finished()], stack)
     result = _write(checked, entries, best, tests) | {"model": model, "run_id": parent.id}
+    files = write_report(checked.storage, config, trials, result, tracking)
+    result |= {"report": checked.storage.join("report.html")}
     result["text"] = report(result)
-    _log_result(parent, checked.storage, result, best, tests)
+    _log_result(parent, checked.storage, result, files)
     return result
+
+
+def _entries(checked: _Sweep) -> list[Entry]:
+    """Return the entries of all trials that have ended.
+
+    Raises CommandFailed if no point has a result, because all failed or the budget was too small.
+    """
+    entries = [entry for trial in checked.trials if (entry := trial.entry())]
+    if checked.config.budget_hours is None:
+        entries = [trial.entry() or trial.record("the trial ended without a result") for trial in checked.trials]
+    if measured_points(entries):
+        return entries
+    if any(entry["error"] for entry in entries):
+        error = next(entry["error"] for entry in entries if entry["error"])
+        raise CommandFailed(f"every trial of sweep {checked.name} failed; first error: {error}")
+    raise CommandFailed(
+        f"the budget of {checked.config.budget_hours:g} h ended before a trial of sweep {checked.name} did; rerun the "
+        "same command with a larger --budget-hours, which resumes it"
+    )
 
 
 def _register(winner: Trial, children: Any) -> str:
     """Register the winner's model from the winner's own run, so that lineage leads to its dataset and commit."""
+    assert winner.pretrain is not None
     config = winner.pretrain.config
     if not config.tracking.register:
         return ""
@@ -182,25 +233,37 @@ def _register(winner: Trial, children: Any) -> str:
     return publish(children.find(winner), RunFolder(winner.pretrain.folder))["model"]
 
 
-def _test(checked: _Sweep, winner: Trial, stack: ExitStack) -> dict[Measure, float | None]:
-    """Return the winner's top-1 on test, by the classifiers that were measured on val; None without a test split."""
-    manifest = winner.manifest
-    if "test" not in manifest.splits:
-        return dict.fromkeys(MEASURES)
-    jobs: dict[Measure, tuple[ClassifyJob, IndexedDataset]] = {}
-    for measure in MEASURES:
-        on_val: ClassifyJob = getattr(winner, measure)
-        on_test = dataclasses.replace(
-            on_val.config, eval_split="test", output=checked.storage.join(f"test/{winner.key}")
-        )
-        jobs[measure] = classify_job(on_test, measure, winner.pretrain, manifest)
-        _copy_checkpoint(on_val, jobs[measure][0])
-    unread = [(job, dataset) for job, dataset in jobs.values() if RunFolder(job.folder).read_result() is None]
+def _test(checked: _Sweep, winners: Sequence[Trial], stack: ExitStack) -> dict[str, list[float]]:
+    """Return top-1 on test of the best point and of its baseline, by the classifiers that were measured on val.
+
+    There is one value per seed, and none without a test split. Test is read for no other point.
+    """
+    if "test" not in checked.manifest.splits:
+        return {}
+    labels = {field: winners[0].point[field] for field in LABEL_FIELDS if field in winners[0].point}
+    baselines = [t for t in checked.trials if t.pretrain is None and t.point == labels and t.is_finished()]
+    jobs: dict[str, list[IndexedJob]] = {}
+    for trial in (*winners, *baselines):
+        for measure in MEASURES:
+            on_val: ClassifyJob = getattr(trial, measure)
+            output = checked.storage.join(f"test/{trial.key}")
+            job = dataclasses.replace(
+                on_val,
+                folder=open_storage(open_storage(output).join(measure)).uri,
+                config=dataclasses.replace(on_val.config, eval_split="test", output=output),
+            )
+            name = measure if trial.pretrain else {"finetune": "scratch", "probe": "random"}[measure]
+            jobs.setdefault(name, []).append((job, index_dataset(job, trial.manifest)))
+            _copy_checkpoint(on_val, job)
+    every = [indexed for some in jobs.values() for indexed in some]
+    unread = [(job, dataset) for job, dataset in every if RunFolder(job.folder).read_result() is None]
     if unread:
-        log.info("evaluating the best trial on test")
-        stack.enter_context(ray_session(winner.pretrain.compute))
+        log.info("evaluating the best point on test")
+        stack.enter_context(ray_session(winners[0].main.compute))
         launch(unread, f"{checked.name}-test")
-    return {measure: (RunFolder(job.folder).read_result() or {})["top1"] for measure, (job, _) in jobs.items()}
+    return {
+        name: [(RunFolder(job.folder).read_result() or {})["top1"] for job, _ in some] for name, some in jobs.items()
+    }
 
 
 def _copy_checkpoint(source: ClassifyJob, target: ClassifyJob) -> None:
@@ -210,10 +273,14 @@ def _copy_checkpoint(source: ClassifyJob, target: ClassifyJob) -> None:
         folder.checkpoints.save(trained, Retention(newest=1))
 
 
-def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measure, float | None]) -> dict[str, Any]:
+def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[str, list[float]]) -> dict[str, Any]:
     """Write preset and figure to the sweep's folder; return the result."""
     storage, config = checked.storage, checked.config
-    storage.write("best.yaml", preset_of(at(config.pretrain, best["point"]), checked.name, best, tests))
+    point = next(measured for measured in measured_points(entries) if best in measured.entries)
+    means = {name: round(statistics.fmean(values), 4) for name, values in tests.items()}
+    on_test: dict[Measure, float | None] = {measure: means.get(measure) for measure in MEASURES}
+    pretrain, _, _ = parts_at(config, best["point"])
+    storage.write("best.yaml", preset_of(pretrain, checked.name, point, on_test))
     figure = figure_of(checked.trials, entries)
     if figure:
         storage.write("masking_ratio.png", figure)
@@ -225,25 +292,33 @@ def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[Measu
         "select_by": config.select_by,
         "best_preset": storage.join("best.yaml"),
         "figure": storage.join("masking_ratio.png") if figure else "",
-        **{f"{measure}_val": best[measure] for measure in MEASURES},
-        **{f"{measure}_test": tests[measure] for measure in MEASURES},
+        **{f"{measure}_val": round(point.of(measure).mean, 4) for measure in MEASURES},
+        **{f"{measure}_test": on_test[measure] for measure in MEASURES},
+        "scratch_test": means.get("scratch"),
+        "tests": tests,
         "trials": entries,
+        "num_unrun": len(checked.trials) - len(entries),
+        "budget_hours": config.budget_hours,
     }
 
 
-def _log_result(
-    parent: registry.Run, storage: Storage, result: dict[str, Any], best: Entry, tests: dict[Measure, float | None]
-) -> None:
-    """Log table, summary, figure, preset and final numbers to the sweep's MLflow run."""
+def _log_result(parent: registry.Run, storage: Storage, result: dict[str, Any], charts: dict[str, bytes]) -> None:
+    """Log table, summary, report, figures, preset and final numbers to the sweep's MLflow run."""
     storage.write("table.txt", result["text"].encode() + b"\n")
     with TemporaryDirectory(prefix="mae-sweep-") as scratch:
         (Path(scratch) / _SUMMARY).write_bytes(_json(result))
-        for name in ("table.txt", "best.yaml", *(["masking_ratio.png"] if result["figure"] else [])):
+        names = ["table.txt", "best.yaml", "report.html", *(["masking_ratio.png"] if result["figure"] else [])]
+        for name in names:
             (Path(scratch) / name).write_bytes(storage.read(name))
         for path in sorted(Path(scratch).iterdir()):
             parent.log_file(path)
+        for name, content in charts.items():
+            path = Path(scratch) / name
+            path.write_bytes(content)
+            parent.log_file(path, "charts")
     now_ms = int(time.time() * 1000)
-    values = {f"{m}_top1": best[m] for m in MEASURES} | {f"{m}_test_top1": tests[m] for m in MEASURES}
+    values = {f"{m}_top1": result[f"{m}_val"] for m in MEASURES}
+    values |= {f"{m}_test_top1": result[f"{m}_test"] for m in (*MEASURES, "scratch")}
     parent.log_points([Point(key, value, 0, now_ms) for key, value in values.items() if value is not None])
     parent.set_tags({"mae.best": json.dumps(result["best"]), "mae.model": result["model"]})
 

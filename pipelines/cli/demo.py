@@ -46,6 +46,7 @@ _QUICK: dict[str, dict[str, Any]] = {
     "demo_scratch": {"epochs": 2, "eval_every_epochs": 2, "optim.warmup_epochs": 1},
     "demo_sweep": {
         "space": {"model.mask.ratio": [0.5, 0.75]},
+        "baselines": False,
         "trials_per_group": 1,
         "pretrain.epochs": 1,
         "pretrain.optim.warmup_epochs": 0,
@@ -126,6 +127,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
         "reconstructions": str(picture),
         "masking_ratio": str(figure),
         "model": pretrained["model"],
+        "report": swept["report"],
         "best": swept["best"],
         "best_preset": swept["best_preset"],
         "ui": tracking.ui_command,
@@ -196,6 +198,7 @@ def _text(result: dict[str, Any], out: Path) -> str:
         "",
         f"reconstructions   {result['reconstructions']}",
         f"masking ratio     {result['masking_ratio']}",
+        f"report            {result['report']}",
         f"backbone          {result['model']}",
         f"classifier        {result['classifier']}",
         f"best of the sweep {result['best']}  (mae pretrain --preset {result['best_preset']})",

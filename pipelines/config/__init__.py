@@ -20,7 +20,7 @@ from pipelines.config.reading import (
     without_added_defaults,
 )
 from pipelines.config.running import CheckpointConfig, ComputeConfig, FixedCompute, Precision, TrackingConfig
-from pipelines.config.sweeping import SweepConfig, parse_space
+from pipelines.config.sweeping import SCRATCH, SweepConfig, parse_space
 from pipelines.config.training import PROBE, ClassifyConfig, PretrainConfig
 from pipelines.config.view import (
     DemoConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "KINDS",
     "PRESETS",
     "PROBE",
+    "SCRATCH",
     "CheckpointConfig",
     "ClassifyConfig",
     "ComputeConfig",

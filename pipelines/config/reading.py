@@ -95,7 +95,7 @@ def options_for(config: Any, default: Any) -> list[str]:
     return words
 
 
-def _preset_values(cls: type, preset: str) -> dict[str, Any]:
+def _preset_values(cls: type, preset: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
         names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -111,7 +111,25 @@ def _preset_values(cls: type, preset: str) -> dict[str, Any]:
             f"preset {preset!r} has {f'kind: {kind}' if kind else 'no kind'}, but this command takes {KINDS[cls]}; "
             f"its first key must be kind: {KINDS[cls]}"
         )
-    return values
+    return _on_base(cls, values, (*above, preset))
+
+
+def _on_base(cls: type, values: dict[str, Any], above: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values over those of the preset that `base` names, field by field; a space replaces the base's."""
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base in above:
+        raise UserError(f"preset {above[-1]!r} is based on {base!r}, which is based on it; remove one base")
+    return _merged(_preset_values(cls, base, above), values)
+
+
+def _merged(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    found = dict(below)
+    for key, value in values.items():
+        is_part = key != "space" and isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if is_part else value
+    return found
 
 
 KINDS: dict[type, str] = {
@@ -128,7 +146,7 @@ def identity(config: Any) -> dict[str, Any]:
     The run that it extends is no part of them: the run's job holds its id.
     """
     values = without_added_defaults(config)
-    for part in (values, values.get("pretrain", {}), values.get("probe", {}), values.get("finetune", {})):
+    for part in (values, *(values.get(name, {}) for name in ("pretrain", "probe", "finetune", "scratch"))):
         for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend"):
             part.pop(key, None)
         if "compute" in part:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import DataConfig, PretrainConfig, load_preset, to_dict
-from tune.space import at
-from tune.summary import best_of, preset_of, report, table
+from pipelines.config import DataConfig, PretrainConfig, load_preset, to_dict, with_overrides
+from tune.results import best_of, measured_points
+from tune.summary import preset_of, report, table
 
 ENTRIES: list[dict[str, Any]] = [
     {
@@ -25,7 +25,14 @@ ENTRIES: list[dict[str, Any]] = [
         [(0.5, 1, 24, 60.0, 80.0), (0.75, 1, 12, 70.25, 80.0), (0.75, 12, 12, 65.0, 7.5)]
     )
 ]
-FAILED = ENTRIES[0] | {"key": "failed", "probe": None, "finetune": None, "loss": None, "error": "loss is nan"}
+FAILED = ENTRIES[0] | {
+    "point": {"model.mask.ratio": 0.9, "model.decoder_depth": 1},
+    "key": "failed",
+    "probe": None,
+    "finetune": None,
+    "loss": None,
+    "error": "loss is nan",
+}
 
 
 def test_the_best_is_chosen_by_the_measure_and_the_other_breaks_ties() -> None:
@@ -47,6 +54,17 @@ def test_the_table_is_aligned_with_one_row_a_trial_and_one_mark() -> None:
     assert "failed" in lines[4]
 
 
+def test_with_seeds_a_row_is_a_point_and_the_baseline_has_its_own() -> None:
+    scratch = ENTRIES[0] | {"point": {}, "kind": "scratch", "visible": None, "patches": None, "loss": None}
+    entries = [*ENTRIES, *(entry | {"seed": 1, "probe": entry["probe"] + 1} for entry in ENTRIES), scratch]
+    lines = table(entries, "key1").splitlines()
+    assert lines[0].split()[2:4] == ["visible", "seeds"]
+    assert "12/49" in lines[2]
+    assert "70.75 ± 6.35" in lines[2]
+    assert lines[4].split()[:2] == ["scratch", "1"]
+    assert len(lines) == 5
+
+
 def test_fields_that_end_alike_keep_what_tells_them_apart() -> None:
     entry = ENTRIES[0] | {"point": {"seed": 1, "optim.name": "adamw", "model.mask.kind": "grid"}}
     assert table([entry], "").splitlines()[0].split()[:3] == ["seed", "name", "kind"]
@@ -66,7 +84,7 @@ def test_the_report_names_failures_and_the_next_command() -> None:
         "best_preset": "/a b/best.yaml",
     }
     text = report(result)
-    assert "failed: model.mask.ratio=0.5, model.decoder_depth=1: loss is nan" in text
+    assert "failed: model.mask.ratio=0.9, model.decoder_depth=1: loss is nan" in text
     assert "probe 69.00, fine-tuned 79.00" in text
     assert text.endswith("next: mae pretrain --preset '/a b/best.yaml'")
     assert "test accuracy" not in report(result | {"probe_test": None, "finetune_test": None})
@@ -74,9 +92,9 @@ def test_the_report_names_failures_and_the_next_command() -> None:
 
 def test_the_best_preset_loads_as_the_winning_config(tmp_path: Path) -> None:
     base = PretrainConfig(epochs=50, data=DataConfig(uri="s3://bucket/data set"))
-    config = at(base, ENTRIES[1]["point"] | {"optim.base_lr": 1e-5})
+    config = with_overrides(base, ENTRIES[1]["point"] | {"optim.base_lr": 1e-5})
     path = tmp_path / "best.yaml"
-    path.write_bytes(preset_of(config, "my-sweep", ENTRIES[1], {"probe": 69.0, "finetune": 79.0}))
+    path.write_bytes(preset_of(config, "my-sweep", measured_points(ENTRIES)[1], {"probe": 69.0, "finetune": 79.0}))
     assert load_preset(PretrainConfig, str(path)) == config
     assert to_dict(load_preset(PretrainConfig, str(path)))["model"]["mask"]["ratio"] == 0.75
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -1,5 +1,6 @@
 """A sweep for real: killed or stopped after its first trial and started again, it repeats nothing and ends well."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -14,13 +15,17 @@ import pytest
 import yaml
 
 from pipelines import sample
-from pipelines.config import PretrainConfig, load_preset
+from pipelines.config import PretrainConfig, SweepConfig, load_preset, with_overrides
+from pipelines.storage import open_storage
 from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
+from tune.budget import Budget, Clock
+from tune.trial import Trial, grouped, plan, settled
 
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 SWEEP = [*MAE, "sweep", "--preset", "tiny.yaml"]
 PRESET = {
     "kind": "sweep",
+    "baselines": True,
     "space": {"model.mask.ratio": [0.5, 0.75]},
     "pretrain": {
         "epochs": 1,
@@ -53,6 +58,7 @@ PRESET = {
         "optim": {"warmup_epochs": 0},
     },
 }
+PRESET["scratch"] = PRESET["finetune"]
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +126,12 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     result = run(home)
     assert (entry.stat().st_mtime_ns, entry.read_bytes()) == (before, content)
     assert json.loads(content) in result["trials"]
-    assert [trial["point"]["model.mask.ratio"] for trial in result["trials"]] == [0.5, 0.75]
-    assert [(trial["visible"], trial["patches"]) for trial in result["trials"]] == [(24, 49), (12, 49)]
-    best = max(result["trials"], key=lambda trial: (trial["finetune"], trial["probe"]))
+    *trials, scratch = result["trials"]
+    assert [trial["point"]["model.mask.ratio"] for trial in trials] == [0.5, 0.75]
+    assert [(trial["visible"], trial["patches"]) for trial in trials] == [(24, 49), (12, 49)]
+    assert (scratch["kind"], scratch["point"], scratch["loss"]) == ("scratch", {}, None)
+    assert result["tests"]["scratch"] == [result["scratch_test"]]
+    best = max(trials, key=lambda trial: (trial["finetune"], trial["probe"]))
     assert result["best"] == best["point"]
     assert (best["probe"], best["finetune"]) == (result["probe_val"], result["finetune_val"])
     assert result["probe_test"] is not None
@@ -130,6 +139,10 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     assert Path(result["figure"]).stat().st_size > 10_000
     winner = load_preset(PretrainConfig, result["best_preset"])
     assert winner.model.mask.ratio == result["best"]["model.mask.ratio"]
+
+    page = Path(result["report"]).read_text()
+    assert page.count("<img") == 2 * 5 * (2 + len(trials))
+    assert all(trial["key"] in page or f"{trial['finetune']:.2f}" in page for trial in result["trials"])
 
     again = run(home)
     assert again == result
@@ -176,9 +189,84 @@ def check_mlflow(home: Path, result: dict[str, Any]) -> None:
         child = children[f"{result['run']}/{trial['key']}"]
         assert child.data.metrics["probe_top1"] == trial["probe"]
         assert child.data.metrics["finetune_top1"] == trial["finetune"]
-        assert {"train/loss", "probe/train/loss", "finetune/train/loss"} <= child.data.metrics.keys()
-        assert child.data.params["model.mask.ratio"] == str(trial["point"]["model.mask.ratio"])
+        is_scratch = trial["kind"] == "scratch"
+        steps = {"probe/train/loss", "finetune/train/loss"} | (set() if is_scratch else {"train/loss"})
+        assert steps <= child.data.metrics.keys()
+        assert child.data.params.get("model.mask.ratio", "") == str(trial["point"].get("model.mask.ratio", ""))
     [version] = client.search_model_versions("name = 'mae-vit_pico_patch4'")
     assert version.run_id == children[f"{result['run']}/{result['best_key']}"].info.run_id
     names = {file.path for file in client.list_artifacts(result["run_id"])}
-    assert {"best.yaml", "masking_ratio.png", "summary.json", "table.txt"} <= names
+    assert {"best.yaml", "charts", "masking_ratio.png", "report.html", "summary.json", "table.txt"} <= names
+    charts = {Path(file.path).name for file in client.list_artifacts(result["run_id"], "charts")}
+    assert {"curves-finetune.png", "curves-finetune.svg", "cost.svg"} <= charts
+
+
+@pytest.fixture(scope="module")
+def config(home: Path) -> SweepConfig:
+    """Return the preset's sweep over the prepared images."""
+    values = {f"{part}.data.uri": str(home / "prepared") for part in ("pretrain", "probe", "finetune")}
+    return settled(with_overrides(load_preset(SweepConfig, str(home / "tiny.yaml")), values))[0]
+
+
+def plan_of(config: SweepConfig, folder: Path, **changes: Any) -> list[Trial]:
+    return plan(dataclasses.replace(config, **changes), open_storage(folder))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_all_points_and_the_baseline_come_with_one_seed_before_the_next(config: SweepConfig, tmp_path: Path) -> None:
+    trials = plan_of(config, tmp_path, seeds=2)
+    assert [(trial.seed, trial.describe()) for trial in trials] == [
+        (0, "model.mask.ratio=0.5"),
+        (0, "model.mask.ratio=0.75"),
+        (0, "from scratch"),
+        (1, "model.mask.ratio=0.5, seed 1"),
+        (1, "model.mask.ratio=0.75, seed 1"),
+        (1, "from scratch, seed 1"),
+    ]
+    assert [job.config.seed for job in trials[3].jobs.values()] == [1, 1, 1]
+    assert [trial.key for trial in trials[:3]] == [trial.key for trial in plan_of(config, tmp_path)]
+    assert len({trial.key for trial in trials}) == 6
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_points_that_pretrain_alike_share_the_pretraining_and_run_together(config: SweepConfig, tmp_path: Path) -> None:
+    space = {"model.mask.ratio": [0.5, 0.75], "finetune.labels": ["10%", "50%"]}
+    trials = plan_of(config, tmp_path, space=space)
+    *points, few, many = trials
+    folders = [trial.jobs["pretrain"].folder for trial in points]
+    assert (folders[0], folders[2]) == (folders[1], folders[3])
+    assert folders[0] != folders[2]
+    assert points[0].probe.folder == points[1].probe.folder
+    assert len({trial.finetune.folder for trial in points}) == 4
+    assert [trial.point for trial in (few, many)] == [{"finetune.labels": "10%"}, {"finetune.labels": "50%"}]
+    assert [trial.finetune.config.labels for trial in (few, many)] == ["10%", "50%"]
+    groups = grouped(trials, 1)
+    assert [[trial.key for trial in group] for group in groups] == [
+        [trial.key for trial in group] for group in (points[:2], points[2:], [few], [many])
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_budget_covers_what_the_ledger_says_will_fit(config: SweepConfig, tmp_path: Path) -> None:
+    trials = plan_of(config, tmp_path, seeds=2)
+    low, high, scratch, low_again, high_again, _ = trials
+    assert Budget.of(trials, 1).covers([low]), "nothing is known yet"
+    low.record("it failed", wall_s=100.0)
+    high.record("it failed", wall_s=300.0)
+    assert Budget.of(trials, 150).covers([low_again])
+    assert not Budget.of(trials, 150).covers([high_again])
+    assert not Budget.of(trials, 150).covers([low_again, low_again])
+    assert Budget.of(trials, 250).covers([scratch]), "unknown trials take the mean"
+    assert not Budget.of(trials, 150).covers([scratch])
+
+
+def test_a_clock_adds_up_over_starts(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write("spent.json", b'{"wall_s": 100.0}')
+    clock = Clock(storage)
+    assert 100 <= clock.spent_s() < 160
+    clock.save()
+    assert Clock(storage).spent_s() >= 100
