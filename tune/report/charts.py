@@ -295,8 +295,10 @@ def _cost(points: Sequence[Measured], baselines: Sequence[Measured], fields: lis
 
 def _importance(points: Sequence[Measured]) -> Chart | None:
     """Draw the share of the variance that each field explains, a bar per measure; None if all trials agree."""
-    by_measure = {measure: importance(points, measure) for measure in reversed(MEASURES)}
-    shares: dict[Measure, dict[str, float]] = {measure: found for measure, found in by_measure.items() if found}
+    shares: dict[Measure, dict[str, float]] = {}
+    for measure in reversed(MEASURES):
+        if found := importance(points, measure):
+            shares[measure] = found
     if not shares:
         return None
     words = {"seed": "seed alone", "together": "fields together"}
