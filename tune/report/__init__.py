@@ -14,8 +14,7 @@ from pipelines.config import SweepConfig
 from pipelines.registry import Tracking
 from pipelines.storage import Storage
 from tune.report.charts import charts_of, label_of
-from tune.report.page import Study, page, point_text
-from tune.report.pictures import RATIOS, Row, reconstruction_rows
+from tune.report.page import RATIOS, Row, Study, page, point_text
 from tune.results import measured_baselines, measured_points, varied_fields
 from tune.trial import CLOSED, Trial
 
@@ -74,6 +73,9 @@ def _question(points: Sequence[Any]) -> str:
 
 def _pictures(config: SweepConfig, trials: Sequence[Trial], result: dict[str, Any]) -> dict[float, list[Row]]:
     """Return reconstructions by the first seed of each point; none if they cannot be drawn, which costs no result."""
+    # It imports torch, which drivers do without until they read weights.
+    from tune.report.pictures import reconstruction_rows
+
     points = measured_points(result["trials"])
     shown = points
     if len(points) > _MAX_PICTURED:

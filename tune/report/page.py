@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tune.report.charts import BASELINE_NAMES, MEASURE_NAMES, Chart, label_of, short_label, value_label
-from tune.report.pictures import Row
 from tune.results import (
     Entry,
     Measured,
@@ -24,6 +23,18 @@ from tune.trial import MEASURES, Measure
 _HERE = Path(__file__).parent
 _ON_TEST: tuple[tuple[Measure, str], ...] = (("finetune", "scratch"), ("probe", "random"))
 """What is measured on test, each with its baseline."""
+RATIOS = (0.75, 0.8)
+"""Mask ratios of the reconstructions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Pictures in one row, as data: URIs, and what they are."""
+
+    key: str
+    """Key of the trial; empty for originals and masked images."""
+    title: str
+    pictures: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

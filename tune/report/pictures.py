@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,12 @@ from pipelines.images.decode import ImageArray
 from pipelines.pictures.figures import shown_size
 from pipelines.pictures.reconstruct import reconstruct, split_images
 from pipelines.registry import read_model
+from tune.report.page import RATIOS, Row
 from tune.trial import Trial
 
-RATIOS = (0.75, 0.8)
 _NUM_IMAGES = 5
 _SIDE_PX = 112
 _REMEDY = "a picture needs the export of a finished pretraining"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Pictures in one row, as data: URIs, and what they are."""
-
-    key: str
-    """Key of the trial; empty for originals and masked images."""
-    title: str
-    pictures: tuple[str, ...]
 
 
 def reconstruction_rows(trials: Sequence[Trial], titles: Sequence[str]) -> dict[float, list[Row]]:

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tune.report.charts import charts_of
-from tune.report.page import Study, page
-from tune.report.pictures import Row, _uris
+from tune.report.page import Row, Study, page
+from tune.report.pictures import _uris
 from tune.results import Entry, best_of, measured_baselines, measured_points
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
