@@ -4,16 +4,40 @@ MLflow runs this file alone, on machines that have neither Ray nor this package.
 and of pipelines/images/decode (as mae_decode), so that preprocessing equals that of evaluation.
 """
 
+import base64
+import binascii
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import mlflow.models
 import mlflow.pyfunc
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 _BATCH = 64
+_BASE64 = re.compile(rb"[A-Za-z0-9+/\s]+={0,2}\s*")
+_MOST_SHOWN_BYTES = 80
+
+
+class WrongImage(MlflowException, ValueError):
+    """An image that cannot be read. A server answers it with status 400 and this sentence."""
+
+    def __init__(self, said: str) -> None:
+        self._said = said
+        super().__init__(said, error_code=INVALID_PARAMETER_VALUE)
+
+    @property
+    def message(self) -> str:
+        """The sentence alone: MLflow's server would put the whole request in front of it."""
+        return self._said
+
+    @message.setter
+    def message(self, said: str) -> None:
+        pass
 
 
 class Embedder(mlflow.pyfunc.PythonModel):
@@ -42,7 +66,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Return one row per image of the first column. Raises ValueError that names the image that cannot be read."""
+        """Return one row per image of the first column. Raises WrongImage that names the one that cannot be read."""
         import numpy as np
         import torch
 
@@ -72,7 +96,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
                 values = network.normalization.values
                 views.append(input_view(content, network.channels, network.image_px, values))
             except ValueError as error:
-                raise ValueError(
+                raise WrongImage(
                     f"image {i} cannot be read ({error}); send a complete image file, as those the model was trained on"
                 ) from None
         return torch.from_numpy(np.stack(views))
@@ -91,11 +115,23 @@ def _verify(files: dict[str, Path], packaged: dict[str, Any]) -> None:
 
 
 def _bytes_of(content: Any, i: int) -> bytes:
-    """Return the encoded image. Raises ValueError if it is something else, such as the path of a file."""
+    """Return the encoded image. Raises WrongImage if it is something else, such as the path of a file.
+
+    MLflow's server decodes base64 in tables, but not in `inputs` and `instances`. No image file is base64 from its
+    first byte to its last.
+    """
     if isinstance(content, bytes | bytearray | memoryview):
-        return bytes(content)
+        found = bytes(content)
+        if _BASE64.fullmatch(found):
+            try:
+                return base64.b64decode(found)
+            except binascii.Error:
+                pass
+        if len(found) > _MOST_SHOWN_BYTES or not found.isascii() or not found.decode().isprintable():
+            return found
+        content = found.decode()
     what = f"the text {content[:80]!r}" if isinstance(content, str) else f"of type {type(content).__name__}"
-    raise ValueError(
+    raise WrongImage(
         f"image {i} is {what}, but the model takes the bytes of an image file; send Path(file).read_bytes(), or its "
         "base64 in a request to a server"
     )

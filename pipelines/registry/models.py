@@ -1,5 +1,6 @@
 """Register a run's weights as a model version: upload and verify everything, then move the alias."""
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pipelines.registry.runs import Run
 from pipelines.registry.versions import SHA256_TAG, ModelRef, check_file_name, inherited_tags, ref_of, sha256_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
 
 ALIAS = "candidate"
@@ -118,8 +120,7 @@ def _package(run: Run, paths: dict[str, Path], name: str, model_id: str, locatio
     decoder = folder.with_name("mae_decode")
     shutil.copytree(Path(__file__).parents[1] / "images" / "decode", decoder)
     with warnings.catch_warnings():
-        # MLflow warns about its own type hints during import, and about the missing input example. We leave the example
-        # out because MLflow would load the model to check it, which costs more than everything else here.
+        # MLflow warns about its own type hints during import.
         warnings.simplefilter("ignore", UserWarning)
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
@@ -134,11 +135,26 @@ def _package(run: Run, paths: dict[str, Path], name: str, model_id: str, locatio
             code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
             # One unnamed column accepts a table, a list or an array of encoded images.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),
+            input_example=_example(paths["config.json"]),
             pip_requirements=list(_requirements(paths["config.json"])),
             mlflow_model=Model(artifact_path=location, model_uuid=model_id, run_id=run.id, model_id=model_id),
         )
     for cache in folder.rglob("__pycache__"):
         shutil.rmtree(cache)
+
+
+def _example(config: Path) -> "pd.DataFrame | None":
+    """Return a table with one image to send to the served model; None for a model of images beyond 8 bits."""
+    import pandas as pd
+    from PIL import Image
+
+    values = json.loads(config.read_bytes())
+    channels = values.get("channels", values.get("model", {}).get("channels", 3))
+    if values.get("pixels", {}).get("values") is not None or channels not in (1, 3):
+        return None
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).save(file, "PNG")
+    return pd.DataFrame({"image": [file.getvalue()]})
 
 
 def _requirements(config: Path) -> Iterator[str]:

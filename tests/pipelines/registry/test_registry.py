@@ -1,16 +1,22 @@
 """The registry on a real sqlite MLflow, and on a real server that is killed and restarted."""
 
+import base64
 import dataclasses
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +35,15 @@ from pipelines.registry import (
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.runs import commit_tags, flatten
 from pipelines.registry.versions import check_location
-from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, join, let_pass, wait_until
+from tests.waiting import (
+    COMMAND_DEADLINE_S,
+    EVENT_DEADLINE_S,
+    KILLED_DEADLINE_S,
+    REQUEST_DEADLINE_S,
+    join,
+    let_pass,
+    wait_until,
+)
 
 # SQLAlchemy 2.1 deprecates what MLflow 3.17 uses, on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -518,6 +532,85 @@ class TestPackagedModel:
         found = self.serve(tracking, "models:/mae-j-classifier/1", tmp_path, png(28, 28))
         assert found["label"]["0"] in ("cat", "dog")
         assert 0.5 <= float(found["score"]["0"]) <= 1  # pyright: ignore[reportArgumentType]
+
+    def test_a_served_classifier_answers_tables_and_arrays_and_says_what_is_wrong(
+        self, tracking, classifier_files, tmp_path
+    ):
+        from mlflow.models import Model
+
+        ref = register_classifier(tracking.run("served", "finetune", {}), classifier_files, None, "mae-k-classifier")
+        images = [base64.b64encode(png(height, 28, height)).decode() for height in (28, 40, 60)]
+        with scoring(tracking.uri, "models:/mae-k-classifier/1", tmp_path) as ask:
+            status, answer = ask({"dataframe_split": {"columns": ["image"], "data": [[image] for image in images]}})
+            rows = answer["predictions"]
+            assert (status, [set(row) for row in rows]) == (200, [{"label", "score"}] * 3)
+            assert all(row["label"] in ("cat", "dog") and 0.5 <= row["score"] <= 1 for row in rows)
+            for form in ({"inputs": images}, {"instances": images}, {"dataframe_records": [{"i": i} for i in images]}):
+                assert ask(form) == (200, answer)
+            for wrong, said in (
+                (
+                    base64.b64encode(b"no image at all").decode(),
+                    "image 1 cannot be read (not a known image format); send",
+                ),
+                (base64.b64encode(png(28, 28)[:99]).decode(), "image 1 cannot be read (damaged image: "),
+                ("/home/me/cat.png", "image 1 is the text '/home/me/cat.png', but the model takes the bytes"),
+                ("", "image 1 is the text '', but"),
+            ):
+                status, answer = ask({"inputs": [images[0], wrong]})
+                assert (status, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), answer
+                assert answer["message"].startswith(said)
+            # What the model's own example asks is answered.
+            folder = Path(tracking.client.get_logged_model(ref.model_id).artifact_location)
+            assert ask(json.loads((folder / "serving_input_example.json").read_text()))[0] == 200
+            assert [column.type.name for column in Model.load(str(folder)).signature.inputs] == ["binary"]
+
+
+@contextmanager
+def scoring(tracking_uri: str, model: str, folder: Path) -> Iterator[Callable[[object], tuple[int, Any]]]:
+    """Serve the model by `mlflow models serve` on loopback; yield a function that posts to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_REGISTRY_URI": tracking_uri}
+    environment |= {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PYTHONPATH": "",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    # MLflow starts uvicorn by its name.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def ask(body: object) -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=EVENT_DEADLINE_S) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def is_healthy() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=REQUEST_DEADLINE_S) as response:
+            return response.status == 200
+
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until(
+            is_healthy,
+            lambda: f"the served model: {(folder / 'serve.log').read_text()}",
+            COMMAND_DEADLINE_S,
+            alive=lambda: process.poll() is None,
+            errors=(OSError,),
+            poll_every_s=0.2,
+        )
+        yield ask
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(KILLED_DEADLINE_S)
 
 
 class Server:
