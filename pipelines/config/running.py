@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from mae_core.config import ADDED
 from mae_core.errors import UserError
 
 Auto: TypeAlias = Literal["auto"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+_TAG = re.compile(r"(?!mae\.|mlflow\.|sha256\.)[\w.-]{1,100}=.{0,4000}", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +108,21 @@ class TrackingConfig:
     """Steps between two points of a metric."""
     pictures_every_epochs: int = 10
     """Epochs between two pictures of reconstructions."""
+    tags: tuple[str, ...] = field(default=(), metadata=ADDED)
+    """Tags KEY=VALUE of the run and of the model version that it registers, such as team=vision."""
+
+    @property
+    def tag_values(self) -> dict[str, str]:
+        """The values of `tags` by key."""
+        return {key: value for key, _, value in (tag.partition("=") for tag in self.tags)}
 
     def __post_init__(self) -> None:
         check_model_name(self.name)
+        for tag in self.tags:
+            if not _TAG.fullmatch(tag):
+                raise UserError(
+                    f"tag {tag!r} is not KEY=VALUE with a key other than mae.*, mlflow.* and sha256.*; try team=vision"
+                )
         for name in ("log_every_steps", "pictures_every_epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is below 1; try 10")

@@ -213,7 +213,7 @@ def published_classify_job(
         publish=publish,
         backbone=start.ref,
         inputs=inputs,
-        tags=_label_tags(job, dataset),
+        tags={**config.tracking.tag_values, **_label_tags(job, dataset)},
     )
 
 
@@ -238,6 +238,7 @@ def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:
             start.ref,
             name,
             description=f"{_measured(result)} on {result.get('split')}",
+            tags=config.tracking.tag_values,
         )
         return {"model": ref.uri, "backbone": config.backbone}
 

@@ -187,6 +187,7 @@ def published_pretrain_job(
         publish=publisher(config, manifest, start.ref if start else None),
         inputs=inputs,
         backbone=start.ref if start else None,
+        tags=config.tracking.tag_values,
     )
 
 
@@ -214,7 +215,7 @@ def published_extension(
         publish=lambda mlflow_run, run_folder: added | register(mlflow_run, run_folder),
         first_checkpoint=run.last_checkpoint(job.first_epoch * steps_per_epoch, steps_per_epoch),
         backbone=parent,
-        tags=run.tags,
+        tags={**config.tracking.tag_values, **run.tags},
     )
 
 
@@ -237,6 +238,7 @@ def publisher(
             config.tracking.name or f"mae-{config.model.arch}",
             parent=parent,
             description=describe(config, manifest) + more,
+            tags=config.tracking.tag_values,
         )
         return {"model": ref.uri}
 

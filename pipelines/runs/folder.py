@@ -41,7 +41,8 @@ class RunFolder:
     def claim(self, identity: dict[str, Any]) -> str:
         """Reserve the folder for the run with this identity; return the id that the run got when it was first claimed.
 
-        Raises UserError if the folder belongs to another run, or holds something other than a run.
+        Of several drivers that claim at once, one decides the id, and all get it. Raises UserError if the folder
+        belongs to another run, or holds something other than a run.
         """
         found = self._identity_or_empty()
         if found is not None:
@@ -55,8 +56,8 @@ class RunFolder:
                 )
             return key
         key = uuid.uuid4().hex
-        self.storage.write("run.json", json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode())
-        return key
+        content = json.dumps({"id": key} | identity, indent=1, sort_keys=True).encode()
+        return key if self.storage.write_new("run.json", content) else self.claim(identity)
 
     def _extending_hint(self, differing: list[str]) -> str:
         """Return what to try if other epochs were asked of a finished run; empty otherwise."""

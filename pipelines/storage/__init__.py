@@ -135,10 +135,14 @@ class Storage:
             return True
 
     def is_empty(self) -> bool:
-        """Return whether the storage holds nothing, not even a hidden file, or does not exist."""
+        """Return whether the storage holds nothing, not even a hidden file, or does not exist.
+
+        The temporary file of a writer is nothing: it may have been killed.
+        """
         with self._named_errors("list", ""):
             if self.is_local:
-                return not os.path.lexists(self.uri) or not any(Path(self.uri).iterdir())
+                found = Path(self.uri).iterdir() if os.path.lexists(self.uri) else ()
+                return all(_TEMPORARY.fullmatch(path.name) for path in found)
             return next(s3.walk(self._key("")), None) is None
 
     def exists(self, path: str = "") -> bool:

@@ -1,5 +1,6 @@
 """A run's folder belongs to one run, and says no more than is true of it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,17 @@ def test_a_folder_is_claimed_once_and_by_one_run(folder: RunFolder) -> None:
     with pytest.raises(ValueError, match=r"with another config\.model\.arch \(a there, b here\); only .* may change"):
         folder.claim({"kind": "pretrain", "config": {"epochs": 3, "model": {"arch": "b"}}})
     assert folder.read_identity() == {"id": key} | mine
+
+
+def test_drivers_that_claim_at_once_get_one_id(folder: RunFolder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        ids = set(pool.map(lambda _: RunFolder(folder.storage.uri).claim({"kind": "finetune"}), range(32)))
+    assert ids == {folder.claim({"kind": "finetune"})}
+
+
+def test_a_writer_that_was_killed_leaves_a_folder_that_can_be_claimed(folder: RunFolder) -> None:
+    folder.storage.write(".run.json.123-0123abcd.tmp", b"half of")
+    assert folder.claim({"kind": "finetune"})
 
 
 def test_a_run_is_finished_then_published(folder: RunFolder) -> None:
