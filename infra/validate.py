@@ -17,7 +17,7 @@ import jsonschema
 import kubernetes_validate
 
 HERE = Path(__file__).parent
-OWN = (HERE / "compose/compose.yaml", HERE / "kuberay/base", HERE / "kuberay/overlays/example")
+OWN = (HERE / "compose/compose.yaml", *(HERE / "kuberay" / name for name in ("base", "handoff", "overlays/example")))
 
 
 def _sibling(name: str) -> Any:

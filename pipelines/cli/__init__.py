@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _main(argv: list[str]) -> ExitCode:
+def _main(argv: list[str]) -> int:
+    """Run one command; return an `ExitCode`, or the exit status of the command that `mae submit` followed."""
     from pipelines.console import print_result, set_up_logging
     from pipelines.stages import note
 
@@ -63,7 +64,8 @@ def _main(argv: list[str]) -> ExitCode:
         sys.stdout.flush()
     except BrokenPipeError:
         return _reader_closed()
-    return ExitCode.SUCCESS if result.get("ok", True) else ExitCode.RUN_FAILED
+    failed = ExitCode.SUCCESS if result.get("ok", True) else ExitCode.RUN_FAILED
+    return int(result.get("exit_status", failed))
 
 
 def _interrupted(interrupt: KeyboardInterrupt, argv: list[str], *, resumes: bool) -> ExitCode:

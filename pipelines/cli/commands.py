@@ -21,11 +21,14 @@ from pipelines.config import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    HandoffConfig,
     ImportConfig,
     InspectConfig,
+    JobsConfig,
     LineageConfig,
     LookConfig,
     NeighboursConfig,
+    PredictConfig,
     PrepareConfig,
     PretrainConfig,
     PromoteConfig,
@@ -35,6 +38,7 @@ from pipelines.config import (
     RollbackConfig,
     RunsConfig,
     SegmentConfig,
+    SubmitConfig,
     SweepConfig,
     to_dict,
 )
@@ -52,6 +56,8 @@ class Command:
     """Config to use without --preset; None for the defaults of its type."""
     resumes: bool = False
     """Whether the same command continues what an interrupted one began."""
+    takes_words: bool = False
+    """Whether its arguments are any words, among which ours would be options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,13 @@ def _segment(call: Invocation) -> dict[str, Any]:
     from pipelines.evaluation.segment import segment
 
     return segment(call.arguments[0], call.arguments[1], call.config)
+
+
+def _predict(call: Invocation) -> dict[str, Any]:
+    from pipelines.embedding.predict import predict
+
+    model, source, out = call.arguments
+    return predict(model, source, out, call.config)
 
 
 def _embed(call: Invocation) -> dict[str, Any]:
@@ -201,6 +214,24 @@ def _runs(call: Invocation) -> dict[str, Any]:
     from pipelines.runs.listing import runs
 
     return runs(call.arguments[0], call.config)
+
+
+def _handoff(call: Invocation) -> dict[str, Any]:
+    from pipelines.handoff.handing_over import handoff
+
+    return handoff(call.config)
+
+
+def _submit(call: Invocation) -> dict[str, Any]:
+    from pipelines.jobs.submit import submit
+
+    return submit(call.arguments, call.config)
+
+
+def _jobs(call: Invocation) -> dict[str, Any]:
+    from pipelines.jobs.submit import jobs
+
+    return jobs(call.config)
 
 
 def _demo(call: Invocation) -> dict[str, Any]:
@@ -299,6 +330,17 @@ COMMANDS: dict[str, Command] = {
         config=EvaluateConfig,
         run=_evaluate,
         positional=(("OUT", "folder or s3:// prefix of predictions, pictures and report"),),
+    ),
+    "predict": Command(
+        help="Classify every image of a bucket or folder with a classifier, into Parquet.",
+        config=PredictConfig,
+        run=_predict,
+        resumes=True,
+        positional=(
+            ("MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION of a classifier, or the export/ folder of a run"),
+            ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
+            ("OUT", "folder or s3:// prefix of the predictions"),
+        ),
     ),
     "embed": Command(
         help="Embed every image of a dataset with a backbone, into Parquet.",
@@ -403,6 +445,20 @@ COMMANDS: dict[str, Command] = {
         run=_runs,
         positional=(("URI", "folder or s3:// prefix of one run or of several, such as runs"),),
     ),
+    "handoff": Command(
+        help="Start the trainings that each version with an alias has not had yet, each exactly once.",
+        config=HandoffConfig,
+        run=_handoff,
+        resumes=True,
+    ),
+    "submit": Command(
+        help="Run a command on a Ray cluster from a copy of this folder, follow its log, exit with its status.",
+        config=SubmitConfig,
+        run=_submit,
+        positional=(("COMMAND", "words of the command, after -- if options precede it"),),
+        takes_words=True,
+    ),
+    "jobs": Command(help="List the jobs of a Ray cluster, follow or stop one.", config=JobsConfig, run=_jobs),
     "demo": Command(
         help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo, resumes=True
     ),

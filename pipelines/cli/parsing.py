@@ -38,6 +38,7 @@ def parse(argv: Sequence[str]) -> Invocation:
         print(f"mae-ray {mae_core.__version__}")
         raise SystemExit(0)
     name = _take_command(rest)
+    foreign = _take_foreign(rest) if COMMANDS[name].takes_words else ()
     if name in ("pretrain", "finetune", "probe"):
         # What training starts from is a registered model, as in `mae reconstruct --model`.
         rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
@@ -50,7 +51,13 @@ def parse(argv: Sequence[str]) -> Invocation:
     arguments, config = _parse_fields(name, shown, preset, rest)
     _check_method(shown, config)
     return Invocation(
-        command=name, config=config, arguments=arguments, preset=preset, json=as_json, fresh=fresh, stated=stated
+        command=name,
+        config=config,
+        arguments=foreign or arguments,
+        preset=preset,
+        json=as_json,
+        fresh=fresh,
+        stated=stated,
     )
 
 
@@ -96,6 +103,19 @@ def _take_command(rest: list[str]) -> str:
         hint = f"did you mean {near[0]}?" if near else f"try one of {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     return name
+
+
+def _take_foreign(rest: list[str]) -> tuple[str, ...]:
+    """Remove the words of another command, which begin after -- or are all, and return them; leave one for tyro."""
+    if "--" in rest:
+        at = rest.index("--")
+        words, rest[at:] = rest[at + 1 :], []
+    elif rest and not rest[0].startswith("-"):
+        words, rest[:] = rest[:], []
+    else:
+        words = []
+    rest += ["COMMAND"] if words else []
+    return tuple(words)
 
 
 def _take_shown(rest: list[str]) -> str:

@@ -1,8 +1,9 @@
 """Options of every command, as frozen dataclasses that validate their values. Imports mae_core.config only."""
 
 from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig, SourceConfig
-from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig
+from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig, PredictConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
+from pipelines.config.handing_over import HandoffConfig, HandoffJob, HandoffPlan, JobsConfig, SubmitConfig
 from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, PruneConfig, RollbackConfig
 from pipelines.config.reading import (
     KINDS,
@@ -49,13 +50,18 @@ __all__ = [
     "ExportConfig",
     "FixedCompute",
     "GateConfig",
+    "HandoffConfig",
+    "HandoffJob",
+    "HandoffPlan",
     "ImportConfig",
     "InspectConfig",
+    "JobsConfig",
     "LineageConfig",
     "LookConfig",
     "NeighboursConfig",
     "PeriodicEvaluationConfig",
     "Precision",
+    "PredictConfig",
     "PrepareConfig",
     "PretrainConfig",
     "PromoteConfig",
@@ -66,6 +72,7 @@ __all__ = [
     "RunsConfig",
     "SegmentConfig",
     "SourceConfig",
+    "SubmitConfig",
     "SweepConfig",
     "TrackingConfig",
     "config_hash",

@@ -62,6 +62,11 @@ class EmbedConfig(ActorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictConfig(ActorConfig):
+    """Class and probabilities of every image of a bucket or folder, in Parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurateConfig(ActorConfig):
     """Images ranked by their reconstruction loss, the lowest and highest of which can be left out."""
 

@@ -120,8 +120,10 @@ def _package(run: Run, paths: dict[str, Path], name: str, model_id: str, locatio
     decoder = folder.with_name("mae_decode")
     shutil.copytree(Path(__file__).parents[1] / "images" / "decode", decoder)
     with warnings.catch_warnings():
-        # MLflow warns about its own type hints during import.
+        # MLflow warns about its own type hints during import, and pandas about what MLflow does with the example.
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
         from mlflow.types.schema import ColSpec, Schema
@@ -135,7 +137,7 @@ def _package(run: Run, paths: dict[str, Path], name: str, model_id: str, locatio
             code_paths=[str(Path(mae_core.__file__).parent), str(decoder)],
             # One unnamed column accepts a table, a list or an array of encoded images.
             signature=ModelSignature(inputs=Schema([ColSpec("binary")])),
-            input_example=_example(paths["config.json"]),
+            input_example=_example(paths["config.json"]),  # pyright: ignore[reportArgumentType] -- None is allowed
             pip_requirements=list(_requirements(paths["config.json"])),
             mlflow_model=Model(artifact_path=location, model_uuid=model_id, run_id=run.id, model_id=model_id),
         )

@@ -14,7 +14,7 @@ from pipelines.registry.aliases import AliasHistory, Decision, move_alias, read_
 from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
 from pipelines.registry.pruning import Garbage, Inventory, delete_garbage, find_garbage
 from pipelines.registry.runs import Context, Kind, Run, first_tags
-from pipelines.registry.versions import ModelRef, Step, fetch, lineage, resolve
+from pipelines.registry.versions import ModelRef, Step, fetch, find_by_alias, lineage, resolve
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,6 +100,20 @@ class Tracking:
             "the search for a run",
         )
         return self._of(runs[0].info) if runs else None
+
+    def has_finished(self, experiment: str, name: str) -> bool:
+        """Return whether the experiment has a finished run of that name, whatever became of its folder."""
+        check_run_name(name)
+        found = retry(lambda: self.client.get_experiment_by_name(experiment), "the experiment")
+        if found is None:
+            return False
+        query = f"attributes.run_name = '{name}' and attributes.status = 'FINISHED'"
+        search = self.client.search_runs
+        return bool(retry(lambda: search([found.experiment_id], query, max_results=1), "the search for a run"))
+
+    def find_version(self, model_uri: str) -> ModelRef | None:
+        """Return the version that models:/NAME@ALIAS means now; None if there is no such model or alias."""
+        return find_by_alias(self.client, model_uri)
 
     def known_run(self, run_id: str) -> Run:
         """Return the run with that id without changing it."""

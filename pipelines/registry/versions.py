@@ -84,6 +84,18 @@ def resolve(client: "MlflowClient", model_uri: str) -> ModelRef:
     return ref_of(found)
 
 
+def find_by_alias(client: "MlflowClient", model_uri: str) -> ModelRef | None:
+    """Return the version that models:/NAME@ALIAS means now; None if there is no such model or alias.
+
+    Raises UserError for another URI, and for a version that this project did not register.
+    """
+    parts = _URI.fullmatch(model_uri)
+    if parts is None or not parts["alias"]:
+        raise UserError(f"model {model_uri!r} is not models:/NAME@ALIAS; try models:/mae-vit_base_patch16@champion")
+    found = or_none(lambda: client.get_model_version_by_alias(parts["name"], parts["alias"]))
+    return ref_of(found) if found else None
+
+
 def ref_of(version: "ModelVersion") -> ModelRef:
     """Convert MLflow's version to a ModelRef. Raises UserError if this project did not register it."""
     source = _SOURCE.fullmatch(version.source or "")

@@ -66,6 +66,13 @@ def last_alive_s(storage: Storage) -> float | None:
     return _read(storage, _HEARTBEAT).get("time_s")
 
 
+def is_driven(storage: Storage, now_s: float) -> bool:
+    """Return whether a driver of the run has given a sign of life within a minute, and has not ended since."""
+    heartbeat = _read(storage, _HEARTBEAT)
+    has_ended = heartbeat.get("error") or heartbeat.get("stopped")
+    return now_s - heartbeat.get("time_s", 0) < _DEAD_AFTER_S and not has_ended
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
     """State of one run, as far as its folder tells."""

@@ -282,3 +282,46 @@ def test_a_worker_that_is_deleted_waits_for_the_end_of_its_ranks(jobs: list[Obje
         (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         start = "rm -f begun ended; sh ray::RayTrainWorker & until [ -e begun ]; do sleep 0.05; done"
         run_alone(tmp_path, f"{start}\n{hook(group['template'])}\n[ -e ended ]\n")
+
+
+@pytest.fixture
+def handoff(infra, repository: Path) -> list[Object]:
+    assert infra.faults(repository / "infra/kuberay/handoff") == []
+    return infra.kustomization.resolve(repository / "infra/kuberay/handoff")
+
+
+def test_the_reconciler_reads_a_plan_that_is_one(handoff: list[Object], tmp_path: Path) -> None:
+    from pipelines.cli import parse
+    from pipelines.handoff.jobs_file import read_plan
+
+    (container,) = pod_of(find(handoff, "CronJob"))["containers"]
+    assert parse(container["args"][1:]).config.jobs == "/etc/mae/handoff.yaml"
+    (tmp_path / "handoff.yaml").write_text(find(handoff, "ConfigMap")["data"]["handoff.yaml"])
+    assert read_plan(str(tmp_path / "handoff.yaml")).output.startswith("s3://")
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    (jobs,) = [volume for volume in pod_of(find(handoff, "CronJob"))["volumes"] if volume["name"] == mounts["/etc/mae"]]
+    assert jobs["configMap"]["name"] == find(handoff, "ConfigMap")["metadata"]["name"]
+
+
+def test_the_reconciler_has_no_rights_and_no_secret_in_a_literal(handoff: list[Object], repository: Path) -> None:
+    spec = find(handoff, "CronJob")["spec"]
+    assert spec["concurrencyPolicy"] == "Forbid"
+    assert spec["jobTemplate"]["spec"]["backoffLimit"] == 0
+    pod = pod_of(find(handoff, "CronJob"))
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["automountServiceAccountToken"] is False
+    (container,) = pod["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+    literals = {variable["name"] for variable in container["env"] if "value" in variable}
+    assert literals == {"RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"}
+
+
+def test_an_unknown_field_of_the_reconciler_is_refused(infra, handoff: list[Object]) -> None:
+    for path in ((), ("spec",), ("spec", "jobTemplate", "spec"), ("spec", "jobTemplate", "spec", "template", "spec")):
+        (fault,) = infra.object_faults(change(find(handoff, "CronJob"), (*path, "replicaz"), "1"))
+        assert "replicaz" in fault
+
+
+def pod_of(cron_job: Object) -> Object:
+    return cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]

@@ -26,7 +26,7 @@ def completed(source: str, *words: str) -> list[str]:
 
 def test_bash_completes_commands_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     source = script("bash", capsys)
-    assert completed(source, "mae", "pre") == ["prepare", "pretrain"]
+    assert completed(source, "mae", "pre") == ["prepare", "pretrain", "predict"]
     assert set(completed(source, "mae", "")) >= {name.split()[0] for name in COMMANDS}
     assert completed(source, "mae", "bench", "") == ["step", "data", "embed", "prepare", "recipes"]
     assert completed(source, "mae", "prepare", "--max-b") == ["--max-bad"]

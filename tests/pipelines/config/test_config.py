@@ -314,3 +314,14 @@ def test_every_kind_of_preset_has_a_config() -> None:
 def test_views_of_an_image_must_divide_what_it_is_taken_from(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         from_dict(PretrainConfig, values)
+
+
+def test_tags_are_pairs_and_none_of_ours() -> None:
+    config = TrackingConfig(tags=("team=vision", "note=a=b", "empty="))
+    assert config.tag_values == {"team": "vision", "note": "a=b", "empty": ""}
+    for tag in ("team", "=x", "mae.parent=x", "mlflow.user=x", "sha256.config.json=x", "a b=c"):
+        with pytest.raises(UserError, match="is not KEY=VALUE with a key other than"):
+            TrackingConfig(tags=(tag,))
+    # They change no run's identity.
+    tagged = dataclasses.replace(PretrainConfig(), tracking=config)
+    assert identity(tagged) == identity(PretrainConfig())

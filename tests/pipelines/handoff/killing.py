@@ -1,0 +1,33 @@
+"""Kill this process at the n-th point of its writes: before or after a file is written or a process started."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.storage import Storage
+
+
+def kill_at(number: int) -> None:
+    """Send SIGKILL to this process at that point, counted from 1, whichever thread reaches it."""
+    count = 0
+
+    def point() -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            point()
+            found = function(*arguments, **options)
+            point()
+            return found
+
+        return call
+
+    Storage.write = watched(Storage.write)
+    Storage.write_new = watched(Storage.write_new)
+    subprocess.Popen = watched(subprocess.Popen)  # pyright: ignore[reportAttributeAccessIssue]
