@@ -35,6 +35,7 @@ from pipelines.registry import (
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.runs import commit_tags, flatten
 from pipelines.registry.versions import check_location
+from tests.new_mlflow import new_mlflow
 from tests.waiting import (
     COMMAND_DEADLINE_S,
     EVENT_DEADLINE_S,
@@ -471,7 +472,6 @@ class TestModels:
 
 SERVE = """
 import io, sys, numpy as np, pandas as pd, mlflow
-from tests.new_mlflow import new_mlflow
 model = mlflow.pyfunc.load_model(sys.argv[1])
 images = [open(path, "rb").read() for path in sys.argv[2:]]
 table = model.predict(pd.DataFrame({"image": images}))
