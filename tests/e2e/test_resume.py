@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
 
-# More windows than one execution of the feed has, and more steps than a busy machine does while a test looks at one.
-EPOCHS = 25
+# More windows than one execution of the feed has.
+EPOCHS = 15
 TOTAL = EPOCHS * STEPS_PER_EPOCH
 STALL_S = 30.0
 """On a busy machine ranks may stand apart for longer than a few seconds without a fault."""

@@ -283,7 +283,7 @@ def test_a_preset_that_is_no_yaml_or_absent_is_refused(tmp_path: Any) -> None:
 
 
 def test_every_kind_of_preset_has_a_config() -> None:
-    assert set(KINDS.values()) == {"pretrain", "classify", "sweep"}
+    assert set(KINDS.values()) == {"pretrain", "classify", "sweep", "gate"}
     assert to_dict(ClassifierConfig())["method"] == "finetune"
 
 

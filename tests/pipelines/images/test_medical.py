@@ -201,7 +201,7 @@ def nifti(data: NDArray[Any], affine: NDArray[Any], suffix: str = ".nii", **head
     if suffix == ".nii.gz":
         import gzip
 
-        return gzip.compress(bytes(content))
+        return gzip.compress(bytes(content), mtime=0)  # Equal volumes are equal bytes.
     return bytes(content)
 
 

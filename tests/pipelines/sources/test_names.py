@@ -151,6 +151,7 @@ def test_keys_that_are_no_paths_are_quarantined_without_a_request(
     monkeypatch.setattr(client, "walk", lambda prefix: iter(pages))
     monkeypatch.setattr(client, "read", refused)
     monkeypatch.setattr("pipelines.storage.Storage.exists", lambda self, path="": not path)
+    monkeypatch.setattr("pipelines.storage.Storage.is_folder", lambda self, path: False)
     with pytest.raises(ValueError, match=r"no readable image among the 7 files of s3://bucket/source \(7 unsafe name"):
         prepared("s3://bucket/source", max_bad=1, max_skipped=1)
 
