@@ -140,7 +140,6 @@ def test_a_training_that_is_killed_at_any_point_is_tried_again_and_never_twice_a
         assert world.most_at_a_time() <= 2
     # Pulse, begun, the outcome, the end: each before and after. On a busy machine the pulse may reach more points.
     assert ran[0] == ["2"]
-    assert ran[-1][0] == "1"
     assert all(attempts in (["1"], ["1", "2"], ["2"]) for attempts in ran)
 
 
