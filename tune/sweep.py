@@ -28,11 +28,12 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedJob, index_dataset
 from pipelines.storage import Storage, open_storage
 from tune.budget import Budget, Clock
+from tune.planning import of_trial, plan, settled
 from tune.report import write_report
 from tune.results import Entry, best_of, measured_points
 from tune.space import parts_at
 from tune.summary import figure_of, preset_of, report
-from tune.trial import LABEL_FIELDS, MEASURES, Measure, Trial, grouped, of_trial, plan, settled, with_choices
+from tune.trial import LABEL_FIELDS, MEASURES, Measure, Trial, grouped, with_choices
 
 log = logging.getLogger(__name__)
 

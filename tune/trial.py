@@ -4,34 +4,24 @@ A baseline is a trial without pretraining. Trials of points that pretrain alike 
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
-import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from mae_core.config import ModelConfig, patch_grid
-from mae_core.errors import UserError
-from mae_core.normalization import Normalization
 from pipelines.cluster import machine
-from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identity
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.classify import StartingEncoder, published_classify_job, with_labelled_dataset
 from pipelines.drivers.drive import claim
 from pipelines.drivers.launch import launch
-from pipelines.drivers.pretrain import pixels_of, published_pretrain_job, with_dataset
 from pipelines.runs.automatic import describe_compute, is_automatic, settle
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, IndexedJob, Job, PretrainJob
 from pipelines.runs.stopping import StopRequest
 from pipelines.storage import Storage, open_storage
-from tune.proposals import proposed
-from tune.space import Point, check_fields, describe, parts_at, points, varies_classifiers
+from tune.space import Point, describe
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +29,6 @@ Measure = Literal["probe", "finetune"]
 MEASURES: tuple[Measure, ...] = ("probe", "finetune")
 LABEL_FIELDS = ("finetune.labels", "finetune.data.labels_per_class")
 """Fields of a point that its baseline shares, since both train on the same labels."""
-Config = TypeVar("Config", PretrainConfig, ClassifyConfig)
 CLOSED = "closed.json"
 """File of a trial whose MLflow run has all its results; it holds the run's id."""
 _ENTRY = "trial.json"
@@ -130,35 +119,6 @@ class Trial:
         return entry
 
 
-def plan(config: SweepConfig, folder: Storage) -> list[Trial]:
-    """Return every trial: all points and baselines with the first seed, then with the next.
-
-    With `search` tpe, these are the trials of all rounds up to the first that has not ended. Raises UserError before
-    anything is written.
-    """
-    if config.search == "tpe":
-        check_fields(config)
-        found = proposed(config, lambda point: _reached(config, point, folder))
-    else:
-        found = points(config)
-    trials: list[Trial] = []
-    for seed in range(config.seeds):
-        trials += [_trial(config, point, seed, folder) for point in found]
-        if config.baselines:
-            scratch = [_baseline(config, point, seed, folder) for point in found]
-            trials += {trial.key: trial for trial in scratch}.values()
-    return trials
-
-
-def _reached(config: SweepConfig, point: Point, folder: Storage) -> float | None:
-    """Return the mean accuracy of the point's trials on val; None if one has not ended, NaN if none has a result."""
-    entries = [_trial(config, point, seed, folder).entry() for seed in range(config.seeds)]
-    if None in entries:
-        return None
-    values = [entry[config.select_by] for entry in entries if entry and not entry["error"]]
-    return statistics.fmean(values) if values else math.nan
-
-
 def with_choices(trials: Sequence[Trial], max_concurrent: int) -> list[Trial]:
     """Return the trials with a value for every auto in their compute options, for groups that share the machine."""
     if not any(is_automatic(trial.main.config.compute) for trial in trials):
@@ -230,117 +190,3 @@ def _failure(jobs: list[IndexedJob], name: str, stop: StopRequest) -> str:
     except Exception as error:
         return " ".join(str(error).split()) or repr(error)
     return ""
-
-
-def settled(config: SweepConfig) -> tuple[SweepConfig, Manifest]:
-    """Return the sweep with its dataset's absolute URI, and the dataset's manifest.
-
-    Raises UserError if the dataset is unsuitable for pretraining, has no labels, or has no split val to select the best
-    trial.
-    """
-    base, manifest = with_dataset(config.pretrain)
-    if manifest.is_labelled and "val" not in manifest.splits:
-        raise UserError(
-            f"dataset {config.pretrain.data.uri} has no split 'val' to select the best trial on; prepare its "
-            "source into another folder with --hold-out stratified, or with a folder val/"
-        )
-    config = dataclasses.replace(config, pretrain=base)
-    for classify in (config.probe, config.finetune):
-        with_labelled_dataset(of_trial(classify, base))
-    return config, manifest
-
-
-def of_trial(config: ClassifyConfig, pretrain: PretrainConfig) -> ClassifyConfig:
-    """Return the classifier's config with the trial's own dataset, model and compute settings, measured on val."""
-    return dataclasses.replace(
-        config,
-        name="",
-        output=pretrain.output,
-        # The weights come from the trial's export, which the job names, not from a registered version.
-        backbone=f"random:{pretrain.model.arch}",
-        data=dataclasses.replace(config.data, uri=pretrain.data.uri),
-        compute=pretrain.compute,
-        eval_split="val",
-    )
-
-
-def _trial(config: SweepConfig, point: Point, seed: int, folder: Storage) -> Trial:
-    at_point, *classifiers = parts_at(config, point)
-    pretrain, manifest = with_dataset(_with_seed(at_point, seed))
-    classify = {m: of_trial(_with_seed(part, seed), pretrain) for m, part in zip(MEASURES, classifiers)}
-    identities = [identity(pretrain), *map(identity, classify.values()), manifest.digest]
-    key = _hash(identities)
-    home = folder.join(f"trials/{key}")
-    # Points that differ in probe or fine-tuning share a pretraining, so its folder is none of a trial's.
-    is_shared = varies_classifiers(config)
-    output = folder.join(f"shared/{_hash([identity(pretrain), manifest.digest])}") if is_shared else home
-    published = published_pretrain_job(dataclasses.replace(pretrain, output=output), "pretrain", manifest)
-    job, datasets = published.job, {"pretrain": published.dataset}
-    assert isinstance(job, PretrainJob)
-    jobs: dict[Measure, ClassifyJob] = {}
-    try:
-        for measure in MEASURES:
-            name = f"{measure}-{_hash([identity(classify[measure])])}" if is_shared else measure
-            on_val = dataclasses.replace(classify[measure], output=output)
-            jobs[measure], datasets[measure] = classify_job(on_val, name, job, manifest)
-    except ValueError as error:
-        raise UserError(f"space point {describe(point)}: {error}") from None
-    return Trial(key=key, point=point, seed=seed, folder=home, pretrain=job, **jobs, datasets=datasets)
-
-
-def _baseline(config: SweepConfig, point: Point, seed: int, folder: Storage) -> Trial:
-    """Return the baseline of the point: the same for all points with its encoder, its input and its labels."""
-    pretrain, probe, finetune = parts_at(config, point)
-    pretrain, manifest = with_dataset(pretrain)
-    recipe, model = _with_seed(config.scratch, seed), pretrain.model
-    labels = dataclasses.replace(recipe.data, labels_per_class=finetune.data.labels_per_class)
-    recipe = dataclasses.replace(recipe, labels=finetune.labels, data=labels)
-    classify = {"probe": of_trial(_with_seed(probe, seed), pretrain), "finetune": of_trial(recipe, pretrain)}
-    inputs = [model.arch, model.image_px, model.channels, model.norm_eps]
-    key = _hash(["from scratch", inputs, *map(identity, classify.values()), manifest.digest])
-    home = folder.join(f"trials/{key}")
-    jobs: dict[Measure, ClassifyJob] = {}
-    datasets: dict[str, IndexedDataset] = {}
-    for measure in MEASURES:
-        on_val = dataclasses.replace(classify[measure], output=home)
-        start = _encoder_of(on_val, model, pixels_of(manifest, model.channels))
-        published = published_classify_job(on_val, measure, start, manifest)
-        assert isinstance(published.job, ClassifyJob)
-        jobs[measure], datasets[measure] = published.job, published.dataset
-    same = {field: value for field, value in point.items() if field in LABEL_FIELDS}
-    return Trial(key=key, point=same, seed=seed, folder=home, pretrain=None, **jobs, datasets=datasets)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _with_seed(config: Config, seed: int) -> Config:
-    return dataclasses.replace(config, seed=config.seed + seed)
-
-
-def classify_job(
-    config: ClassifyConfig, name: str, pretrained: PretrainJob, manifest: Manifest
-) -> tuple[ClassifyJob, IndexedDataset]:
-    """Return a probe or fine-tuning job on the pretraining's export, in the folder <output>/<name>, and its dataset."""
-    start = _encoder_of(config, pretrained.config.model, pretrained.pixels)
-    published = published_classify_job(config, name, start, manifest)
-    assert isinstance(published.job, ClassifyJob)
-    job = dataclasses.replace(published.job, backbone=f"{pretrained.folder}/export", chosen=pretrained.chosen)
-    return job, published.dataset
-
-
-def _encoder_of(config: ClassifyConfig, model: ModelConfig, pixels: Normalization) -> StartingEncoder:
-    """Describe the encoder that a classifier of the trial starts from, without weights."""
-    image_px = config.image_px or model.image_px
-    patch_grid(image_px, model.patch_px)
-    return StartingEncoder(
-        arch=model.arch,
-        image_px=image_px,
-        channels=model.channels,
-        pixels=pixels,
-        ref=None,
-        encoder=b"",
-        backbone_px=model.image_px,
-        norm_eps=model.norm_eps,
-    )

@@ -1,4 +1,4 @@
-"""The table of `mae` commands: their arguments and the functions that run them, imported only when called."""
+"""The table of `mae` commands: their arguments, and which function of `calls` runs each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from pipelines.bench.config import (
     RecipesConfig,
     StartBenchConfig,
 )
+from pipelines.cli import calls
+from pipelines.cli.calls import Invocation
 from pipelines.config import (
-    KINDS,
     PROBE,
     ClassifyConfig,
     CurateConfig,
@@ -40,7 +41,6 @@ from pipelines.config import (
     SegmentConfig,
     SubmitConfig,
     SweepConfig,
-    to_dict,
 )
 
 
@@ -60,228 +60,6 @@ class Command:
     """Whether its arguments are any words, among which ours would be options."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Invocation:
-    """A parsed command line."""
-
-    command: str
-    config: Any
-    arguments: tuple[str, ...]
-    preset: str
-    json: bool
-    fresh: bool
-    stated: frozenset[str] = frozenset()
-    """Fields of the config that options or the preset name, dotted, such as model.mask.ratio."""
-
-
-def _prepare(call: Invocation) -> dict[str, Any]:
-    from pipelines.prepare import prepare
-
-    manifest = prepare(call.arguments[0], call.arguments[1], call.config)
-    return {"uri": call.arguments[1], **manifest.summary}
-
-
-def _inspect(call: Invocation) -> dict[str, Any]:
-    from pipelines.prepare.inspect import inspect_uri
-
-    return inspect_uri(call.arguments[0], call.config)
-
-
-def _pretrain(call: Invocation) -> dict[str, Any]:
-    from pipelines.stages import stage
-
-    with stage("importing the driver"):
-        from pipelines.drivers.pretrain import pretrain
-
-    stated = {name.removeprefix("model.") for name in call.stated if name.startswith("model.")}
-    return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh, stated=stated)
-
-
-def _finetune(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.classify import finetune
-
-    return finetune(call.config, call.preset or "finetune", fresh=call.fresh)
-
-
-def _probe(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.classify import probe
-
-    return probe(call.config, call.preset or "probe", fresh=call.fresh)
-
-
-def _evaluate(call: Invocation) -> dict[str, Any]:
-    from pipelines.evaluation.evaluate import evaluate
-
-    return evaluate(call.config, call.arguments[0])
-
-
-def _look(call: Invocation) -> dict[str, Any]:
-    from pipelines.evaluation.look import look
-
-    return look(call.arguments[0], call.arguments[1], call.config)
-
-
-def _segment(call: Invocation) -> dict[str, Any]:
-    from pipelines.evaluation.segment import segment
-
-    return segment(call.arguments[0], call.arguments[1], call.config)
-
-
-def _predict(call: Invocation) -> dict[str, Any]:
-    from pipelines.embedding.predict import predict
-
-    model, source, out = call.arguments
-    return predict(model, source, out, call.config)
-
-
-def _embed(call: Invocation) -> dict[str, Any]:
-    from pipelines.embedding.embed import embed
-
-    return embed(call.arguments[0], call.arguments[1], call.config)
-
-
-def _neighbours(call: Invocation) -> dict[str, Any]:
-    from pipelines.embedding.neighbours import neighbours
-
-    return neighbours(call.arguments[0], call.config)
-
-
-def _curate(call: Invocation) -> dict[str, Any]:
-    from pipelines.embedding.curate import curate
-
-    return curate(call.arguments[0], call.arguments[1], call.config)
-
-
-def _sweep(call: Invocation) -> dict[str, Any]:
-    from tune.sweep import sweep
-
-    return sweep(call.config, call.preset or "sweep", fresh=call.fresh)
-
-
-def _reconstruct(call: Invocation) -> dict[str, Any]:
-    if call.config.run:
-        from pipelines.drivers.animation import animate
-
-        return {"picture": animate(call.config)}
-    from pipelines.pictures import reconstruct
-
-    return {"picture": reconstruct.run(call.config)}
-
-
-def _register(call: Invocation) -> dict[str, Any]:
-    from pipelines.drivers.register import register
-
-    return register(call.arguments[0], call.config)
-
-
-def _promote(call: Invocation) -> dict[str, Any]:
-    from pipelines.promotion.promote import promote
-
-    return promote(call.arguments[0], call.config)
-
-
-def _rollback(call: Invocation) -> dict[str, Any]:
-    from pipelines.promotion.rollback import rollback
-
-    return rollback(call.arguments[0], call.config)
-
-
-def _registry_prune(call: Invocation) -> dict[str, Any]:
-    from pipelines.promotion.prune import prune
-
-    return prune(call.config)
-
-
-def _lineage(call: Invocation) -> dict[str, Any]:
-    from pipelines.promotion.lineage import lineage
-
-    return lineage(call.arguments[0], call.config)
-
-
-def _import(call: Invocation) -> dict[str, Any]:
-    from pipelines.weights.importing import import_weights
-
-    return import_weights(call.arguments[0], call.config)
-
-
-def _export(call: Invocation) -> dict[str, Any]:
-    from pipelines.weights.exporting import export_model
-
-    return export_model(call.arguments[0], call.arguments[1], call.config)
-
-
-def _runs(call: Invocation) -> dict[str, Any]:
-    from pipelines.runs.listing import runs
-
-    return runs(call.arguments[0], call.config)
-
-
-def _handoff(call: Invocation) -> dict[str, Any]:
-    from pipelines.handoff.handing_over import handoff
-
-    return handoff(call.config)
-
-
-def _submit(call: Invocation) -> dict[str, Any]:
-    from pipelines.jobs.submit import submit
-
-    return submit(call.arguments, call.config)
-
-
-def _jobs(call: Invocation) -> dict[str, Any]:
-    from pipelines.jobs.submit import jobs
-
-    return jobs(call.config)
-
-
-def _demo(call: Invocation) -> dict[str, Any]:
-    from pipelines.cli.demo import demo
-
-    return demo(call.config, fresh=call.fresh)
-
-
-def _doctor(call: Invocation) -> dict[str, Any]:
-    from pipelines.cli.doctor import doctor
-
-    return doctor()
-
-
-def _bench_step(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.step import run
-
-    return run(call.config)
-
-
-def _bench_data(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.data import run
-
-    return run(call.config)
-
-
-def _bench_embed(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.embedding import run
-
-    return run(call.config)
-
-
-def _bench_prepare(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.preparing import run
-
-    return run(call.config)
-
-
-def _bench_start(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.starting import run
-
-    return run(call.config)
-
-
-def _bench_recipes(call: Invocation) -> dict[str, Any]:
-    from pipelines.bench.recipes import run
-
-    return run(call.config)
-
-
 def _completion(call: Invocation) -> dict[str, Any]:
     from pipelines.cli.completion import completion
 
@@ -290,15 +68,11 @@ def _completion(call: Invocation) -> dict[str, Any]:
     return {"shell": call.arguments[0], "script": script, "text": script}
 
 
-def _config(call: Invocation) -> dict[str, Any]:
-    return {"kind": KINDS[type(call.config)], **to_dict(call.config)}
-
-
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
         help="Turn images into shards and a manifest.",
         config=PrepareConfig,
-        run=_prepare,
+        run=calls.prepare,
         resumes=True,
         positional=(
             ("SOURCE", "folder or s3:// prefix of images, tars or Parquet, or a list of URIs"),
@@ -308,33 +82,35 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         help="Show counts, sizes, classes and a contact sheet of a source or a prepared dataset.",
         config=InspectConfig,
-        run=_inspect,
+        run=calls.inspect,
         positional=(("URI", "source of images, or prepared dataset"),),
     ),
-    "pretrain": Command(help="Pretrain an MAE and register it.", config=PretrainConfig, run=_pretrain, resumes=True),
+    "pretrain": Command(
+        help="Pretrain an MAE and register it.", config=PretrainConfig, run=calls.pretrain, resumes=True
+    ),
     "probe": Command(
         help="Train a linear or attentive probe on frozen features of a backbone, or classify by kNN.",
         config=ClassifyConfig,
-        run=_probe,
+        run=calls.probe,
         resumes=True,
         default=PROBE,
     ),
     "finetune": Command(
         help="Fine-tune a registered backbone as a classifier, or train one from scratch.",
         config=ClassifyConfig,
-        run=_finetune,
+        run=calls.finetune,
         resumes=True,
     ),
     "evaluate": Command(
         help="Measure a classifier on a split: metrics with intervals, confusion, calibration.",
         config=EvaluateConfig,
-        run=_evaluate,
+        run=calls.evaluate,
         positional=(("OUT", "folder or s3:// prefix of predictions, pictures and report"),),
     ),
     "predict": Command(
         help="Classify every image of a bucket or folder with a classifier, into Parquet.",
         config=PredictConfig,
-        run=_predict,
+        run=calls.predict,
         resumes=True,
         positional=(
             ("MODEL", "models:/NAME@ALIAS or models:/NAME/VERSION of a classifier, or the export/ folder of a run"),
@@ -345,7 +121,7 @@ COMMANDS: dict[str, Command] = {
     "embed": Command(
         help="Embed every image of a dataset with a backbone, into Parquet.",
         config=EmbedConfig,
-        run=_embed,
+        run=calls.embed,
         resumes=True,
         positional=(
             ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
@@ -355,13 +131,13 @@ COMMANDS: dict[str, Command] = {
     "neighbours": Command(
         help="Find nearest neighbours of embeddings, kNN accuracy and near-duplicates.",
         config=NeighboursConfig,
-        run=_neighbours,
+        run=calls.neighbours,
         positional=(("EMBEDDINGS", "folder or s3:// prefix that `mae embed` wrote"),),
     ),
     "curate": Command(
         help="Rank images by reconstruction loss, and list both ends to be left out.",
         config=CurateConfig,
-        run=_curate,
+        run=calls.curate,
         resumes=True,
         positional=(
             ("SOURCE", "prepared dataset, or any source that `mae prepare` takes"),
@@ -369,17 +145,20 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "sweep": Command(
-        help="Run trials over mask ratio, decoder depth or other fields.", config=SweepConfig, run=_sweep, resumes=True
+        help="Run trials over mask ratio, decoder depth or other fields.",
+        config=SweepConfig,
+        run=calls.sweep,
+        resumes=True,
     ),
     "reconstruct": Command(
         help="Draw masked images, reconstructions and originals, or an animation over a run.",
         config=ReconstructConfig,
-        run=_reconstruct,
+        run=calls.reconstruct,
     ),
     "segment": Command(
         help="Train a linear segmentation probe on frozen patch tokens; measure mIoU.",
         config=SegmentConfig,
-        run=_segment,
+        run=calls.segment,
         resumes=True,
         positional=(
             ("DATA", "folder or s3:// prefix with images/ and masks/, or with both below train/ and val/"),
@@ -389,43 +168,43 @@ COMMANDS: dict[str, Command] = {
     "look": Command(
         help="Draw patch tokens as colours and the attention of the class token, for a folder of images.",
         config=LookConfig,
-        run=_look,
+        run=calls.look,
         positional=(("FOLDER", "folder or s3:// prefix of images"), ("OUT", "folder or s3:// prefix of the pictures")),
     ),
     "register": Command(
         help="Register a checkpoint of a pretraining run as a model version.",
         config=RegisterConfig,
-        run=_register,
+        run=calls.register,
         positional=(("RUN", "folder or URI of a pretraining run, or RUN@STEP for one of its checkpoints"),),
     ),
     "promote": Command(
         help="Point an alias to a version that passes a gate against the version that it points to now.",
         config=PromoteConfig,
-        run=_promote,
+        run=calls.promote,
         resumes=True,
         positional=(("MODEL", "NAME@ALIAS or NAME/VERSION, such as mae-vit_base_patch16@candidate"),),
     ),
     "rollback": Command(
         help="Return an alias to the version that it pointed to before, by the recorded history.",
         config=RollbackConfig,
-        run=_rollback,
+        run=calls.rollback,
         positional=(("NAME", "registered model, such as mae-vit_base_patch16"),),
     ),
     "lineage": Command(
         help="Show what a version was made from: runs, datasets, commits, licence and origin, also as a picture.",
         config=LineageConfig,
-        run=_lineage,
+        run=calls.lineage,
         positional=(("MODEL", "NAME@ALIAS or NAME/VERSION"),),
     ),
     "registry prune": Command(
         help="List model versions that no alias, rollback or lineage needs; with --delete, delete them.",
         config=PruneConfig,
-        run=_registry_prune,
+        run=calls.registry_prune,
     ),
     "import": Command(
         help="Register weights of the reference, timm or transformers, or of another site, as a model version.",
         config=ImportConfig,
-        run=_import,
+        run=calls.import_weights,
         positional=(
             ("SOURCE", "a .pth or .safetensors file, a folder of transformers or of this project, or timm:MODEL.TAG"),
         ),
@@ -433,7 +212,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         help="Write a model version for timm, transformers, the reference, ONNX or torch.export, with a model card.",
         config=ExportConfig,
-        run=_export,
+        run=calls.export,
         positional=(
             ("MODEL", "models:/NAME@ALIAS, models:/NAME/VERSION, or the export/ folder of a finished run"),
             ("OUT", "new or empty folder, or s3:// prefix"),
@@ -442,63 +221,63 @@ COMMANDS: dict[str, Command] = {
     "runs": Command(
         help="List runs with their state, step, last checkpoint and loss.",
         config=RunsConfig,
-        run=_runs,
+        run=calls.runs,
         positional=(("URI", "folder or s3:// prefix of one run or of several, such as runs"),),
     ),
     "handoff": Command(
         help="Start the trainings that each version with an alias has not had yet, each exactly once.",
         config=HandoffConfig,
-        run=_handoff,
+        run=calls.handoff,
         resumes=True,
     ),
     "submit": Command(
         help="Run a command on a Ray cluster from a copy of this folder, follow its log, exit with its status.",
         config=SubmitConfig,
-        run=_submit,
+        run=calls.submit,
         positional=(("COMMAND", "words of the command, after -- if options precede it"),),
         takes_words=True,
     ),
-    "jobs": Command(help="List the jobs of a Ray cluster, follow or stop one.", config=JobsConfig, run=_jobs),
+    "jobs": Command(help="List the jobs of a Ray cluster, follow or stop one.", config=JobsConfig, run=calls.jobs),
     "demo": Command(
-        help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=_demo, resumes=True
+        help="Run the whole pipeline on a bundled sample, in minutes.", config=DemoConfig, run=calls.demo, resumes=True
     ),
     "doctor": Command(
         help="Show which Ray, MLflow, storage and devices would be used, and whether they answer.",
         config=None,
-        run=_doctor,
+        run=calls.doctor,
     ),
     "bench step": Command(
         help="Measure training steps per second against the plain computation and transformers.",
         config=StepConfig,
-        run=_bench_step,
+        run=calls.bench_step,
     ),
     "bench data": Command(
         help="Measure images per second, decoding alone and from S3 to training, against other loaders.",
         config=DataBenchConfig,
-        run=_bench_data,
+        run=calls.bench_data,
     ),
     "bench embed": Command(
         help="Measure embedded images per second against the bare encoder and timm behind a DataLoader.",
         config=EmbedBenchConfig,
-        run=_bench_embed,
+        run=calls.bench_embed,
     ),
     "bench prepare": Command(
         help="Measure prepared images per second on one core and on several, and against MDSWriter.",
         config=PrepareBenchConfig,
-        run=_bench_prepare,
+        run=calls.bench_prepare,
     ),
     "bench start": Command(
         help="Measure the time from mae pretrain to its first training step, by stage.",
         config=StartBenchConfig,
-        run=_bench_start,
+        run=calls.bench_start,
     ),
     "bench recipes": Command(
-        help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=_bench_recipes
+        help="Compare recipes that get equal time, by linear probes.", config=RecipesConfig, run=calls.bench_recipes
     ),
     "config": Command(
         help="Print the full config that a preset and options result in.",
         config=None,
-        run=_config,
+        run=calls.config,
         positional=(("COMMAND", "pretrain, probe, finetune or sweep"),),
     ),
     "completion": Command(

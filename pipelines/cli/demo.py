@@ -82,7 +82,7 @@ def demo(config: DemoConfig, *, fresh: bool = False) -> dict[str, Any]:
     with ray_session(ComputeConfig(num_workers=2), groups=_CONCURRENT_TRIALS):
         found = _run(config, out)
     result = found | {"duration_s": round(time.monotonic() - started_s, 1)}
-    result["text"] = _text(result, out)
+    result["text"] = _text(result)
     (out / "demo.json").write_text(json.dumps(result, indent=1))
     return result
 
@@ -188,7 +188,7 @@ _ROWS = (
 )
 
 
-def _text(result: dict[str, Any], out: Path) -> str:
+def _text(result: dict[str, Any]) -> str:
     """Format the result as the table that is printed at the end."""
     lines = ["", f"{'':38}top-1 on test, %   each seed"]
     for measure, title in _ROWS:

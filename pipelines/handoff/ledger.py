@@ -31,6 +31,8 @@ from pipelines.storage import Storage
 FOLDER = ".handoff"
 DEAD_AFTER_S = 60.0
 """Age of the last sign of life beyond which a process on another machine counts as dead."""
+PULSE_THREAD = "handoff-pulse"
+"""Name of the thread that writes the pulse of an attempt."""
 _PULSE_EVERY_S = 10.0
 _LONGEST_WAIT_S = 3600.0
 _FILE = re.compile(r"(\d{3,})-(claim|begun|end|retry)\.json")
@@ -224,7 +226,7 @@ def run_attempt(ledger: Ledger, number: int, token: str, log: Path, work: Callab
             with suppress(OSError):
                 ledger._write_pulse(number)
 
-    thread = threading.Thread(target=beat, name="handoff-pulse", daemon=True)
+    thread = threading.Thread(target=beat, name=PULSE_THREAD, daemon=True)
     thread.start()
     try:
         status = work(list(ledger.claimed(number).words))

@@ -19,7 +19,8 @@ from pipelines.config import PretrainConfig, SweepConfig, load_preset, with_over
 from pipelines.storage import open_storage
 from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 from tune.budget import Budget, Clock
-from tune.trial import Trial, grouped, plan, settled
+from tune.planning import plan, settled
+from tune.trial import Trial, grouped
 
 MAE = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 SWEEP = [*MAE, "sweep", "--preset", "tiny.yaml"]

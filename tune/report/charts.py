@@ -104,7 +104,7 @@ class _Canvas:
         return name
 
 
-def _canvas(name: str, height_in: float = _HEIGHT_IN) -> _Canvas:
+def _canvas(height_in: float = _HEIGHT_IN) -> _Canvas:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
@@ -120,7 +120,7 @@ def _canvas(name: str, height_in: float = _HEIGHT_IN) -> _Canvas:
 
 def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: list[str], measure: Measure) -> Chart:
     """Draw accuracy against one field, a line per combination of the others, with intervals and the dashed baseline."""
-    canvas, (x, others) = _canvas(f"curves-{measure}"), _axis_fields(fields)
+    canvas, (x, others) = _canvas(), _axis_fields(fields)
     axes, place = canvas.axes, _positions(points, x)
     lines = _series(points, others)
     for i, (name, line) in enumerate(lines.items()):
@@ -232,7 +232,7 @@ def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Ch
         [_mean(cells[row, column], measure) if (row, column) in cells else math.nan for column in columns]
         for row in rows
     ]
-    canvas = _canvas(f"heat-{measure}", 1.2 + 0.42 * min(len(rows), 8))
+    canvas = _canvas(1.2 + 0.42 * min(len(rows), 8))
     axes = canvas.axes
     every = [value for row in values for value in row if not math.isnan(value)]
     low, high = min(every), max(every)
@@ -263,7 +263,7 @@ def _mean(some: Sequence[Measured], measure: Measure) -> float:
 
 def _cost(points: Sequence[Measured], baselines: Sequence[Measured], fields: list[str]) -> Chart:
     """Draw fine-tuning accuracy against the duration of a trial, and join the points that no cheaper one reaches."""
-    canvas = _canvas("cost")
+    canvas = _canvas()
     axes = canvas.axes
     series = _series(points, _axis_fields(fields)[1] if fields else [])
     for i, line in enumerate(series.values()):
@@ -303,7 +303,7 @@ def _importance(points: Sequence[Measured]) -> Chart | None:
         return None
     words = {"seed": "seed alone", "together": "fields together"}
     names = list(next(iter(shares.values())))
-    canvas = _canvas("importance", 1.3 + 0.5 * len(names))
+    canvas = _canvas(1.3 + 0.5 * len(names))
     height = 0.8 / len(shares)
     for i, (measure, found) in enumerate(shares.items()):
         places = [j + (i - (len(shares) - 1) / 2) * height for j in range(len(names))]

@@ -18,7 +18,7 @@ from pipelines.config import PrepareConfig
 from pipelines.images import decode as decode_package
 from pipelines.images.decode import input_view, inspect
 from pipelines.prepare.kinds import PLAIN, PixelKind
-from pipelines.prepare.shards import _examine
+from pipelines.prepare.rows import examine
 from tests.pipelines.images.field_files import cloud_optimised, deep_png, npy, scene, tiff
 from tests.pipelines.images.test_medical import dicom
 from tests.pipelines.images.test_values import geotiff, jpeg2000
@@ -108,7 +108,7 @@ def test_every_format_gives_one_input_everywhere(packaged: Path, tmp_path: Path,
     assert done.returncode == 0, done.stderr
     for name, content in files.items():
         embedded = input_view(content, 3, (24, 24), own, inspect(content).orientation if own is None else None)
-        (row,) = _examine(content, config, kind, [])
+        (row,) = examine(content, config, kind, [])
         stored = input_view(row.content, 3, (24, 24), own, row.orientation)
         np.testing.assert_array_equal(stored, embedded, name)
         np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), embedded, name)
