@@ -1,7 +1,9 @@
 """Enforce shapes in signatures, keep tests away from the user's MLflow and Ray, and deal them to processes."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
@@ -19,6 +21,17 @@ install_import_hook("mae_core", "beartype.beartype")
 
 SHARED_RAY = "ray4"
 """Fixture of the Ray session that many tests share: they all run in one process."""
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Undo what a test's code does to our loggers: one that no longer propagates hides all messages from `caplog`."""
+    loggers = [logging.getLogger(name) for name in ("pipelines", "tune", "mae_core")]
+    before = [(ours.level, ours.propagate, list(ours.handlers)) for ours in loggers]
+    yield
+    for ours, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        ours.setLevel(level)
+        ours.propagate, ours.handlers = propagate, handlers
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,13 +14,15 @@ from pipelines.storage import Storage
 def kill_at(number: int) -> None:
     """Send SIGKILL to this process at that point, counted from 1, whichever thread reaches it.
 
-    The thread of the pulse is not counted: it writes by the clock, so that the same number would mean another point.
+    Not counted are the thread of the pulse, which writes by the clock, and what a write calls in turn, which depends
+    on the file system: the same number would mean another point.
     """
     count = 0
+    inside = threading.local()
 
     def point() -> None:
         nonlocal count
-        if threading.current_thread().name == PULSE_THREAD:
+        if threading.current_thread().name == PULSE_THREAD or getattr(inside, "depth", 0):
             return
         count += 1
         if count == number:
@@ -29,7 +31,11 @@ def kill_at(number: int) -> None:
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             point()
-            found = function(*arguments, **options)
+            inside.depth = getattr(inside, "depth", 0) + 1
+            try:
+                found = function(*arguments, **options)
+            finally:
+                inside.depth -= 1
             point()
             return found
 

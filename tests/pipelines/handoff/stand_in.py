@@ -1,6 +1,6 @@
 """The process of an attempt whose work takes no time: it stands in for training, and keeps a diary.
 
-python stand_in.py OUTPUT NAME NUMBER TOKEN LOG, with the claim's words DIARY finish|fail|hold
+python -m tests.pipelines.handoff.stand_in OUTPUT NAME NUMBER TOKEN LOG, with the claim's words DIARY finish|fail|hold
 """
 
 import json

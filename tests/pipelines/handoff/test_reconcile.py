@@ -1,6 +1,7 @@
 """Each training runs once, whatever is killed and however many reconcilers look at the same time."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from tests.waiting import COMMAND_DEADLINE_S, wait_until
 
 # Python 3.12 and newer warn of a fork beside threads, of which the child uses none.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-STAND_IN = Path(__file__).with_name("stand_in.py")
+STAND_IN = (sys.executable, "-m", "tests.pipelines.handoff.stand_in")
 GONE = Process(host=Process.this().host, pid=2**22 + 1, started="0")
 
 
@@ -36,7 +37,7 @@ class World:
         return Training(job=name, name=name, words=(str(self.diary), what), **about)
 
     def here(self) -> Here:
-        return Here(self.wake, (sys.executable, str(STAND_IN)))
+        return Here(self.wake, STAND_IN)
 
     def look(self, trainings: list[Training], here: Here, max_running: int = 1, retry_s: float = 0.0) -> list[Status]:
         limits = Limits(max_running=max_running, max_attempts=3, retry_s=retry_s)
@@ -135,6 +136,9 @@ def test_a_training_that_is_killed_at_any_point_is_tried_again_and_never_twice_a
             wait_until(lambda here=here: not here.num_children, "the end of the attempt", COMMAND_DEADLINE_S)
         (status,) = world.finish([training], 99)
         assert status.state == "finished", f"killed at point {number}"
+        end = Ledger(world.output, training.name).ended(1)
+        assert end is not None
+        assert end.status == (128 + signal.SIGKILL if number < 8 else 0), end.said
         # Pulse, begun, the outcome, the end: each before and after.
         assert world.ran(training.name) == (["2"] if number <= 4 else ["1", "2"] if number == 5 else ["1"])
         assert world.most_at_a_time() <= 2

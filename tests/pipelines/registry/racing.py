@@ -1,36 +1,61 @@
-"""What the processes of the promotion race run: forks of one that has MLflow open, since opening it is slow."""
+"""A race of promotions: one process opens MLflow, which is slow, and forks all that promote at the same moment.
 
-import os
-from functools import cache
+python -m tests.pipelines.registry.racing MODEL ALIAS NUMBER, with MLFLOW_TRACKING_URI; prints a JSON list of what came of each.
+"""
+
+import json
+import multiprocessing
+import sys
+import traceback
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from pipelines.registry import AliasMoved, Decision, Tracking, open_tracking
-from tests.waiting import COMMAND_DEADLINE_S
-
-PRELOAD = "MAE_TEST_RACE"
-"""Variable of the environment: open MLflow as soon as the fork server imports this module."""
+from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, join
 
 
-@cache
-def opened() -> Tracking:
-    return open_tracking("race")
-
-
-def promote_at_once(version: int, alias: str, number: int, together: Barrier, results: Any) -> None:
-    """Read the history, wait until every process has, and promote; report the number and what came of it."""
-    tracking = opened()
+def promote(tracking: Tracking, name: str, alias: str, version: int, number: int, together: Barrier) -> str:
+    """Read the history, wait until every process has, and promote; return what came of it."""
     # A fork must not use its parent's connections.
     for service in (tracking.client._tracking_client, tracking.client._get_registry_client()):
-        service.store.engine.dispose(close=False)
-    history, ref = tracking.history("mae-race", alias), tracking.resolve(f"models:/mae-race/{version}")
+        engine = getattr(service.store, "engine", None)
+        if engine is not None:
+            engine.dispose(close=False)
+    history, ref = tracking.history(name, alias), tracking.resolve(f"models:/{name}/{version}")
     together.wait(COMMAND_DEADLINE_S)
     try:
         tracking.move_alias(history, ref, Decision(kind="promote", why=f"process {number}"))
-        results.put((number, version, "won"))
     except AliasMoved as told:
-        results.put((number, version, str(told)))
+        return str(told)
+    return "won"
 
 
-if PRELOAD in os.environ:
-    opened().client._get_registry_client()
+def main() -> int:
+    name, alias, many = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    processes = multiprocessing.get_context("fork")
+    tracking = open_tracking("race")
+    versions = [version.version for version in tracking.client.search_model_versions(f"name='{name}'")]
+    together, results = processes.Barrier(many), processes.SimpleQueue()
+
+    def run(number: int, version: int) -> None:
+        found: dict[str, Any] = {"number": number, "version": version}
+        try:
+            found["said"] = promote(tracking, name, alias, version, number, together)
+        except BaseException:
+            found["said"] = f"failed: {traceback.format_exc()}"
+            together.abort()
+        results.put(found)
+
+    racing = [
+        processes.Process(target=run, args=(number, int(versions[number % len(versions)]))) for number in range(many)
+    ]
+    for process in racing:
+        process.start()
+    print(json.dumps([results.get() for _ in racing]))
+    for process in racing:
+        join(process, JOB_DEADLINE_S)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

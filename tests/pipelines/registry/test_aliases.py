@@ -1,7 +1,8 @@
 """Aliases that move only if nobody else moved them, with a history, on a real sqlite MLflow."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,7 @@ import pytest
 from mae_core.errors import UserError
 from pipelines.registry import AliasMoved, Decision, ModelRef, Tracking, check_alias, open_tracking, register_backbone
 from pipelines.registry.aliases import move_alias, read_history
-from tests.pipelines.registry.racing import PRELOAD, promote_at_once
-from tests.waiting import COMMAND_DEADLINE_S, join
+from tests.waiting import JOB_DEADLINE_S
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -43,30 +43,20 @@ def pointed_to(tracking: Tracking, alias: str) -> int:
 
 
 @pytest.mark.slow
-def test_of_fifty_promotions_at_once_one_wins_and_all_others_are_told_by_whom(
-    registered: Registered, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracking, refs = registered
-    monkeypatch.setenv(PRELOAD, "1")
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.pipelines.registry.racing"])
-    together, results = processes.Barrier(NUM_PROCESSES), processes.SimpleQueue()
-    racing = [
-        processes.Process(target=promote_at_once, args=(refs[i % 3].version, "raced", i, together, results))
-        for i in range(NUM_PROCESSES)
-    ]
-    for process in racing:
-        process.start()
-    for process in racing:
-        join(process, COMMAND_DEADLINE_S)
-    said = [results.get() for _ in racing]
-    ((winner, version, _),) = [entry for entry in said if entry[2] == "won"]
-    told = [entry[2] for entry in said if entry[2] != "won"]
+def test_of_fifty_promotions_at_once_one_wins_and_all_others_are_told_by_whom(registered: Registered) -> None:
+    tracking, _ = registered
+    words = [sys.executable, "-m", "tests.pipelines.registry.racing", "mae-race", "raced", str(NUM_PROCESSES)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=JOB_DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads(ended.stdout)
+    (winner,) = [entry for entry in said if entry["said"] == "won"]
+    told = [entry["said"] for entry in said if entry is not winner]
     assert len(told) == NUM_PROCESSES - 1
-    assert all(f"moved from no version to version {version} by " in sentence for sentence in told)
-    assert pointed_to(tracking, "raced") == version
+    by_whom = f"moved from no version to version {winner['version']} by "
+    assert [sentence for sentence in told if by_whom not in sentence] == []
+    assert pointed_to(tracking, "raced") == winner["version"]
     (move,) = tracking.history("mae-race", "raced").moves
-    assert (move.version, move.why, move.is_done) == (version, f"process {winner}", True)
+    assert (move.version, move.why, move.is_done) == (winner["version"], f"process {winner['number']}", True)
     histories = tracking.client.search_runs([tracking.experiment_id], "tags.`mae.kind` = 'history'")
     assert len(histories) == 1
 
