@@ -155,6 +155,8 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         os.environ[_EMBEDDED] = "1"
         _init(
             _STARTS,
+            # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
+            address="local",
             **_declared(compute, groups),
             include_dashboard=False,
             logging_level=logging.ERROR,

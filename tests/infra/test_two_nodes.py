@@ -35,6 +35,20 @@ def as_user(local_cluster, script: str, *arguments: str) -> str:
     return outcome.stdout
 
 
+ALONE = """
+import ray
+from pipelines.cluster import ray_session
+
+with ray_session(None):
+    print(len(ray.nodes()))
+"""
+
+
+def test_a_command_without_an_address_starts_its_own_ray_beside_the_cluster(local_cluster) -> None:
+    assert "RAY_ADDRESS" not in local_cluster.environment
+    assert as_user(local_cluster, ALONE).strip() == "1"
+
+
 FOLLOWED = """
 import json, sys
 from pipelines.config import JobsConfig

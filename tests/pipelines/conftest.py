@@ -64,6 +64,7 @@ def ray4(s3_environment: Ports) -> Iterator[None]:
     # A socket's path may be 107 bytes long: pytest's own folders would make it longer.
     with tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:
         ray.init(
+            address="local",
             num_cpus=4,
             include_dashboard=False,
             logging_level=logging.ERROR,

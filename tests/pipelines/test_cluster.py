@@ -61,6 +61,7 @@ def test_an_embedded_ray_that_did_not_start_is_started_again_with_the_same_argum
     with ray_session(ComputeConfig()):
         assert len(starts) == 3
     assert starts[0] == starts[1] == starts[2]
+    assert starts[0]["address"] == "local"
 
 
 def test_a_cluster_that_does_not_answer_is_asked_once_and_named(

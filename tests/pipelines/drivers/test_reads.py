@@ -91,6 +91,7 @@ def drive_watched(uri: str, manifest: Manifest, folder: Path) -> None:
     # The path of a socket may have 107 bytes, and pytest's folders would make it longer.
     with tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:
         ray.init(
+            address="local",
             num_cpus=4,
             include_dashboard=False,
             logging_level=logging.ERROR,

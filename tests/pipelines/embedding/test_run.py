@@ -28,7 +28,7 @@ from pipelines.config import EmbedConfig
 from pipelines.embedding.embed import embed
 from pipelines.storage import open_storage
 source, model, out, scratch = sys.argv[1:]
-ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, _temp_dir=scratch)
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, _temp_dir=scratch)
 def die():
     while len(open_storage(out).list("parts")) < 2:
         time.sleep(0.001)

@@ -279,7 +279,7 @@ from pipelines.config import PrepareConfig
 from pipelines.sources.entry import Entry
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import open_storage
-ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, _temp_dir=sys.argv[4])
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, _temp_dir=sys.argv[4])
 source, out, after = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def die():
     target = open_storage(out)

@@ -1,6 +1,8 @@
 """A race of promotions: one process opens MLflow, which is slow, and forks all that promote at the same moment.
 
-python -m tests.pipelines.registry.racing MODEL ALIAS NUMBER, with MLFLOW_TRACKING_URI; prints a JSON list of what came of each.
+python -m tests.pipelines.registry.racing MODEL ALIAS NUMBER
+
+MLFLOW_TRACKING_URI names the registry. Prints what came of each as a JSON list.
 """
 
 import json
