@@ -1,5 +1,6 @@
 """What runs on one rank: the jobs of a worker group, one after another, on one feed."""
 
+import faulthandler
 import logging
 import time
 import warnings
@@ -34,6 +35,14 @@ def work(config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -
     # Harmless: DDP compares the stride of a dimension of size 1, which the patch projection has for one channel.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs: list[IndexedJob] = ray.get(config["jobs"])
+    try:
+        _run_jobs(jobs, config, batches, feed_key)
+    finally:
+        # Ray ends the process now, sometimes with a crash in its threads: nothing of ours, so no stack on the terminal.
+        faulthandler.disable()
+
+
+def _run_jobs(jobs: list[IndexedJob], config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -> None:
     rank = join_group(jobs[0][0].compute)
     attempt = Attempt(**config["attempt"])
     with StopGate(config["stop"], feed_key, rank.index, rank.world) as gate:
