@@ -6,6 +6,7 @@ Drawn with matplotlib. The colours below stand for variables of `style.css`, int
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,7 @@ from tune.trial import LABEL_FIELDS, MEASURES, Measure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
 MEASURE_NAMES: dict[Measure, str] = {"finetune": "fine-tuning", "probe": "linear probing"}
 BASELINE_NAMES: dict[Measure, str] = {"finetune": "from scratch", "probe": "random encoder"}
@@ -28,6 +30,8 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {c: f"--c{i}"
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_SERIES = len(_SERIES)
 _WIDTH_IN, _HEIGHT_IN = 5.0, 3.4
+_SERIES_GAP_PT, _LABEL_GAP_PT = 3.0, 4.0
+"""Distance of two lines' marks at one value, and of two labels of an axis."""
 _LABELS = {
     RATIO: "masking ratio (%)",
     "model.mask": "mask sampling (%)",
@@ -103,6 +107,12 @@ class _Canvas:
         self.tips[name] = text
         return name
 
+    def shifted(self, points: float) -> "Transform":
+        """Return the transform of data that are drawn this many points to the right of their place."""
+        from matplotlib.transforms import ScaledTranslation
+
+        return self.axes.transData + ScaledTranslation(points / 72, 0, self.figure.dpi_scale_trans)
+
 
 def _canvas(height_in: float = _HEIGHT_IN) -> _Canvas:
     from matplotlib.figure import Figure
@@ -128,16 +138,26 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
         line = sorted(line, key=lambda measured: place[value_label(x, measured.point[x])])
         at = [place[value_label(x, measured.point[x])] for measured in line]
         found = [measured.of(measure) for measured in line]
-        axes.plot(at, [one.mean for one in found], color=color, linewidth=1.8, label=name or None)
+        # Beside each other, so that one line's interval does not hide another's.
+        shift_pt = _SERIES_GAP_PT * (i - (len(lines) - 1) / 2)
+        axes.plot(
+            at, [one.mean for one in found], color=color, linewidth=1.8, label=name or None,
+            transform=canvas.shifted(shift_pt),
+        )  # fmt: skip
         for position, one, measured in zip(at, found, line):
-            _mark(canvas, position, one, color, marker, _tip(measured, measure))
+            _mark(canvas, position, one, color, marker, _tip(measured, measure), shift_pt)
     _draw_baselines(canvas, points, baselines, measure, x, place)
     _mark_positions(axes, place, may_be_log=x != RATIO)
     axes.set_xlabel(label_of(x), color=_INK, fontsize=9.5)
     axes.set_ylabel("top-1 on val (%)", color=_INK, fontsize=9.5)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", ncols=1 + (len(lines) > 4))
+        # Above the axes, where it hides neither a line nor the baseline.
+        axes.legend(
+            frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2,
+            borderaxespad=0.2,
+        )  # fmt: skip
+    _separate_labels(canvas)
     title = f"{MEASURE_NAMES[measure].capitalize()} against {short_label(x)}"
     spread = "Bars are 95 % intervals over seeds. " if any(len(m.entries) > 1 for m in points) else ""
     dashed = f"The dashed line is {_baseline_words(measure)}." if baselines else ""
@@ -157,11 +177,16 @@ def _baseline_words(measure: Measure) -> str:
     return "training from scratch on the same labels" if measure == "finetune" else "the probe of a random encoder"
 
 
-def _mark(canvas: _Canvas, x: float, one: Interval, color: str, marker: str, tip: str) -> None:
+def _mark(canvas: _Canvas, x: float, one: Interval, color: str, marker: str, tip: str, shift_pt: float = 0.0) -> None:
+    """Draw a mean and its interval, `shift_pt` to the right of its place."""
+    at: dict[str, Any] = {"transform": canvas.shifted(shift_pt), "color": color}
     if one.num > 1:
-        canvas.axes.vlines(x, one.low, one.high, color=color, linewidth=1.3, alpha=0.75)
-        canvas.axes.plot([x, x], [one.low, one.high], "_", color=color, markersize=7, alpha=0.75)
-    canvas.axes.plot([x], [one.mean], marker, color=color, markersize=6, gid=canvas.tip(tip), zorder=4)
+        canvas.axes.plot([x, x], [one.low, one.high], "-", linewidth=1.3, alpha=0.75, **at)
+        canvas.axes.plot([x, x], [one.low, one.high], "_", markersize=7, alpha=0.75, **at)
+    canvas.axes.plot([x], [one.mean], marker, markersize=6, gid=canvas.tip(tip), zorder=4, **at)
+    # matplotlib scales the axes by what has their own transform alone.
+    canvas.axes.update_datalim([(x, one.low), (x, one.high)])
+    canvas.axes.autoscale_view()
 
 
 def _draw_baselines(
@@ -208,15 +233,25 @@ def _mark_positions(axes: "Axes", place: dict[str, float], *, may_be_log: bool) 
     if may_be_log and low > 0 and high / low >= 8 and len(place) > 2:
         axes.set_xscale("log")
         axes.minorticks_off()
-        shown = list(place)
-    else:
-        gap = max(high - low, 1e-9) / 12
-        shown, last = [], -math.inf
-        for label in sorted(place, key=place.__getitem__):
-            if place[label] - last >= gap:
-                shown.append(label)
-                last = place[label]
-    axes.set_xticks([place[label] for label in shown], shown)
+    axes.set_xticks(list(place.values()), list(place))
+
+
+def _separate_labels(canvas: _Canvas) -> None:
+    """Lower each label of the horizontal axis that would touch the one before it; empty it if there is no room either.
+
+    Pages show them in fonts of the reader's, so that some room stays between two.
+    """
+    canvas.figure.draw_without_rendering()
+    px_per_pt = canvas.figure.dpi / 72
+    rows = [-math.inf, -math.inf]
+    labels = [(label.get_window_extent(), label.get_text()) for label in canvas.axes.get_xticklabels()]
+    texts: dict[float, str] = {}
+    for box, text in sorted(labels, key=lambda label: label[0].x0):
+        row = next((row for row, end in enumerate(rows) if box.x0 >= end + _LABEL_GAP_PT * px_per_pt), None)
+        texts[box.x0] = "" if row is None else "\n" * row + text
+        if row is not None:
+            rows[row] = box.x1
+    canvas.axes.set_xticks(canvas.axes.get_xticks(), [texts[box.x0] for box, _ in labels])
 
 
 def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Chart:
@@ -251,6 +286,7 @@ def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Ch
     axes.tick_params(length=0)
     axes.set_xlabel(label_of(x), color=_INK, fontsize=9.5)
     axes.set_ylabel(label_of(y), color=_INK, fontsize=9.5)
+    _separate_labels(canvas)
     names = f"{short_label(x)} x {short_label(y)}"
     note = f"Top-1 on val in percent, mean over seeds{' and the other fields' if len(others) > 1 else ''}."
     return _chart(canvas, f"heat-{measure}", f"{MEASURE_NAMES[measure].capitalize()}: {names}", note)
@@ -273,8 +309,11 @@ def _cost(points: Sequence[Measured], baselines: Sequence[Measured], fields: lis
     for baseline in baselines:
         one = baseline.of("finetune")
         _mark(canvas, baseline.minutes, one, _MUTED, "x", f"from scratch: {one} %, {baseline.minutes:.1f} min")
-        axes.annotate("from scratch", (baseline.minutes, one.mean), (0, 6), textcoords="offset points", ha="center",
-                      fontsize=8.5, color=_MUTED)  # fmt: skip
+        # Towards the middle, so that it crosses neither side of the axes.
+        is_left = baseline.minutes <= statistics.median(measured.minutes for measured in points)
+        axes.annotate("from scratch", (baseline.minutes, one.mean), (7 if is_left else -7, 0), va="center",
+                      textcoords="offset points", ha="left" if is_left else "right", fontsize=8.5,
+                      color=_MUTED)  # fmt: skip
     front: list[Measured] = []
     for measured in sorted(points, key=lambda m: (m.minutes, -m.of("finetune").mean)):
         if not front or measured.of("finetune").mean > front[-1].of("finetune").mean:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tune.report.charts import charts_of
+from tune.report.charts import _canvas, _separate_labels, charts_of
 from tune.report.page import Row, Study, page
 from tune.report.pictures import _uris
 from tune.results import Entry, best_of, measured_baselines, measured_points
@@ -132,6 +132,20 @@ def test_a_sweep_over_words_has_curves_and_no_number_axis() -> None:
     charts = charts_of(measured_points(entries), [])
     assert [chart.name for chart in charts] == ["curves-finetune", "curves-probe", "cost"]
     assert all(word in charts[0].inline for word in ("random", "block", "grid"))
+
+
+def test_labels_of_an_axis_keep_a_distance_and_none_that_fits_is_left_out() -> None:
+    canvas = _canvas()
+    labels = [f"random {ratio}" for ratio in range(10, 100, 10)]
+    canvas.axes.set_xticks(range(len(labels)), labels)
+    _separate_labels(canvas)
+    canvas.figure.draw_without_rendering()
+    shown = [(label.get_text(), label.get_window_extent()) for label in canvas.axes.get_xticklabels()]
+    assert [text.strip() for text, _ in shown if text] == labels
+    for row in (0, 1):
+        boxes = [box for text, box in shown if text.count("\n") == row]
+        assert len(boxes) > 1
+        assert all(b.x0 - a.x1 > 0 for a, b in itertools.pairwise(boxes))
 
 
 def screenshot(html: Path, out: Path, width_px: int, *options: str) -> np.ndarray:
