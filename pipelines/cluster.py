@@ -152,6 +152,9 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         os.environ.setdefault("RAY_event_stats", "0")
         # Ray expects fewer processes on a small machine than we start, and would warn each time.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, num_cores())))
+        # Ray gives up a worker that does not register within 60 s, and ray.init then waits for ever. At a low priority
+        # on a busy machine workers take longer (seen on a sweep at niceness 19).
+        os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
         os.environ[_EMBEDDED] = "1"
         _init(
             _STARTS,

@@ -68,6 +68,13 @@ def _run(config: ClassifyConfig, method: Literal["finetune", "probe"], preset: s
     config, ref = with_pinned_backbone(config, tracking)
     start = starting_encoder(config, ref, tracking, manifest)
     published = published_classify_job(config, run_name(config, preset, manifest.digest), start, manifest)
+    if "mae.num_train" in published.tags:
+        asked = config.labels or f"{config.data.labels_per_class} per class"
+        num_all, num_classes = manifest.split("train").num_rows, len(manifest.classes)
+        log.info(
+            "labels: %s, %s of %d training images of %d classes",
+            asked, published.tags["mae.num_train"], num_all, num_classes,
+        )  # fmt: skip
     return drive([published], published.name, tracking, fresh=fresh)[0]
 
 
@@ -218,14 +225,10 @@ def published_classify_job(
 
 
 def _label_tags(job: ClassifyJob, dataset: IndexedDataset) -> dict[str, str]:
-    """Return how many labelled images the job trains on, as tags of its run, and log it; empty if it uses all."""
-    config = job.config
-    if not config.labels and config.data.labels_per_class is None:
+    """Return how many labelled images the job trains on, as tags of its run; empty if it uses all."""
+    if not job.config.labels and job.config.data.labels_per_class is None:
         return {}
-    num_used, num_all = train_plan(job, dataset).num_samples, dataset.manifest.split("train").num_rows
-    asked = config.labels or f"{config.data.labels_per_class} per class"
-    log.info("labels: %s, %d of %d training images of %d classes", asked, num_used, num_all, len(job.classes))
-    return {"mae.num_train": str(num_used)}
+    return {"mae.num_train": str(train_plan(job, dataset).num_samples)}
 
 
 def _register(config: ClassifyConfig, start: StartingEncoder) -> Publish:
