@@ -12,6 +12,7 @@ PIPELINE_MODULES = (
     "mlflow",
     "numba",
     "PIL",
+    "prometheus_client",
     "psutil",
     "pyarrow",
     "pydantic",

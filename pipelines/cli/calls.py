@@ -162,6 +162,12 @@ def runs(call: Invocation) -> dict[str, Any]:
     return runs(call.arguments[0], call.config)
 
 
+def exporter(call: Invocation) -> dict[str, Any]:
+    from pipelines.monitoring.exporter import export
+
+    return export(call.config)
+
+
 def handoff(call: Invocation) -> dict[str, Any]:
     from pipelines.handoff.handing_over import handoff
 

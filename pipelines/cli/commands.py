@@ -22,6 +22,7 @@ from pipelines.config import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    ExporterConfig,
     HandoffConfig,
     ImportConfig,
     InspectConfig,
@@ -223,6 +224,11 @@ COMMANDS: dict[str, Command] = {
         config=RunsConfig,
         run=calls.runs,
         positional=(("URI", "folder or s3:// prefix of one run or of several, such as runs"),),
+    ),
+    "exporter": Command(
+        help="Answer Prometheus with the state of runs, datasets and the registry.",
+        config=ExporterConfig,
+        run=calls.exporter,
     ),
     "handoff": Command(
         help="Start the trainings that each version with an alias has not had yet, each exactly once.",

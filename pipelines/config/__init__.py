@@ -4,6 +4,7 @@ from pipelines.config.data import DataConfig, EncodeConfig, PrepareConfig, Sourc
 from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConfig, PredictConfig
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
 from pipelines.config.handing_over import HandoffConfig, HandoffJob, HandoffPlan, JobsConfig, SubmitConfig
+from pipelines.config.monitoring import ExporterConfig
 from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, PruneConfig, RollbackConfig
 from pipelines.config.reading import (
     KINDS,
@@ -48,6 +49,7 @@ __all__ = [
     "EncodeConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExporterConfig",
     "FixedCompute",
     "GateConfig",
     "HandoffConfig",

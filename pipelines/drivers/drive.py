@@ -109,7 +109,8 @@ def drive(
             if folder.read_outcome() is None:
                 with stage("opening the run in MLflow"):
                     runs[i] = _start(published, folder, tracking, key)
-        with Heartbeat([folders[i].storage for i in runs]), stopping_at(lambda: _progress(jobs, folders)):
+        heartbeat = Heartbeat([folders[i].storage for i in runs], lambda: [run.num_waiting for run in runs.values()])
+        with heartbeat, stopping_at(lambda: _progress(jobs, folders)):
             _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
                 _finish(jobs[i], folders[i], run)

@@ -4,6 +4,7 @@ Importing this package does not import mlflow, which takes seconds.
 """
 
 from pipelines.registry.aliases import AliasHistory, AliasMoved, Decision, Move, check_alias, check_why
+from pipelines.registry.inventory import AliasMoves, RegistryCounts
 from pipelines.registry.model_files import ModelFiles, is_registered, read_model
 from pipelines.registry.models import register_backbone, register_classifier
 from pipelines.registry.outages import TrackingUnreachable
@@ -21,6 +22,7 @@ __all__ = [
     "PROVENANCE",
     "AliasHistory",
     "AliasMoved",
+    "AliasMoves",
     "Decision",
     "Garbage",
     "Inventory",
@@ -30,6 +32,7 @@ __all__ = [
     "Move",
     "Point",
     "Provenance",
+    "RegistryCounts",
     "Run",
     "Step",
     "Threshold",

@@ -8,15 +8,15 @@ day.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mae_core.errors import UserError
 from pipelines.registry.aliases import HISTORY_TAG, aliases_in, read_recorded
 from pipelines.registry.outages import retry
 from pipelines.registry.runs import BACKBONE_TAG
-from pipelines.registry.versions import PARENT_TAG, ModelRef, check_location, or_none, ref_of
+from pipelines.registry.versions import PARENT_TAG, ModelRef, all_results, check_location, or_none, ref_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +53,7 @@ def find_garbage(client: "MlflowClient", name: str, *, keep: int, older_than_day
     created_ms: dict[str, int] = {}
     refs: dict[str, ModelRef] = {}
     sources: set[str] = set()
-    for version in _all(lambda token: client.search_model_versions(max_results=_PAGE, page_token=token)):
+    for version in all_results(lambda token: client.search_model_versions(max_results=_PAGE, page_token=token)):
         sources.add((version.source or "").removeprefix("models:/"))
         try:
             ref = ref_of(version)
@@ -136,7 +136,7 @@ def _why_pointed_to(client: "MlflowClient", ref: ModelRef) -> str:
 
 
 def _used_by_running(client: "MlflowClient") -> Iterator[str]:
-    for run in _all(
+    for run in all_results(
         lambda token: client.search_runs(
             _experiment_ids(client), "attributes.status = 'RUNNING'", max_results=_PAGE, page_token=token
         )
@@ -147,23 +147,12 @@ def _used_by_running(client: "MlflowClient") -> Iterator[str]:
 
 def _logged_models(client: "MlflowClient") -> Iterator["LoggedModel"]:
     ids = _experiment_ids(client)
-    return _all(lambda token: client.search_logged_models(ids, max_results=_PAGE, page_token=token))
+    return all_results(lambda token: client.search_logged_models(ids, max_results=_PAGE, page_token=token))
 
 
 def _experiment_ids(client: "MlflowClient") -> list[str]:
-    experiments = _all(lambda token: client.search_experiments(max_results=_PAGE, page_token=token))
+    experiments = all_results(lambda token: client.search_experiments(max_results=_PAGE, page_token=token))
     return [found.experiment_id for found in experiments]
-
-
-def _all(search: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield the results of a paged search."""
-    token: str | None = None
-    while True:
-        page = retry(lambda token=token: search(token), "the registry")
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _delete_files(model: "LoggedModel", tracking_uri: str, what: str) -> None:

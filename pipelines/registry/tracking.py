@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from mae_core.errors import UserError
 from pipelines.registry.aliases import AliasHistory, Decision, move_alias, read_history
+from pipelines.registry.inventory import RegistryCounts, count_registry
 from pipelines.registry.outages import TrackingUnreachable, first_line, retry, without_credentials
 from pipelines.registry.pruning import Garbage, Inventory, delete_garbage, find_garbage
 from pipelines.registry.runs import Context, Kind, Run, first_tags
@@ -159,6 +160,10 @@ class Tracking:
     def delete_garbage(self, garbage: Garbage) -> bool:
         """Delete a version or upload with its files; return whether it was still garbage."""
         return delete_garbage(self.client, self.uri, garbage)
+
+    def count_registry(self) -> RegistryCounts:
+        """Count versions, aliases with their moves, and gates, of all models and experiments."""
+        return count_registry(self.client)
 
     def lineage(self, model_uri: str) -> list[Step]:
         """Trace a model version back to the commit that pretrained its backbone."""

@@ -4,11 +4,11 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mae_core.errors import UserError
@@ -266,3 +266,14 @@ def or_none(get: Callable[[], T]) -> T | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def all_results(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield the results of a paged search."""
+    token: str | None = None
+    while True:
+        page = retry(lambda token=token: search(token), "the registry")
+        yield from page
+        token = page.token
+        if not token:
+            return

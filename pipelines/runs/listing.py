@@ -6,8 +6,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mae_core.errors import UserError
@@ -28,10 +28,14 @@ State = Literal["running", "trained", "finished", "failed", "stopped"]
 
 
 class Heartbeat:
-    """Write the driver's heartbeat to each run folder while a block runs, and how the block ended if it failed."""
+    """Write the driver's heartbeat to each run folder while a block runs, and how the block ended if it failed.
 
-    def __init__(self, folders: Sequence[Storage]) -> None:
-        self._folders = folders
+    `num_waiting` returns the metric points that MLflow has not confirmed, for each folder.
+    """
+
+    def __init__(self, folders: Sequence[Storage], num_waiting: Callable[[], Sequence[int]] = lambda: ()) -> None:
+        self._folders, self._num_waiting = folders, num_waiting
+        self._since_s = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -53,10 +57,11 @@ class Heartbeat:
 
     def _write(self, *, error: str = "", stopped: str = "") -> None:
         values = {"time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        values |= {"error": error, "stopped": stopped}
-        for storage in self._folders:
+        values |= {"since_s": self._since_s, "error": error, "stopped": stopped}
+        waiting = self._num_waiting() or [0] * len(self._folders)
+        for storage, num_waiting in zip(self._folders, waiting, strict=True):
             try:
-                storage.write(_HEARTBEAT, json.dumps(values).encode())
+                storage.write(_HEARTBEAT, json.dumps(values | {"num_waiting": num_waiting}).encode())
             except OSError as refused:
                 log.warning("could not write the driver's heartbeat to %s: %s", storage.uri, refused)
 
@@ -95,14 +100,51 @@ class RunStatus:
     """The run that this one extends: its path below the listed URI, or its URI; else empty."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What the folder of a run tells at one moment. Times are Unix seconds."""
+
+    status: RunStatus
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Newest value of each metric."""
+    started_s: float | None = None
+    """Start of the last driver."""
+    alive_s: float | None = None
+    """Last heartbeat of a driver."""
+    checkpoint_s: float | None = None
+    """When the training state of the newest checkpoint was copied."""
+    num_waiting: int = 0
+    """Metric points that MLflow had not confirmed at the last heartbeat."""
+    num_failures: int = 0
+    """Early ends of worker groups."""
+    num_bad_steps: int = 0
+    """Steps whose gradient was not finite."""
+
+
 def list_runs(uri: str) -> list[RunStatus]:
     """Return the status of all runs at or below the URI. Raises UserError if there is none."""
+    found = [observation.status for observation in observe_runs(uri)]
+    if not found:
+        uri = open_storage(uri).uri
+        raise UserError(f"no run found in {uri}; try the --output of a run, such as runs or s3://bucket/runs")
+    return found
+
+
+def observe_runs(uri: str, known: Mapping[str, Observation] | None = None) -> list[Observation]:
+    """Return what the folders of all runs at or below the URI tell.
+
+    A run that `known` has, by path, as finished is not read again while its outcome is there.
+    """
     storage = open_storage(uri)
     paths = [path for path, _ in storage.list()]
-    found = [path.removesuffix("run.json") for path in paths if path == "run.json" or path.endswith("/run.json")]
-    if not found:
-        raise UserError(f"no run found in {storage.uri}; try the --output of a run, such as runs or s3://bucket/runs")
-    return [_status(storage, prefix, [path for path in paths if path.startswith(prefix)]) for prefix in found]
+    present, found = set(paths), []
+    for prefix in [p.removesuffix("run.json") for p in paths if p == "run.json" or p.endswith("/run.json")]:
+        earlier = (known or {}).get(prefix.rstrip("/"))
+        if earlier and earlier.status.state == "finished" and f"{prefix}outcome.json" in present:
+            found.append(earlier)
+        else:
+            found.append(_observe(storage, prefix, [path for path in paths if path.startswith(prefix)]))
+    return found
 
 
 def runs(uri: str, config: RunsConfig) -> dict[str, Any]:
@@ -150,29 +192,48 @@ def table(statuses: Sequence[RunStatus]) -> str:
     return "\n".join(f"{status.run:<{width}}  {status.kind:<8}  {line(status)}".strip() for status in statuses)
 
 
-def _status(storage: Storage, prefix: str, paths: Sequence[str]) -> RunStatus:
+def _observe(storage: Storage, prefix: str, paths: Sequence[str]) -> Observation:
     identity, heartbeat = _read(storage, f"{prefix}run.json"), _read(storage, f"{prefix}{_HEARTBEAT}")
     spools = [path for path in paths if path.startswith(f"{prefix}metrics/")]
     newest = _newest_values(storage, spools[-1]) if spools else {}
-    committed = CheckpointStore(open_storage(storage.join(prefix.rstrip("/")))).steps()
+    checkpoints = CheckpointStore(open_storage(storage.join(prefix.rstrip("/"))))
+    newest_step = max(checkpoints.steps(), default=None)
     quiet_s = time.time() - heartbeat["time_s"] if "time_s" in heartbeat else None
     epochs, step = identity.get("config", {}).get("epochs"), newest.get("step")
     extended = identity.get("job", {}).get("extended")
     if epochs and extended:
         epochs += extended["epochs"]
     total = round(step / newest["epoch"] * epochs) if step and epochs and newest.get("epoch") else None
-    return RunStatus(
+    status = RunStatus(
         run=prefix.rstrip("/"),
         kind=str(identity.get("kind", "")),
         state=_state({path.removeprefix(prefix) for path in paths}, quiet_s, heartbeat),
         step=None if step is None else int(step),
         total_steps=total,
-        checkpoint=max(committed, default=None),
+        checkpoint=newest_step,
         loss=newest.get("train/loss"),
         quiet_s=None if quiet_s is None else round(quiet_s, 1),
         error=heartbeat.get("error", ""),
         extends=_extends(storage, prefix) if extended else "",
     )
+    return Observation(
+        status=status,
+        values=newest,
+        started_s=heartbeat.get("since_s"),
+        alive_s=heartbeat.get("time_s"),
+        checkpoint_s=None if newest_step is None else _saved_s(checkpoints, newest_step),
+        num_waiting=heartbeat.get("num_waiting", 0),
+        num_failures=sum(path.startswith(f"{prefix}failures/") for path in paths),
+        num_bad_steps=sum(path.startswith(f"{prefix}bad_steps/") for path in paths),
+    )
+
+
+def _saved_s(checkpoints: CheckpointStore, step: int) -> float | None:
+    """Return when a checkpoint's state was copied; None if it does not say, as the first one of an extension."""
+    try:
+        return checkpoints.meta(step).get("clock", {}).get("time_s")
+    except (ValueError, OSError):
+        return None  # Damaged, or pruned meanwhile.
 
 
 def _extends(storage: Storage, prefix: str) -> str:

@@ -86,7 +86,9 @@ def test_mlflow_accepts_the_host_that_runs_call_it_by(compose) -> None:
 def test_secrets_come_from_the_environment_file(compose, text: str, repository: Path) -> None:
     for service in compose["services"].values():
         for key, value in service.get("environment", {}).items():
-            if re.search("SECRET|PASSWORD|TOKEN|ACCESS_KEY", key):
+            if key.endswith("__FILE"):
+                assert value.startswith("/run/secrets/"), key
+            elif re.search("SECRET|PASSWORD|TOKEN|ACCESS_KEY", key):
                 assert value.startswith("${"), key
     example = (repository / "infra/compose/.env.example").read_text()
     declared = dict(re.findall(r"^([A-Z_]+)=(.*)$", example, re.MULTILINE))
