@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from mae_core.config import ModelConfig, patch_grid
@@ -17,6 +18,7 @@ from pipelines.drivers.pretrain import pixels_of, published_pretrain_job, with_d
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, PretrainJob
 from pipelines.storage import Storage
 from tune.proposals import proposed
+from tune.results import has_result
 from tune.space import Point, check_fields, describe, parts_at, points, varies_classifiers
 from tune.trial import LABEL_FIELDS, MEASURES, Measure, Trial
 
@@ -61,12 +63,18 @@ def plan(config: SweepConfig, folder: Storage) -> list[Trial]:
     return trials
 
 
+def without_stopped(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials without those of further seeds of a point that early stopping ended with the first one."""
+    stopped = [trial.point for trial in trials if trial.seed == 0 and trial.is_stopped_early()]
+    return [trial for trial in trials if trial.seed == 0 or trial.pretrain is None or trial.point not in stopped]
+
+
 def _reached(config: SweepConfig, point: Point, folder: Storage) -> float | None:
     """Return the mean accuracy of the point's trials on val; None if one has not ended, NaN if none has a result."""
     entries = [_trial(config, point, seed, folder).entry() for seed in range(config.seeds)]
     if None in entries:
         return None
-    values = [entry[config.select_by] for entry in entries if entry and not entry["error"]]
+    values = [entry[config.select_by] for entry in entries if entry and has_result(entry)]
     return statistics.fmean(values) if values else math.nan
 
 

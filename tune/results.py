@@ -8,7 +8,7 @@ from typing import Any
 
 from mae_core.errors import UserError
 from tune.space import Point
-from tune.trial import LABEL_FIELDS, Measure
+from tune.trial import LABEL_FIELDS, Measure, is_stopped
 
 Entry = dict[str, Any]
 
@@ -58,6 +58,11 @@ class Measured:
 def is_baseline(entry: Entry) -> bool:
     """Return whether the entry is one of a trial without pretraining."""
     return entry.get("kind") == "scratch"
+
+
+def has_result(entry: Entry) -> bool:
+    """Return whether the entry's trial has its accuracies: it neither failed nor was stopped early."""
+    return not entry["error"] and not is_stopped(entry)
 
 
 def measured_points(entries: Sequence[Entry]) -> list[Measured]:
@@ -130,6 +135,6 @@ def _squares(trials: Sequence[tuple[Point, float]], group: Callable[[Point], str
 def _measured(entries: Sequence[Entry]) -> list[Measured]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        if not entry["error"]:
+        if has_result(entry):
             groups.setdefault(json.dumps(entry["point"], sort_keys=True), []).append(entry)
     return [Measured(point=some[0]["point"], entries=tuple(some)) for some in groups.values()]

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from pipelines.runs.stopping import StopRequest
 from tune.budget import Budget
-from tune.trial import CLOSED, MEASURES, Trial, run
+from tune.halving import Halving, Rungs, online_accuracies, reporting
+from tune.trial import CLOSED, MEASURES, Trial, is_stopped, run
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +35,25 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # The last report of a trial has no metric for the scheduler.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 def search(
-    groups: Sequence[Sequence[Trial]], children: "Children", max_concurrent: int, budget: Budget | None = None
+    groups: Sequence[Sequence[Trial]],
+    children: "Children",
+    max_concurrent: int,
+    budget: Budget | None = None,
+    *,
+    rungs: Rungs | None = None,
+    ended: Sequence[Trial] = (),
 ) -> None:
     """Run every trial, at most `max_concurrent` groups at a time, and record each in the ledger and MLflow.
 
     Groups that the budget does not cover are not started; those at work when it ends save their checkpoints and stop.
+    With `rungs`, so do those that ASHA stops, by what they and the `ended` trials reported while pretraining.
 
     Tune's own state is discarded because the ledger replaces it: a restarted sweep is a new search over the unfinished
     trials. Raises Interrupted after a signal, once the groups at work have saved their checkpoints, or compute.grace_s
@@ -60,14 +70,21 @@ def search(
         watch.is_stopping = True
         return request.make_and_allow(grace_s)
 
-    run_group = tune.with_parameters(_run_group, groups=groups, request=request, budget=budget)
+    requests = [request.for_some() for _ in groups]
+    halving = Halving(rungs, lambda config: requests[config["group"]].make()) if rungs else None
+    if halving:
+        for trial in {trial.main.folder: trial for trial in ended}.values():
+            halving.replay(trial.main.folder, online_accuracies(trial))
+    run_group = tune.with_parameters(
+        _run_group, groups=groups, requests=requests, budget=budget, is_halving=halving is not None
+    )
     with tempfile.TemporaryDirectory(prefix="mae-tune-") as scratch, children, _at_end_of(budget, stop):
         tuner = tune.Tuner(
             # A trial's driver only waits for its worker group, which requests CPUs itself. Tune refuses an empty
             # request, so the driver requests one byte of memory.
             tune.with_resources(run_group, {"CPU": 0, "memory": 1}),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True),
+            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, reuse_actors=True, scheduler=halving),
             run_config=tune.RunConfig(
                 name="sweep", storage_path=scratch, verbose=0, callbacks=[watch], stop=_Stop(watch)
             ),
@@ -76,12 +93,21 @@ def search(
 
 
 def _run_group(
-    config: dict[str, Any], groups: Sequence[Sequence[Trial]], request: StopRequest, budget: Budget | None
+    config: dict[str, Any],
+    groups: Sequence[Sequence[Trial]],
+    requests: Sequence[StopRequest],
+    budget: Budget | None,
+    is_halving: bool,
 ) -> dict[str, Any]:
     quiet_ray()
-    group = groups[config["group"]]
+    group, request = groups[config["group"]], requests[config["group"]]
+
+    def stopped() -> dict[str, Any] | None:
+        return dict(zip(("epoch", "online"), online_accuracies(group[0])[-1])) if request.is_made_alone() else None
+
     if not request.is_made() and (budget is None or budget.covers(group)):
-        run(group, request)
+        with reporting(group[0]) if is_halving else nullcontext():
+            run(group, request, stopped)
     return {"done": True}
 
 
@@ -256,6 +282,16 @@ class Children:
             child.set_tags({"mae.error": entry["error"][:500]})
             child.finish("FAILED")
             log.warning("trial %s failed: %s", self._place(trial), entry["error"])
+            return
+        if is_stopped(entry):
+            where = entry["stopped"]
+            child.set_tags({"mae.stopped": f"asha, epoch {where['epoch']}"})
+            child.finish("FINISHED")
+            trial.storage.write(CLOSED, json.dumps({"run_id": child.id}).encode())
+            log.info(
+                "trial %s: stopped at epoch %d with %.2f by the online probe (%.0f s)",
+                self._place(trial), where["epoch"], where["online"], entry["duration_s"],
+            )  # fmt: skip
             return
         now_ms = int(time.time() * 1000)
         child.log_points([Point(f"{m}_top1", entry[m], 0, now_ms) for m in MEASURES])

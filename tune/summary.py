@@ -11,9 +11,9 @@ import yaml
 
 from pipelines.config import KINDS, PretrainConfig, to_dict
 from tune.figures import masking_ratio_figure
-from tune.results import Entry, Measured, interval, is_baseline, measured_baselines, measured_points
+from tune.results import Entry, Measured, has_result, interval, is_baseline, measured_baselines, measured_points
 from tune.space import describe, value_text
-from tune.trial import MEASURES, Measure, Trial
+from tune.trial import MEASURES, Measure, Trial, is_stopped
 
 RATIO = "model.mask.ratio"
 
@@ -21,7 +21,8 @@ RATIO = "model.mask.ratio"
 def table(entries: Sequence[Entry], best_key: str) -> str:
     """Format one aligned row per point and baseline: visible patches, results on val; `*` marks the best.
 
-    With several seeds, accuracies are means with half their 95 % interval. A point without a finished trial has failed.
+    With several seeds, accuracies are means with half their 95 % interval. A point without a finished trial has
+    failed, or was stopped early.
     """
     names = short_names(list(entries[0]["point"]))
     points, baselines = measured_points(entries), measured_baselines(entries)
@@ -39,10 +40,12 @@ def table(entries: Sequence[Entry], best_key: str) -> str:
         rows.append([*cells, f"{statistics.fmean(losses):.4f}" if losses else "", f"{measured.minutes:.1f}"])
     finished = [measured.point for measured in points]
     for entry in entries:
-        if entry["error"] and not is_baseline(entry) and entry["point"] not in finished:
+        if not has_result(entry) and not is_baseline(entry) and entry["point"] not in finished:
+            where = f"epoch {entry['stopped']['epoch']}" if is_stopped(entry) else ""
+            words = ["stopped", where] if where else ["failed", "failed"]
             visible = f"{entry['visible']}/{entry['patches']}"
             cells = ["", *(value_text(entry["point"][field]) for field in names), visible]
-            rows.append([*cells, *(["0"] if has_seeds else []), "failed", "failed", "", ""])
+            rows.append([*cells, *(["0"] if has_seeds else []), *words, "", ""])
             finished.append(entry["point"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Align the mark left and every value right, so that digits line up.
@@ -61,6 +64,9 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"from scratch on the same labels: {result['scratch_test']:.2f}")
     failed = [entry for entry in result["trials"] if entry["error"]]
     lines += [f"failed: {describe(entry['point'])}: {entry['error']}" for entry in failed]
+    stopped = sum(is_stopped(entry) for entry in result["trials"])
+    if stopped:
+        lines.append(f"stopped early by their online probe: {stopped} of {len(result['trials'])} trials")
     if failed:
         lines.append("rerun the same command to retry failed trials")
     if result.get("num_unrun"):
@@ -98,7 +104,7 @@ def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
     models = {trial.key: trial.pretrain.config.model for trial in trials if trial.pretrain}
     groups: dict[tuple[float, int], list[Entry]] = {}
     for entry in entries:
-        if RATIO in entry["point"] and not entry["error"]:
+        if RATIO in entry["point"] and has_result(entry):
             model = models[entry["key"]]
             groups.setdefault((model.mask.ratio, model.decoder_depth), []).append(entry)
     if not groups:

@@ -28,7 +28,7 @@ from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedJob, index_dataset
 from pipelines.storage import Storage, open_storage
 from tune.budget import Budget, Clock
-from tune.planning import of_trial, plan, settled
+from tune.planning import of_trial, plan, settled, without_stopped
 from tune.report import write_report
 from tune.results import Entry, best_of, measured_points
 from tune.space import parts_at
@@ -164,6 +164,7 @@ def _summary(checked: _Sweep) -> dict[str, Any] | None:
 
 def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> dict[str, Any]:
     """Run all trials; register, test and plot the best one, and write the result."""
+    from tune.halving import rungs_of
     from tune.search import Children, search
 
     config, attempted = checked.config, set[str]()
@@ -176,18 +177,26 @@ def _run(checked: _Sweep, tracking: registry.Tracking, parent: registry.Run) -> 
         while True:
             children = Children(tracking, parent, checked.trials)
             children.catch_up(checked.trials)
+            if config.early_stop == "asha":
+                checked = dataclasses.replace(checked, trials=without_stopped(checked.trials))
             unfinished = [t for t in checked.trials if not t.is_finished() and t.key not in attempted]
             budget = None
             if config.budget_hours is not None:
                 budget = Budget.of(checked.trials, 3600 * config.budget_hours - clock.spent_s())
             if not unfinished or (budget is not None and budget.rest_s <= 0):
                 break
+            rungs = None
+            if config.early_stop == "asha":
+                # Halving decides on the points with the first seed; those that are left get every seed.
+                unfinished = [trial for trial in unfinished if trial.seed == unfinished[0].seed]
+                rungs = rungs_of(config) if unfinished[0].seed == 0 else None
             groups = grouped(unfinished, config.trials_per_group)
             if not attempted:
                 # Points may differ in their number of workers: size Ray for the largest group.
                 largest = max((t.main.compute for t in unfinished), key=lambda c: c.num_workers + c.data_tasks)
                 stack.enter_context(ray_session(largest, min(config.max_concurrent, len(groups))))
-            search(groups, children, config.max_concurrent, budget)
+            ended = [trial for trial in checked.trials if trial.seed == 0 and trial.is_finished()]
+            search(groups, children, config.max_concurrent, budget, rungs=rungs, ended=ended)
             attempted |= {trial.key for trial in unfinished}
             if config.search == "tpe":
                 trials = with_choices(plan(config, checked.storage), config.max_concurrent)

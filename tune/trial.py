@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,16 +90,25 @@ class Trial:
         return json.loads(self.storage.read(_ENTRY)) if self.storage.exists(_ENTRY) else None
 
     def is_finished(self) -> bool:
-        """Return whether the trial has its results. A failed trial has none."""
+        """Return whether the trial has ended for good: with results, or stopped early. A failed trial is retried."""
         entry = self.entry()
         return entry is not None and not entry["error"]
 
-    def record(self, error: str = "", wall_s: float = 0.0) -> dict[str, Any]:
+    def is_stopped_early(self) -> bool:
+        """Return whether early stopping ended the trial."""
+        entry = self.entry()
+        return entry is not None and is_stopped(entry)
+
+    def record(self, error: str = "", wall_s: float = 0.0, stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Record in the ledger how the trial ended; return the entry.
 
-        `duration_s` is that of the jobs and counts from their last start; `wall_s` adds the start of the worker group.
+        `stopped` says where early stopping ended it, if it did. `duration_s` is that of the jobs and counts from their
+        last start; `wall_s` adds the start of the worker group.
         """
-        results = {} if error else {name: RunFolder(job.folder).read_result() or {} for name, job in self.jobs.items()}
+        has_none = bool(error) or stopped is not None
+        results = (
+            {} if has_none else {name: RunFolder(job.folder).read_result() or {} for name, job in self.jobs.items()}
+        )
         model = self.pretrain.config.model if self.pretrain else None
         entry = {
             "key": self.key,
@@ -115,8 +124,15 @@ class Trial:
             "wall_s": round(wall_s, 1),
             "error": error,
         }
+        if stopped is not None:
+            entry |= {"stopped": dict(stopped), "duration_s": entry["wall_s"]}
         self.storage.write(_ENTRY, json.dumps(entry, indent=1).encode())
         return entry
+
+
+def is_stopped(entry: Mapping[str, Any]) -> bool:
+    """Return whether early stopping ended the entry's trial, which then has no result."""
+    return bool(entry.get("stopped"))
 
 
 def with_choices(trials: Sequence[Trial], max_concurrent: int) -> list[Trial]:
@@ -154,10 +170,13 @@ def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
     return groups
 
 
-def run(trials: Sequence[Trial], stop: StopRequest) -> None:
+def run(
+    trials: Sequence[Trial], stop: StopRequest, stopped: Callable[[], Mapping[str, Any] | None] = lambda: None
+) -> None:
     """Run the trials in turn on one worker group, and record each in the ledger with its results or its error.
 
-    Trials that are unfinished when `stop` is made are not recorded, so that the next sweep resumes them.
+    Trials that are unfinished when `stop` is made are not recorded, so that the next sweep resumes them, unless
+    `stopped` says where early stopping ended them.
 
     Unfinished jobs resume from their newest checkpoint. If a group fails, each of its unfinished trials is run again
     alone, so that one trial's failure does not affect the others.
@@ -176,9 +195,10 @@ def run(trials: Sequence[Trial], stop: StopRequest) -> None:
         if all(RunFolder(job.folder).read_result() for job in trial.jobs.values()):
             trial.record(wall_s=wall_s)
         elif stop.is_made():
-            continue
+            if (where := stopped()) is not None:
+                trial.record(wall_s=wall_s, stopped=where)
         elif len(trials) > 1:
-            run([trial], stop)
+            run([trial], stop, stopped)
         else:
             trial.record(error, wall_s)
 

@@ -79,6 +79,12 @@ class SweepConfig:
     """Points that tpe chooses at a time, before it sees what they reach."""
     seed: int = 0
     """Seed of a random search or of tpe."""
+    early_stop: Literal["none", "asha"] = field(default="none", metadata=ADDED)
+    """asha: end pretrainings whose online probe (pretrain.evaluate) is among the worst at an epoch, by Ray Tune's ASHA;
+    points that it ends with the first seed run with no other. none: run every trial to its end."""
+    asha_factor: int = field(default=3, metadata=ADDED)
+    """With asha, one trial in this many goes on at each rung. The first rung is the first evaluation, the next ones
+    each have this many times the epochs."""
     max_concurrent: int = 1
     """Worker groups that run concurrently."""
     trials_per_group: int = 1
@@ -109,6 +115,7 @@ class SweepConfig:
             raise UserError(
                 f"pretrain.extend {self.pretrain.extend!r} is for `mae pretrain`: trials start anew; leave it out"
             )
+        self._check_early_stop()
         if self.seeds < 1:
             raise UserError(f"seeds {self.seeds} is below 1; try 3")
         if self.seeds > 1 and (varied := {"seed", "probe.seed", "finetune.seed"} & self.space.keys()):
@@ -118,4 +125,24 @@ class SweepConfig:
         if min(self.num_trials, self.round_points, self.max_concurrent, self.trials_per_group) < 1:
             raise UserError(
                 "num_trials, round_points, max_concurrent and trials_per_group must be at least 1; try 8, 4, 1 and 1"
+            )
+
+    def _check_early_stop(self) -> None:
+        if self.early_stop == "none":
+            return
+        every, epochs = self.pretrain.evaluate.every_epochs, self.pretrain.epochs
+        if not 0 < every < epochs:
+            raise UserError(
+                f"early_stop asha needs evaluations before the end, but pretrain.evaluate.every_epochs is {every} of "
+                f"{epochs} epochs; try --pretrain.evaluate.every-epochs {max(1, epochs // 9)}"
+            )
+        if self.asha_factor < 2:
+            raise UserError(f"asha_factor {self.asha_factor} is below 2; try 3")
+        if self.search == "tpe":
+            raise UserError("early_stop asha and search tpe exclude each other; try --search random")
+        if "epochs" in self.space:
+            raise UserError("early_stop asha compares trials of equally many epochs; leave epochs out of the space")
+        if self.trials_per_group > 1:
+            raise UserError(
+                f"early_stop asha ends a worker group, but trials_per_group is {self.trials_per_group}; try 1"
             )

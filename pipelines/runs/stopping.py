@@ -26,11 +26,17 @@ class StopRequest:
 
     key: str
     """Names the request among all of the cluster."""
+    of_all: "StopRequest | None" = None
+    """For a request to some of the groups: the one to all of them, which it includes."""
 
     @classmethod
     def new(cls) -> "StopRequest":
         """Return a request that is not made yet."""
         return cls(uuid4().hex)
+
+    def for_some(self) -> "StopRequest":
+        """Return a request to some of the groups, which is also made if this one is."""
+        return StopRequest(uuid4().hex, self)
 
     def make(self) -> None:
         """Ask all groups to stop."""
@@ -43,11 +49,17 @@ class StopRequest:
 
     def is_made(self) -> bool:
         """Return whether the groups are asked to stop."""
+        return self.is_made_alone() or (self.of_all is not None and self.of_all.is_made())
+
+    def is_made_alone(self) -> bool:
+        """Return whether this request is made, whatever that to all groups is."""
         return self._table.get("is made", 0) == 1
 
     def report_work(self) -> None:
         """Record that a group has begun to work."""
         self._table.put("works", 1)
+        if self.of_all is not None:
+            self.of_all.report_work()
 
     def is_work_reported(self) -> bool:
         """Return whether a group has begun to work."""

@@ -11,6 +11,7 @@ from tune.results import (
     Entry,
     Measured,
     baseline_of,
+    has_result,
     interval,
     is_baseline,
     measured_baselines,
@@ -18,7 +19,7 @@ from tune.results import (
     varied_fields,
 )
 from tune.space import describe, value_text
-from tune.trial import MEASURES, Measure
+from tune.trial import MEASURES, Measure, is_stopped
 
 _HERE = Path(__file__).parent
 _ON_TEST: tuple[tuple[Measure, str], ...] = (("finetune", "scratch"), ("probe", "random"))
@@ -122,7 +123,7 @@ def _head(study: Study) -> str:
             small = f"{BASELINE_NAMES[measure]} {interval(study.tests[other])}" if study.tests.get(other) else ""
             tiles.append((f"{MEASURE_NAMES[measure]}, test", f"{interval(study.tests[measure])} %", small))
     num_seeds = max(len(measured.entries) for measured in points)
-    finished = sum(not entry["error"] for entry in study.entries)
+    finished = sum(has_result(entry) for entry in study.entries)
     tiles.append(("trials", str(finished), f"{len(points)} points, {num_seeds} seed{'s' if num_seeds > 1 else ''}"))
     items = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
@@ -210,8 +211,7 @@ def _table(study: Study) -> str:
             _cell(f"{i}{' from scratch' if is_baseline(entry) else ''}", str(i)),
             *(_cell(value, value) for value in values),
             _cell(str(entry.get("seed", 0))),
-            *(_cell("failed" if entry["error"] else f"{entry[m]:.2f}", "" if entry["error"] else None)
-              for m in reversed(MEASURES)),
+            *(_accuracy(entry, measure) for measure in reversed(MEASURES)),
             _cell("" if entry["loss"] is None else f"{entry['loss']:.4f}"),
             _cell(f"{entry['duration_s'] / 60:.1f}"),
             f"<td>{run}</td>",
@@ -225,6 +225,12 @@ def _table(study: Study) -> str:
         f"<section><h2>All trials</h2><p class='note'>{escape(note)}</p><div class='scroll'>"
         f"<table class='sortable'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _accuracy(entry: Entry, measure: Measure) -> str:
+    if has_result(entry):
+        return _cell(f"{entry[measure]:.2f}")
+    return _cell("stopped" if is_stopped(entry) else "failed", "")
 
 
 def _cell(text: str, value: str | None = None) -> str:
@@ -248,10 +254,19 @@ def _failures(study: Study) -> str:
     unrun = ""
     if study.num_unrun:
         unrun = f"<p>The budget ended before {study.num_unrun} trials; a larger --budget-hours continues the sweep.</p>"
+    stopped = [entry for entry in study.entries if is_stopped(entry)]
+    if stopped:
+        items = "".join(f"<li>{escape(_entry_text(entry))}: {escape(_stop_text(entry))}</li>" for entry in stopped)
+        unrun += f"<p>Early stopping ended these pretrainings, so that they have no result:</p><ul>{items}</ul>"
     if not lines and not unrun:
         return ""
     listed = f"<p>The same command retries failed trials.</p><ul>{''.join(lines)}</ul>" if lines else ""
     return f"<section><h2>What is missing</h2>{unrun}{listed}</section>"
+
+
+def _stop_text(entry: Entry) -> str:
+    where = entry["stopped"]
+    return f"epoch {where['epoch']}, {where['online']:.2f} % by the online probe"
 
 
 def _entry_text(entry: Entry) -> str:

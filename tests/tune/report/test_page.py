@@ -124,6 +124,14 @@ def test_one_seed_is_called_one_and_failures_and_missing_trials_are_listed() -> 
     assert "Test was read once" not in text
 
 
+def test_trials_that_were_stopped_early_are_listed_with_where_and_why() -> None:
+    entries = entries_of(seeds=1)
+    entries[0] |= {"stopped": {"epoch": 3, "online": 31.25}, "finetune": None, "probe": None, "loss": None}
+    text = page(study_of(entries, tests={})).decode()
+    assert "masking ratio (%) 0.5, decoder depth (blocks) 1, seed 0: epoch 3, 31.25 % by the online probe" in text
+    assert text.count(">stopped</td>") == 2
+
+
 def test_a_sweep_over_words_has_curves_and_no_number_axis() -> None:
     entries = [
         _entry({"model.mask.kind": kind}, 0, finetune=70.0 + i, probe=50.0, loss=0.4)
