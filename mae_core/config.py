@@ -119,8 +119,12 @@ class ModelConfig:
     """Attention heads of the decoder; must divide its width."""
     mask_token_in: Literal["decoder", "encoder"] = "decoder"
     """Where mask tokens enter; in the encoder they cost 3x the time and lose accuracy (Table 1c)."""
-    target: Literal["norm_pixels", "pixels"] = "norm_pixels"
-    """What is predicted: pixels, or pixels normalized within each patch (Table 1d)."""
+    target: Literal["norm_pixels", "pixels", "pca"] = "norm_pixels"
+    """What is predicted: pixels, pixels normalized within each patch, or the leading principal components of patches
+    (Table 1d)."""
+    pca_components: int = field(default=96, metadata=ADDED)
+    """Principal components of target pca, at most the values of a patch. They are fitted on up to 2,048 training images
+    when pretraining starts, and kept with the weights."""
     decoder_attention: Literal["self", "cross"] = "self"
     """self: all tokens attend to each other (the paper); cross: mask tokens attend to visible ones only (CrossMAE)."""
     predicted_share: float = 1.0
@@ -169,6 +173,11 @@ class ModelConfig:
                 "decoder_attention cross needs mask tokens in the decoder, but mask_token_in is encoder; "
                 "try mask_token_in decoder"
             )
+        if self.target == "pca" and not 1 <= self.pca_components <= self.patch_dim:
+            raise UserError(
+                f"pca_components {self.pca_components} is outside 1 to the {self.patch_dim} values of a patch; "
+                f"try {max(1, self.patch_dim // 8)}"
+            )
         if not 0 < self.predicted_share <= 1:
             raise UserError(f"predicted_share {self.predicted_share} is outside (0, 1]; try 0.3333, or 1 for all")
         if not 0 < self.norm_eps < 1:
@@ -177,6 +186,16 @@ class ModelConfig:
     @property
     def patch_px(self) -> int:
         return parse_arch(self.arch).patch_px
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.patch_px**2 * self.channels
+
+    @property
+    def target_dim(self) -> int:
+        """Values that are predicted of a patch."""
+        return self.pca_components if self.target == "pca" else self.patch_dim
 
     @property
     def grid(self) -> Size:

@@ -21,7 +21,7 @@ from mae_core.positions import sincos_2d
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of hidden patches from the encoder's tokens."""
+    """Predicts hidden patches from the encoder's tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
             Block(width, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth)
         )
         self.norm = norm(width)
-        self.pred = nn.Linear(width, config.patch_px**2 * config.channels)
+        self.pred = nn.Linear(width, config.target_dim)
         self.apply(init_linear)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
     def forward(
         self, latent: Float[Tensor, "batch tokens features"], mask: Mask
     ) -> Float[Tensor, "batch predicted dim"]:
-        """Predict the patches of `mask.predicted_ids`, in that order; dim is patch_px * patch_px * channels."""
+        """Predict the patches of `mask.predicted_ids`, in that order; dim is that of the target."""
         if self.is_cross:
             tokens = self._cross(latent, mask, mask.predicted_ids)
         else:

@@ -5,6 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from mae_core.basis import PatchBasis
 from mae_core.masking import Mask
 from mae_core.patches import gather_patches
 
@@ -15,10 +16,17 @@ def targets(
     images: Float[Tensor, "batch channels height width"],
     mask: Mask,
     patch_px: int,
-    kind: Literal["norm_pixels", "pixels"],
+    kind: Literal["norm_pixels", "pixels", "pca"],
+    basis: PatchBasis | None = None,
 ) -> Float[Tensor, "batch predicted dim"]:
-    """Collect the values to predict; for norm_pixels, normalize each patch by its own mean and deviation (Table 1d)."""
+    """Collect the values to predict (Table 1d).
+
+    For norm_pixels, normalize each patch by its own mean and deviation; for pca, take its coefficients in `basis`.
+    """
     pixels = gather_patches(images, mask.predicted_ids, patch_px)
+    if kind == "pca":
+        assert basis is not None, "target pca has a basis"
+        return basis(pixels)
     return pixels if kind == "pixels" else normalize(pixels)
 
 

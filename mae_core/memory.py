@@ -25,9 +25,9 @@ def pretrain_bytes(config: ModelConfig, micro_batch: int, precision: Literal["fl
 def num_parameters(config: ModelConfig) -> int:
     """Count the trained weights, to within 1 %: blocks, patch embedding, and both ends of the decoder."""
     arch, width = parse_arch(config.arch), config.decoder_width
-    patch_values = config.patch_px**2 * config.channels
     blocks = 12 * arch.depth * arch.width**2 + 12 * config.decoder_depth * width**2
-    return blocks + patch_values * (arch.width + width) + arch.width * width
+    ends = config.patch_dim * arch.width + config.target_dim * width
+    return blocks + ends + arch.width * width
 
 
 def _token_widths(config: ModelConfig) -> int:

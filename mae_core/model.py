@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mae_core.basis import PatchBasis
 from mae_core.config import ModelConfig, Size, parse_arch
 from mae_core.decoder import Decoder
 from mae_core.encoder import build_encoder, encode
@@ -27,6 +28,7 @@ class MaskedAutoencoder(nn.Module):
         arch = parse_arch(config.arch)
         self.encoder = build_encoder(arch, config.image_px, config.channels, norm_eps=config.norm_eps)
         self.decoder = Decoder(config)
+        self.basis = PatchBasis(config.target_dim, config.patch_dim) if config.target == "pca" else None
         self.mask_token = None
         if config.mask_token_in == "encoder":
             self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
@@ -41,7 +43,7 @@ class MaskedAutoencoder(nn.Module):
 
         `seen` are the images as the encoder sees them, if they differ from those to predict, as with dropped channels.
         """
-        target = targets(images, mask, self.config.patch_px, self.config.target)
+        target = targets(images, mask, self.config.patch_px, self.config.target, self.basis)
         return masked_mse(self.predict(images if seen is None else seen, mask), target)
 
     def predict(
@@ -49,7 +51,7 @@ class MaskedAutoencoder(nn.Module):
     ) -> Float[Tensor, "batch predicted dim"]:
         """Predict the patches of `mask.predicted_ids`, in that order and in units of the target.
 
-        dim is patch_px * patch_px * channels, ordered row, column, channel.
+        dim is patch_px * patch_px * channels, ordered row, column, channel, or the number of principal components.
         """
         return self.decoder(encode(self.encoder, images, mask, self.mask_token), mask)
 
@@ -68,7 +70,7 @@ class MaskedAutoencoder(nn.Module):
         them, so they are of worse quality. A prediction of normalized pixels lacks the patch's own mean and deviation;
         those of hidden patches are estimated from nearby visible patches, so that nothing hidden leaks into the
         picture. `crisp` borrows the hidden patches' true ones instead, as is common: then the model predicted only part
-        of the picture. It changes nothing if the target is pixels.
+        of the picture. It changes nothing with other targets. With pca, hidden patches lack what is not predicted.
         """
         assert mask.predicted_from == 0, "a picture needs predictions of all hidden patches"
         config = self.config
@@ -76,6 +78,8 @@ class MaskedAutoencoder(nn.Module):
         ids = mask.hidden_ids if paste else torch.cat([mask.visible_ids, mask.hidden_ids], dim=1)
         latent = encode(self.encoder, images, mask, self.mask_token)
         predicted = (self.decoder(latent, mask) if paste else self.decoder.predict_all(latent, mask)).to(images.dtype)
+        if self.basis is not None:
+            predicted = self.basis.patches(predicted)
         if config.target == "norm_pixels":
             mean, deviation = _statistics(gather(patches, ids))
             if not crisp:

@@ -24,6 +24,8 @@ def plain_loss(
     target = patchify(images, mae.config.patch_px)
     if mae.config.target == "norm_pixels":
         target = normalize(target)
+    if mae.basis is not None:
+        target = torch.einsum("bnd,kd->bnk", target - mae.basis.mean, mae.basis.components)
     error = (plain_predict(mae, images, mask) - target).square().mean(dim=-1)
     counted = torch.zeros_like(error).scatter_(1, mask.predicted_ids, 1.0)
     return (error * counted).sum(dim=1) / counted.sum(dim=1)

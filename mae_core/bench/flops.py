@@ -48,15 +48,11 @@ def _encoder(config: ModelConfig) -> int:
 
 
 def _embedding(config: ModelConfig, num_patches: int) -> int:
-    return 2 * _linear(num_patches, _patch_values(config), parse_arch(config.arch).width)
+    return 2 * _linear(num_patches, config.patch_dim, parse_arch(config.arch).width)
 
 
 def _head(config: ModelConfig, tokens: int) -> int:
-    return _linear(tokens, config.decoder_width, _patch_values(config))
-
-
-def _patch_values(config: ModelConfig) -> int:
-    return config.patch_px**2 * config.channels
+    return _linear(tokens, config.decoder_width, config.target_dim)
 
 
 def _block(tokens: int, context: int, width: int) -> int:

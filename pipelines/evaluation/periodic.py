@@ -55,10 +55,10 @@ class PeriodicEvaluator:
         self._vit.requires_grad_(False).eval().to(self._device)
         storage = open_storage(config.data.uri)
         subset = choose_subset(manifest, storage, config.evaluate.images, seed=config.seed)
-        self._fitted = _Images(config, pixels, manifest, "train", subset.fitted)
+        self._fitted = SubsetImages(config, pixels, manifest, "train", subset.fitted)
         self._held_out = None
         if subset.held_out is not None:
-            self._held_out = _Images(config, pixels, manifest, subset.held_out_split, subset.held_out)
+            self._held_out = SubsetImages(config, pixels, manifest, subset.held_out_split, subset.held_out)
 
     def evaluate(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, float]:
         """Return the metrics of an encoder with these weights, by name; accuracies are in percent.
@@ -78,7 +78,7 @@ class PeriodicEvaluator:
         return found
 
     @torch.no_grad()
-    def _encoded(self, images: "_Images") -> tuple[Tensor, Tensor]:
+    def _encoded(self, images: "SubsetImages") -> tuple[Tensor, Tensor]:
         """Return features [n d] and labels [n] of the images that could be decoded."""
         found, labels = [], []
         for pixels, known in images.batches():
@@ -109,7 +109,7 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
     return 100 * float((scores.argmax(1) == labels).double().mean())
 
 
-class _Images:
+class SubsetImages:
     """The images of a subset in the evaluation view, decoded once if they are few enough to be kept."""
 
     def __init__(

@@ -37,9 +37,7 @@ def choose_subset(manifest: Manifest, storage: Storage, num_images: int, *, seed
     check_num_images(manifest, num_images)
     train = Index.from_manifest(manifest, "train")
     if not manifest.has_single_labels:
-        ids = np.concatenate([first + np.arange(rows) for first, rows in zip(train.first_id, train.num_rows)])
-        shuffled = _shuffled(train, ids, np.zeros_like(ids), seed)
-        return Subset(fitted=train.only(shuffled[:num_images]), held_out=None, held_out_split="")
+        return Subset(fitted=training_images(manifest, num_images, seed=seed), held_out=None, held_out_split="")
     num_classes = len(manifest.classes)
     per_class = num_images // num_classes
     ids, counts = _by_class(train, storage, num_classes, seed)
@@ -58,6 +56,13 @@ def choose_subset(manifest: Manifest, storage: Storage, num_images: int, *, seed
     return Subset(
         fitted=train.only(_runs(ids, starts, num_fitted)), held_out=held_out, held_out_split=split if held_out else ""
     )
+
+
+def training_images(manifest: Manifest, num_images: int, *, seed: int) -> Index:
+    """Choose at most `num_images` training images, whatever their labels."""
+    train = Index.from_manifest(manifest, "train")
+    ids = np.concatenate([first + np.arange(rows) for first, rows in zip(train.first_id, train.num_rows)])
+    return train.only(_shuffled(train, ids, np.zeros_like(ids), seed)[:num_images])
 
 
 def check_num_images(manifest: Manifest, num_images: int) -> None:

@@ -99,6 +99,7 @@ def _refuse_other_decoders(model: ModelConfig, naming: str) -> None:
     for value, limit in (
         (model.decoder_attention == "cross" and "decoder_attention cross", "whose decoders have self-attention"),
         (model.mask_token_in == "encoder" and "mask_token_in encoder", "whose mask tokens enter the decoder"),
+        (model.target == "pca" and "target pca", "that predicts pixels"),
     ):
         if value:
             raise UserError(f"the model has {value}, but {project} is a model {limit}; export --part encoder")

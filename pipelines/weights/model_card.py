@@ -124,7 +124,8 @@ def model_card(
 def _what(model: Exportable) -> str:
     config = model.model
     if model.kind == "mae":
-        target = "normalized pixels" if config.target == "norm_pixels" else "pixels"
+        pca = f"{config.pca_components} principal components of patches"
+        target = {"norm_pixels": "normalized pixels", "pixels": "pixels", "pca": pca}[config.target]
         return f"masked autoencoder with decoder {config.decoder_depth} x {config.decoder_width}, predicts {target}"
     if model.kind == "classifier":
         return f"classifier of {len(model.classes)} classes on the {'mean' if model.pool == 'avg' else 'class token'}"

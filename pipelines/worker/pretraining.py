@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae_core.augment import drop_bands, pixels_to_input
+from mae_core.basis import principal_components
 from mae_core.config import ModelConfig
 from mae_core.masking import training_masks
 from mae_core.model import MaskedAutoencoder, build_mae
@@ -16,6 +17,8 @@ from mae_core.state import model_tensors, pack, unpack
 from mae_core.step import pretrain_loss
 from mae_core.transfer import start_from
 from pipelines.config import from_dict
+from pipelines.evaluation.periodic import SubsetImages
+from pipelines.evaluation.subset import training_images
 from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
@@ -33,6 +36,9 @@ from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, Stopped, due_of
 
 _NUM_IMAGES_DRAWN = 8
+_NUM_IMAGES_FITTED = 2048
+_BASIS = "basis.safetensors"
+"""File of the run folder with the principal components that are predicted."""
 
 
 def run(
@@ -55,6 +61,7 @@ def run(
         mae = build_mae(config.model, config.seed)
     if job.backbone:
         _start_from_backbone(mae, job.backbone)
+    _set_basis(mae, job, dataset, rank, folder)
     total = last_step(job, plan.steps_per_epoch)
     state = TrainState.of(
         reading,
@@ -133,6 +140,27 @@ def _start_from_backbone(mae: MaskedAutoencoder, uri: str) -> None:
     values = json.loads(storage.read("config.json"))
     name = "mae.safetensors" if storage.exists("mae.safetensors") else "encoder.safetensors"
     start_from(mae, unpack(storage.read(name)), from_dict(ModelConfig, values["model"]))
+
+
+def _set_basis(
+    mae: MaskedAutoencoder, job: PretrainJob, dataset: IndexedDataset, rank: Rank, folder: RunFolder
+) -> None:
+    """Give the model the principal components that it predicts, unless it has none or those of its backbone.
+
+    Rank 0 fits them once a run, and all ranks and restarts read them from the run folder.
+    """
+    if mae.basis is None or mae.basis.is_fitted:
+        return
+    if rank.is_main and not folder.storage.exists(_BASIS):
+        model = job.config.model
+        chosen = training_images(dataset.manifest, _NUM_IMAGES_FITTED, seed=job.config.seed)
+        images = SubsetImages(job.config, job.pixels, dataset.manifest, "train", chosen)
+        with rank.stage("fitting principal components"):
+            inputs = (pixels_to_input(pixels, job.pixels) for pixels, _ in images.batches())
+            mean, components = principal_components(inputs, model.patch_px, model.pca_components)
+        folder.storage.write(_BASIS, pack({"mean": mean, "components": components}))
+    rank.barrier()
+    mae.basis.load_state_dict(unpack(folder.storage.read(_BASIS)))
 
 
 def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mae_core import load_mae
 from mae_core.config import ModelConfig, OptimConfig
-from mae_core.state import model_tensors, unpack
+from mae_core.state import model_tensors, pack, unpack
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, FixedCompute, PretrainConfig, TrackingConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim
@@ -24,11 +25,13 @@ from pipelines.worker.recorder import Stopped
 from tests.digest import tensors_digest
 
 
-def run_with(tiles: tuple[str, Manifest], folder: Path, micro_batch: int | None) -> dict[str, Tensor]:
+def run_with(
+    tiles: tuple[str, Manifest], folder: Path, micro_batch: int | None, **model_fields: Any
+) -> dict[str, Tensor]:
     """Pretrain for a few steps with the micro-batch that auto chose; return the weights."""
     uri, manifest = tiles
     model = ModelConfig(
-        arch="vit_pico_patch4", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2
+        arch="vit_pico_patch4", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2, **model_fields
     )  # fmt: skip
     config = PretrainConfig(
         epochs=2,
@@ -56,6 +59,24 @@ def test_the_micro_batch_changes_nothing_but_the_order_of_sums(
     # A bias of keys has no effect, since softmax ignores it: its gradient is rounding, which AdamW scales up.
     for name, tensor in ((name, tensor) for name, tensor in stated.items() if not name.endswith("qkv.bias")):
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_principal_components_are_fitted_once_and_exported_with_the_model(
+    tiles: tuple[str, Manifest], tmp_path: Path
+) -> None:
+    first = run_with(tiles, tmp_path / "first", None, target="pca", pca_components=5)
+    stored = unpack((tmp_path / "first" / "basis.safetensors").read_bytes())
+    assert stored["components"].shape == (5, 48)
+    assert torch.equal(first["basis.components"], stored["components"])
+    assert torch.equal(first["basis.mean"], stored["mean"])
+    again = run_with(tiles, tmp_path / "again", None, target="pca", pca_components=5)
+    assert tensors_digest(again) == tensors_digest(first)
+    # A restart reads what the run has, and fits nothing.
+    other = pack({"mean": stored["mean"] + 1, "components": stored["components"]})
+    (tmp_path / "restarted").mkdir()
+    (tmp_path / "restarted" / "basis.safetensors").write_bytes(other)
+    restarted = run_with(tiles, tmp_path / "restarted", None, target="pca", pca_components=5)
+    assert torch.equal(restarted["basis.mean"], stored["mean"] + 1)
 
 
 def test_a_run_with_all_recipes_trains_is_pictured_and_exported(tiles: tuple[str, Manifest], tmp_path: Path) -> None:
