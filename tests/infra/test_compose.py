@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def test_a_wrong_condition_is_refused(infra, compose) -> None:
     broken = copy.deepcopy(compose)
     broken["services"]["mlflow"]["depends_on"]["s3"]["condition"] = "service_helthy"
     assert infra.compose_faults(broken)
+
+
+def test_the_driver_of_mlflows_database_is_the_one_that_the_image_installs(compose, repository: Path) -> None:
+    given = compose["services"]["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+    driver = make_url(re.sub(r"\$\{[^}]*\}", "x", given)).get_dialect().import_dbapi().__name__
+    assert f'postgres = ["{driver}-binary' in (repository / "pyproject.toml").read_text()
+    assert "pyproject.toml pipeline postgres >" in (repository / "infra/docker/Dockerfile").read_text()
 
 
 def test_ports_are_published_on_loopback_only(compose) -> None:

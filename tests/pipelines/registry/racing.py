@@ -7,6 +7,7 @@ MLFLOW_TRACKING_URI names the registry. Prints what came of each as a JSON list.
 
 import json
 import multiprocessing
+import subprocess
 import sys
 import traceback
 from multiprocessing.synchronize import Barrier
@@ -14,6 +15,24 @@ from typing import Any
 
 from pipelines.registry import AliasMoved, Decision, Tracking, open_tracking
 from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, join
+
+
+def check_race(tracking: Tracking, name: str, alias: str, num_processes: int) -> None:
+    """Race that many processes to give a model its first version with the alias; one wins, all others are told."""
+    words = [sys.executable, "-m", "tests.pipelines.registry.racing", name, alias, str(num_processes)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=JOB_DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads(ended.stdout)
+    (winner,) = [entry for entry in said if entry["said"] == "won"]
+    told = [entry["said"] for entry in said if entry is not winner]
+    assert len(told) == num_processes - 1
+    by_whom = f"moved from no version to version {winner['version']} by "
+    assert [sentence for sentence in told if by_whom not in sentence] == []
+    assert tracking.resolve(f"models:/{name}@{alias}").version == winner["version"]
+    (move,) = tracking.history(name, alias).moves
+    assert (move.version, move.why, move.is_done) == (winner["version"], f"process {winner['number']}", True)
+    histories = tracking.client.search_runs([tracking.experiment_id], "tags.`mae.kind` = 'history'")
+    assert [run.data.tags["mae.model"] for run in histories].count(name) == 1
 
 
 def promote(tracking: Tracking, name: str, alias: str, version: int, number: int, together: Barrier) -> str:
