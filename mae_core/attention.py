@@ -14,7 +14,8 @@ def encode_with_attention(
 ) -> tuple[Float[Tensor, "batch tokens features"], Float[Tensor, "batch heads patches"]]:
     """Encode complete images; return all tokens, and the class token's attention to the patches in the last block.
 
-    A head's attention to all tokens sums to 1; that to the class token itself is left out.
+    Of several class tokens it is that of the first. A head's attention to all tokens sums to 1; that to class tokens is
+    left out.
     """
     inputs: list[Tensor] = []
     attention: Any = vit.blocks[-1].attn
@@ -23,7 +24,7 @@ def encode_with_attention(
         tokens = encode(vit, images, None)
     finally:
         handle.remove()
-    return tokens, attention_weights(attention, inputs[0])[:, :, 0, 1:]
+    return tokens, attention_weights(attention, inputs[0])[:, :, 0, vit.num_prefix_tokens :]
 
 
 def attention_weights(

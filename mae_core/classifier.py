@@ -22,7 +22,15 @@ def build_classifier(
     config: ClassifierConfig,
     norm_eps: float = LAYER_NORM_EPS,
 ) -> VisionTransformer:
-    """Build a ViT with a small random head; pool "avg" averages the patch tokens only (section 4.3)."""
+    """Build a ViT with a small random head; pool "avg" averages the patch tokens only (section 4.3).
+
+    Raises UserError for pool "token" of an encoder with several class tokens, of which timm classifies the first.
+    """
+    if config.pool == "token" and config.method == "finetune" and arch.class_tokens > 1:
+        raise UserError(
+            f"classifier.pool token takes one class token, but {arch.name} has {arch.class_tokens}; "
+            "try --classifier.pool avg"
+        )
     vit = build_encoder(
         arch,
         image_px,
@@ -85,7 +93,7 @@ def load_encoder_weights(vit: VisionTransformer, tensors: Mapping[str, Tensor], 
                 "use the arch and the channels that the weights were trained with"
             )
     grid = patch_grid(image_px, vit.patch_embed.proj.kernel_size[0])
-    given["pos_embed"] = resized(given["pos_embed"], grid, vit.patch_embed.grid_size)
+    given["pos_embed"] = resized(given["pos_embed"], grid, vit.patch_embed.grid_size, vit.num_prefix_tokens)
     vit.load_state_dict(given, strict=False)
 
 
@@ -93,8 +101,14 @@ def features(
     vit: VisionTransformer, images: Float[Tensor, "batch channels height width"], pool: Literal["avg", "token"]
 ) -> Float[Tensor, "batch features"]:
     """Encode complete images into one vector each: the class token, or the mean of the patch tokens."""
-    tokens = encode(vit, images, None)
-    return vit.fc_norm(tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1))
+    return vit.fc_norm(pooled(encode(vit, images, None), vit.num_prefix_tokens, pool))
+
+
+def pooled(
+    tokens: Float[Tensor, "batch tokens features"], class_tokens: int, pool: Literal["avg", "token"]
+) -> Float[Tensor, "batch features"]:
+    """Return the class token, which is the mean if there are several, or the mean of the patch tokens."""
+    return (tokens[:, :class_tokens] if pool == "token" else tokens[:, class_tokens:]).mean(dim=1)
 
 
 class ProbeHead(nn.Module):

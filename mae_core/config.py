@@ -27,7 +27,7 @@ LAYER_NORM_EPS = 1e-6
 ADDED: Mapping[str, bool] = {"added": True}
 """Metadata of a field that configs of earlier versions lack. While it has its default, it is no part of the identity of
 a run, so that runs of earlier versions keep their names and can be resumed."""
-_ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)")
+_ARCH = re.compile(r"vit_(?P<size>[a-z]+)_patch(?P<patch>[0-9]+)(_cls(?P<class_tokens>[0-9]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,27 @@ class Arch:
     depth: int
     heads: int
     patch_px: int
+    class_tokens: int
+    """Tokens before those of the patches: one, or several as in Pixio (arXiv 2512.15715)."""
 
 
 def parse_arch(name: str) -> Arch:
-    """Parse an architecture name `vit_<size>_patch<px>`. Raises UserError for any other name."""
+    """Parse an architecture name `vit_<size>_patch<px>`, or with `_cls<n>` for n class tokens, at least 2.
+
+    Raises UserError for any other name.
+    """
     found = _ARCH.fullmatch(name)
-    if found is None or found["size"] not in SIZES or int(found["patch"]) < 1:
+    is_known = found is not None and found["size"] in SIZES and int(found["patch"]) >= 1
+    if found is None or not is_known or (found["class_tokens"] and int(found["class_tokens"]) < 2):
         raise UserError(
             f"unknown architecture {name!r}; try vit_<size>_patch<px> with size one of {', '.join(SIZES)}, "
-            "such as vit_base_patch16 or vit_nano_patch4"
+            "such as vit_base_patch16 or vit_nano_patch4, or vit_base_patch16_cls8 for 8 class tokens instead of one"
         )
     width, depth, heads = SIZES[found["size"]]
-    return Arch(name=name, width=width, depth=depth, heads=heads, patch_px=int(found["patch"]))
+    class_tokens = int(found["class_tokens"] or 1)
+    return Arch(
+        name=name, width=width, depth=depth, heads=heads, patch_px=int(found["patch"]), class_tokens=class_tokens
+    )
 
 
 def patch_grid(image_px: Size, patch_px: int) -> Size:
@@ -104,7 +113,8 @@ class ModelConfig:
     """A masked autoencoder: timm's ViT as encoder, a light decoder, masking and prediction target."""
 
     arch: str = "vit_base_patch16"
-    """Encoder, vit_<size>_patch<px>; sizes: pico, nano, tiny, small, base, large, huge."""
+    """Encoder, vit_<size>_patch<px>; sizes: pico, nano, tiny, small, base, large, huge. vit_base_patch16_cls8 has eight
+    class tokens instead of one (Pixio); their mean is the class token of probes and embeddings."""
     image_px: Size = (224, 224)
     """Height and width of the input, each a multiple of the patch size."""
     channels: int = 3
@@ -186,6 +196,10 @@ class ModelConfig:
     @property
     def patch_px(self) -> int:
         return parse_arch(self.arch).patch_px
+
+    @property
+    def class_tokens(self) -> int:
+        return parse_arch(self.arch).class_tokens
 
     @property
     def patch_dim(self) -> int:

@@ -26,11 +26,12 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, norm = config.decoder_width, norm_layer(config.norm_eps)
+        self.class_tokens = config.class_tokens
         self.is_cross = config.decoder_attention == "cross"
         self.embed = nn.Linear(parse_arch(config.arch).width, width)
         # If mask tokens entered the encoder, the decoder uses their encodings and has none of its own.
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.mask_token_in == "decoder" else None
-        self.pos_embed = fixed(sincos_2d(width, config.grid, class_token=True)[None])
+        self.pos_embed = fixed(sincos_2d(width, config.grid, class_tokens=config.class_tokens)[None])
         self.blocks = nn.ModuleList(
             Block(width, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth)
         )
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         if self.is_cross:
             tokens = self._cross(latent, mask, mask.predicted_ids)
         else:
-            tokens = self._self(latent, mask, 1 + mask.visible_ids.shape[1] + mask.predicted_from)
+            tokens = self._self(latent, mask, self.class_tokens + mask.visible_ids.shape[1] + mask.predicted_from)
         return self.pred(self.norm(tokens))
 
     def predict_all(self, latent: Float[Tensor, "batch tokens features"], mask: Mask) -> Float[Tensor, "batch num dim"]:
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         if self.is_cross:
             tokens = self._cross(latent, mask, torch.cat([mask.visible_ids, mask.hidden_ids], dim=1))
         else:
-            tokens = self._self(latent, mask, 1)
+            tokens = self._self(latent, mask, self.class_tokens)
         return self.pred(self.norm(tokens))
 
     def _self(self, latent: Tensor, mask: Mask, first: int) -> Tensor:
@@ -64,9 +65,9 @@ class Decoder(nn.Module):
         The order of tokens is class, visible, hidden: attention is invariant to it, since each token carries its
         position. The last block computes queries, projection and MLP for the returned tokens only.
         """
-        seen_ids = mask.visible_ids + 1
+        seen_ids = mask.visible_ids
         if self.mask_token is None:
-            seen_ids = torch.cat([seen_ids, mask.hidden_ids + 1], dim=1)
+            seen_ids = torch.cat([seen_ids, mask.hidden_ids], dim=1)
         tokens = self._with_positions(latent, seen_ids)
         if self.mask_token is not None:
             tokens = torch.cat([tokens, self._mask_tokens(mask.hidden_ids)], dim=1)
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
 
         Each attends to the class and visible tokens, which no block changes.
         """
-        seen = self._with_positions(latent, mask.visible_ids + 1)
+        seen = self._with_positions(latent, mask.visible_ids)
         tokens = self._mask_tokens(ids)
         for module in self.blocks:
             block = cast(Block, module)
@@ -89,13 +90,15 @@ class Decoder(nn.Module):
         return tokens
 
     def _with_positions(self, latent: Tensor, ids: Tensor) -> Tensor:
-        """Project the encoder's tokens to the decoder's width and add positions; the class token's position is 0."""
-        return self.embed(latent) + F.embedding(F.pad(ids, (1, 0)), self.pos_embed[0])
+        """Project the encoder's tokens to the decoder's width and add positions: class tokens first, then patches."""
+        first = torch.arange(self.class_tokens, device=ids.device).expand(len(ids), -1)
+        rows = torch.cat([first, ids + self.class_tokens], dim=1)
+        return self.embed(latent) + F.embedding(rows, self.pos_embed[0])
 
     def _mask_tokens(self, ids: Tensor) -> Tensor:
         """Return mask tokens with the positions of these patches."""
         assert self.mask_token is not None
-        return self.mask_token + F.embedding(ids + 1, self.pos_embed[0])
+        return self.mask_token + F.embedding(ids + self.class_tokens, self.pos_embed[0])
 
 
 def _attend(block: Block, tokens: Tensor, normed: Tensor, context: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ def build_encoder(
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
         norm_layer=norm_layer(norm_eps),
+        # timm's name for what Pixio calls further class tokens.
+        reg_tokens=arch.class_tokens - 1,
         weight_init="skip",
     )
     vit.apply(init_linear)
@@ -53,7 +55,9 @@ def build_encoder(
     nn.init.zeros_(vit.patch_embed.proj.bias)
     assert vit.cls_token is not None
     nn.init.normal_(vit.cls_token, std=0.02)
-    vit.pos_embed = fixed(sincos_2d(arch.width, grid, class_token=True)[None])
+    if vit.reg_token is not None:
+        nn.init.normal_(vit.reg_token, std=0.02)
+    vit.pos_embed = fixed(sincos_2d(arch.width, grid, class_tokens=arch.class_tokens)[None])
     return vit
 
 
@@ -63,7 +67,7 @@ def encode(
     mask: Mask | None,
     mask_token: Float[Tensor, "1 1 features"] | None = None,
 ) -> Float[Tensor, "batch tokens features"]:
-    """Encode the visible patches, or all of them if `mask` is None; the class token comes first.
+    """Encode the visible patches, or all of them if `mask` is None; the class tokens come first, usually one.
 
     With a mask token, one per hidden patch follows the visible patches (Table 1c). Tokens are normalized by the ViT's
     last norm. `images` are normalized pixels (`pixels_to_input`).
@@ -84,7 +88,7 @@ def encode_layers(
 
 
 def _embedded(vit: VisionTransformer, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
-    """Return what the first block reads: patches with their positions, after the class token."""
+    """Return what the first block reads: patches with their positions, after the class tokens."""
     assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
     projection = vit.patch_embed.proj
     patch_px = projection.kernel_size[0]
@@ -93,14 +97,15 @@ def _embedded(vit: VisionTransformer, images: Tensor, mask: Mask | None, mask_to
     embedded = F.linear(patches, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
     assert vit.pos_embed is not None
     assert vit.cls_token is not None
-    positions = vit.pos_embed[0]
-    tokens = [(vit.cls_token + positions[0]).expand(len(images), -1, -1)]
+    positions, first = vit.pos_embed[0], vit.num_prefix_tokens
+    class_tokens = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    tokens = [(class_tokens + positions[:first]).expand(len(images), -1, -1)]
     if mask is None:
-        tokens.append(embedded + positions[1:])
+        tokens.append(embedded + positions[first:])
     else:
-        tokens.append(embedded + F.embedding(mask.visible_ids + 1, positions))
+        tokens.append(embedded + F.embedding(mask.visible_ids + first, positions))
         if mask_token is not None:
-            tokens.append(mask_token + F.embedding(mask.hidden_ids + 1, positions))
+            tokens.append(mask_token + F.embedding(mask.hidden_ids + first, positions))
     return torch.cat(tokens, dim=1)
 
 

@@ -34,5 +34,6 @@ def _token_widths(config: ModelConfig) -> int:
     """Return the sum over all blocks of tokens times width, for one masked image."""
     arch = parse_arch(config.arch)
     visible = config.num_patches if config.mask_token_in == "encoder" else config.num_visible
-    decoded = config.num_predicted if config.decoder_attention == "cross" else config.num_patches + 1
-    return (visible + 1) * arch.width * arch.depth + decoded * config.decoder_width * config.decoder_depth
+    decoded = config.num_predicted if config.decoder_attention == "cross" else config.num_patches + arch.class_tokens
+    encoded = visible + arch.class_tokens
+    return encoded * arch.width * arch.depth + decoded * config.decoder_width * config.decoder_depth

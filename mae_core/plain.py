@@ -41,33 +41,35 @@ def plain_predict(
     embedded = vit.patch_embed(images)
     if mae.mask_token is not None:
         embedded = torch.where(mask.is_hidden()[..., None], mae.mask_token, embedded)
-    embedded = embedded + vit.pos_embed[:, 1:]
+    num = mae.config.class_tokens
+    embedded = embedded + vit.pos_embed[:, num:]
     if mae.mask_token is None:
         embedded = gather(embedded, mask.visible_ids)
-    class_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
-    latent = decoder.embed(vit.norm(vit.blocks(torch.cat([class_token, embedded], dim=1))))
+    class_tokens = [vit.cls_token] if vit.reg_token is None else [vit.cls_token, vit.reg_token]
+    before = (torch.cat(class_tokens, dim=1) + vit.pos_embed[:, :num]).expand(len(images), -1, -1)
+    latent = decoder.embed(vit.norm(vit.blocks(torch.cat([before, embedded], dim=1))))
     if decoder.is_cross:
         return _cross_predict(mae, latent, mask)
-    tokens = latent[:, 1:]
+    tokens = latent[:, num:]
     if decoder.mask_token is not None:
         mask_tokens = decoder.mask_token.expand(len(images), mask.hidden_ids.shape[1], -1)
         order = torch.cat([mask.visible_ids, mask.hidden_ids], dim=1).argsort(dim=1)
         tokens = gather(torch.cat([tokens, mask_tokens], dim=1), order)
-    tokens = torch.cat([latent[:, :1], tokens], dim=1) + decoder.pos_embed
+    tokens = torch.cat([latent[:, :num], tokens], dim=1) + decoder.pos_embed
     for block in decoder.blocks:
         tokens = block(tokens)
-    return decoder.pred(decoder.norm(tokens))[:, 1:]
+    return decoder.pred(decoder.norm(tokens))[:, num:]
 
 
 def _cross_predict(mae: MaskedAutoencoder, latent: Tensor, mask: Mask) -> Tensor:
     """Decode with a mask token for every patch, visible ones too; hidden keys are masked out of the attention."""
-    decoder = mae.decoder
+    decoder, num = mae.decoder, mae.config.class_tokens
     assert decoder.mask_token is not None
     positions = decoder.pos_embed.expand(len(latent), -1, -1)
-    scattered = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent), latent[:, 1:])
-    context = torch.cat([latent[:, :1], scattered[:, 1:]], dim=1) + positions
-    attended = torch.nn.functional.pad(~mask.is_hidden(), (1, 0), value=True)[:, None, None]
-    tokens = decoder.mask_token + positions[:, 1:]
+    scattered = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent, num), latent[:, num:])
+    context = torch.cat([latent[:, :num], scattered[:, num:]], dim=1) + positions
+    attended = torch.nn.functional.pad(~mask.is_hidden(), (num, 0), value=True)[:, None, None]
+    tokens = decoder.mask_token + positions[:, num:]
     for module in decoder.blocks:
         block = cast(Block, module)
         attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
@@ -76,8 +78,8 @@ def _cross_predict(mae: MaskedAutoencoder, latent: Tensor, mask: Mask) -> Tensor
     return decoder.pred(decoder.norm(tokens))
 
 
-def _slots(ids: Tensor, latent: Tensor) -> Tensor:
-    return (ids + 1)[..., None].expand(-1, -1, latent.shape[2])
+def _slots(ids: Tensor, latent: Tensor, first: int) -> Tensor:
+    return (ids + first)[..., None].expand(-1, -1, latent.shape[2])
 
 
 def _cross_attention(attention: Attention, tokens: Tensor, context: Tensor, attended: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ _ROUNDED = 3e-4
 """Largest difference by which a table in float16 differs from the sine-cosine one."""
 
 
-def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "tokens width"]:
-    """Compute sine-cosine embeddings of a grid's patches, row by row; the class token's, first, is zero.
+def sincos_2d(width: int, grid: Size, *, class_tokens: int) -> Float32[Tensor, "tokens width"]:
+    """Compute sine-cosine embeddings of a grid's patches, row by row; those of class tokens, first, are zero.
 
     The first half of an embedding encodes the column, the second the row. This is the reference's order, which its
     published weights depend on. Raises UserError if `width` is not a multiple of 4.
@@ -27,23 +27,26 @@ def sincos_2d(width: int, grid: Size, *, class_token: bool) -> Float32[Tensor, "
     column = torch.arange(columns, dtype=torch.float64).repeat(rows)
     by_column, by_row = column[:, None] * frequency, row[:, None] * frequency
     table = torch.cat([by_column.sin(), by_column.cos(), by_row.sin(), by_row.cos()], dim=1).float()
-    return torch.cat([torch.zeros(1, width), table]) if class_token else table
+    return torch.cat([torch.zeros(class_tokens, width), table])
 
 
-def resized(table: Float[Tensor, "1 tokens width"], old: Size, new: Size) -> Float[Tensor, "1 new_tokens width"]:
-    """Resize a position table from grid `old` to grid `new`, both (rows, columns); the class token comes first.
+def resized(
+    table: Float[Tensor, "1 tokens width"], old: Size, new: Size, class_tokens: int = 1
+) -> Float[Tensor, "1 new_tokens width"]:
+    """Resize a position table from grid `old` to grid `new`, both (rows, columns); class tokens come first.
 
     A sine-cosine table becomes that of the new grid. Any other, learned or fine-tuned, is interpolated bicubically over
-    rows and columns, as in timm; its class token is unchanged. Raises UserError if the table is not of grid `old`.
+    rows and columns, as in timm; its class tokens are unchanged. Raises UserError if the table is not of grid `old`.
     """
-    if table.shape[1] != 1 + old[0] * old[1]:
+    if table.shape[1] != class_tokens + old[0] * old[1]:
+        tokens = "a class token" if class_tokens == 1 else f"{class_tokens} class tokens"
         raise UserError(
-            f"the position table has {table.shape[1]} rows, but a class token and {old[0]} x {old[1]} patches need "
-            f"{1 + old[0] * old[1]}; give the image size that the weights were trained at"
+            f"the position table has {table.shape[1]} rows, but {tokens} and {old[0]} x {old[1]} patches need "
+            f"{class_tokens + old[0] * old[1]}; give the image size that the weights were trained at"
         )
     if new == old:
         return table
-    fixed = sincos_2d(table.shape[2], old, class_token=True).to(table)
+    fixed = sincos_2d(table.shape[2], old, class_tokens=class_tokens).to(table)
     if (table[0] - fixed).abs().max() <= _ROUNDED:
-        return sincos_2d(table.shape[2], new, class_token=True)[None].to(table)
-    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=1)
+        return sincos_2d(table.shape[2], new, class_tokens=class_tokens)[None].to(table)
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=class_tokens)

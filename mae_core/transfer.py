@@ -47,8 +47,9 @@ def start_from(mae: MaskedAutoencoder, tensors: Mapping[str, Tensor], given: Mod
     taken, adapted, initial = [], [], []
     for name, own in mae.state_dict().items():
         found = tensors.get(name)
-        if found is not None and name in _POSITIONS and found.shape[-1] == own.shape[-1]:
-            found = resized(found, given.grid, mae.config.grid)
+        has_same_tokens = arch.class_tokens == given_arch.class_tokens
+        if found is not None and name in _POSITIONS and found.shape[-1] == own.shape[-1] and has_same_tokens:
+            found = resized(found, given.grid, mae.config.grid, given_arch.class_tokens)
         if found is not None and name == _PATCH_WEIGHT and found.shape[2:] == own.shape[2:]:
             found = with_channels(found, own.shape[1])
         if found is None or found.shape != own.shape:

@@ -16,8 +16,8 @@ _MLP_RATIO = 4
 def step_flops(config: ModelConfig) -> int:
     """Count the operations per masked image in the fast path, which computes only what the loss needs."""
     assert config.mask_token_in == "decoder", "mask tokens in the encoder are not counted"
-    encoded, predicted = 1 + config.num_visible, config.num_predicted
-    all_tokens = 1 + config.num_patches
+    encoded, predicted = config.class_tokens + config.num_visible, config.num_predicted
+    all_tokens = config.class_tokens + config.num_patches
     if config.decoder_attention == "cross":
         blocks = config.decoder_depth * _block(predicted, encoded, config.decoder_width)
     else:
@@ -29,21 +29,23 @@ def step_flops(config: ModelConfig) -> int:
 def plain_flops(config: ModelConfig) -> int:
     """Count the operations per masked image in mae_core/plain.py with the paper's decoder."""
     paper = dataclasses.replace(config, decoder_attention="self", predicted_share=1.0)
-    all_tokens = 1 + paper.num_patches
+    all_tokens = paper.class_tokens + paper.num_patches
     blocks = paper.decoder_depth * _block(all_tokens, all_tokens, paper.decoder_width)
     return _embedding(paper, paper.num_patches) + 3 * (_encoder(paper) + blocks + _head(paper, all_tokens))
 
 
 def embedding_flops(arch: str, image_px: Size, channels: int) -> int:
     """Count the forward operations per image of an encoder with nothing masked."""
-    shape, tokens = parse_arch(arch), 1 + math.prod(patch_grid(image_px, parse_arch(arch).patch_px))
-    patches = _linear(tokens - 1, shape.patch_px**2 * channels, shape.width)
+    shape = parse_arch(arch)
+    num_patches = math.prod(patch_grid(image_px, shape.patch_px))
+    tokens = shape.class_tokens + num_patches
+    patches = _linear(num_patches, shape.patch_px**2 * channels, shape.width)
     return patches + shape.depth * _block(tokens, tokens, shape.width)
 
 
 def _encoder(config: ModelConfig) -> int:
     """Count forward operations of the encoder's blocks and of the projection to the decoder's width."""
-    arch, encoded = parse_arch(config.arch), 1 + config.num_visible
+    arch, encoded = parse_arch(config.arch), config.class_tokens + config.num_visible
     return arch.depth * _block(encoded, encoded, arch.width) + _linear(encoded, arch.width, config.decoder_width)
 
 

@@ -44,6 +44,8 @@ def timm_arguments(model: ModelConfig, *, num_classes: int, pool: Literal["token
         found["patch_size"] = arch.patch_px
     if model.channels != 3:
         found["in_chans"] = model.channels
+    if arch.class_tokens > 1:
+        found["reg_tokens"] = arch.class_tokens - 1
     if size not in _TIMM_PATCH_PX:
         found |= {"embed_dim": arch.width, "depth": arch.depth, "num_heads": arch.heads}
     return found

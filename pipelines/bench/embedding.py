@@ -225,7 +225,7 @@ def _load_and_encode(model: _Model, folder: Path, batch: int, cores: int) -> tup
     encoder.vit.forward_features(torch.zeros(batch, encoder.channels, side_px, side_px))
     started_s, cpu_s = time.monotonic(), _tree_cpu_s()
     for images, _ in loader:
-        encoder.vit.forward_features(images)[:, 1:].mean(dim=1)
+        encoder.vit.forward_features(images)[:, encoder.vit.num_prefix_tokens :].mean(dim=1)
     return time.monotonic() - started_s, _tree_cpu_s() - cpu_s
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from mae_core.classifier import pooled
 from mae_core.config import Size
 from mae_core.errors import UserError
 from mae_core.normalization import ValueRange
@@ -59,9 +60,9 @@ class Embedding:
 
     def _values(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
         layers = encoder.layers(images, self.last_layers)
-        pooled = [tokens[:, 0] if self.pool == "token" else tokens[:, 1:].mean(dim=1) for tokens in layers]
-        found = {"embedding": torch.cat(pooled, dim=1)}
-        return found | ({"patch_tokens": layers[-1][:, 1:]} if self.patch_tokens else {})
+        num = encoder.config.class_tokens
+        found = {"embedding": torch.cat([pooled(tokens, num, self.pool) for tokens in layers], dim=1)}
+        return found | ({"patch_tokens": layers[-1][:, num:]} if self.patch_tokens else {})
 
 
 def embed(source: str, out: str, config: EmbedConfig) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _see(encoder: Encoder, names: list[str], views: list[ImageArray]) -> list[_S
     for start in range(0, len(views), _BATCH):
         images = torch.from_numpy(np.stack(views[start : start + _BATCH])).to(device)
         some, weights = encode_with_attention(encoder.vit, pixels_to_input(images, encoder.normalization))
-        tokens.append(some[:, 1:].float().cpu().numpy())
+        tokens.append(some[:, encoder.config.class_tokens :].float().cpu().numpy())
         attention.append(weights.float().cpu().numpy())
     colors = principal_colors(np.concatenate(tokens)).reshape(-1, rows, columns, 3)
     maps = np.concatenate(attention)

@@ -104,7 +104,7 @@ def _encode(encoder: Encoder, source: Storage, pairs: Sequence[Pair], batch: int
     found = []
     for some in batches(pairs, batch):
         images = np.stack([_stretched(_image(source, pair, encoder), encoder.image_px) for pair in some])
-        found.append(encoder.tokens(torch.from_numpy(images).to(device))[:, 1:].half().cpu())
+        found.append(encoder.tokens(torch.from_numpy(images).to(device))[:, encoder.config.class_tokens :].half().cpu())
     return torch.cat(found)
 
 

@@ -65,6 +65,11 @@ def load_exportable(folder: Path, name: str, config: ExportConfig) -> Exportable
     if config.part == "whole" and has_decoder and config.format in _WITH_DECODER:
         return _mae(folder, name, config.format)
     encoder = load_encoder(folder)
+    if encoder.config.class_tokens > 1 and config.format in _WITH_DECODER:
+        raise UserError(
+            f"{name} has {encoder.config.class_tokens} class tokens, which {config.format} has no names for; try "
+            "--format timm"
+        )
     return Exportable(
         name=name,
         kind="encoder",
@@ -99,6 +104,7 @@ def _refuse_other_decoders(model: ModelConfig, naming: str) -> None:
     for value, limit in (
         (model.decoder_attention == "cross" and "decoder_attention cross", "whose decoders have self-attention"),
         (model.mask_token_in == "encoder" and "mask_token_in encoder", "whose mask tokens enter the decoder"),
+        (model.class_tokens > 1 and f"{model.class_tokens} class tokens", "with one class token"),
         (model.target == "pca" and "target pca", "that predicts pixels"),
     ):
         if value:

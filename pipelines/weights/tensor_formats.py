@@ -77,7 +77,7 @@ def write_timm(model: Exportable, folder: Path, place: str) -> Written:
             "`model(images)` are logits"
             if model.classes
             else "`model.forward_features(images)` are the class token, then the patch tokens; "
-            "`[:, 1:].mean(1)` of it is the embedding that this project computes"
+            f"`[:, {model.model.class_tokens}:].mean(1)` of it is the embedding that this project computes"
         ),
         checked="tensors read back are identical",
         notes=tuple(notes),

@@ -104,7 +104,7 @@ def frozen_encoder(job: ClassifyJob, rank: Rank) -> Callable[[MicroBatch], Tenso
         images = pixels_to_input(batch.images, job.pixels)
         with rank.autocast():
             if config.method == "attentive":
-                return encode(vit, images, None)[:, 1:].float()
+                return encode(vit, images, None)[:, vit.num_prefix_tokens :].float()
             return features(vit, images, config.pool).float()
 
     return encoded

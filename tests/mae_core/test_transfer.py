@@ -49,7 +49,7 @@ def test_another_image_size_resizes_both_position_tables() -> None:
     transfer = start_from(mae, model_tensors(given), CONFIG)
     assert set(transfer.adapted) == {"encoder.pos_embed", "decoder.pos_embed"}
     assert not transfer.initial
-    assert torch.equal(mae.encoder.state_dict()["pos_embed"][0], sincos_2d(64, config.grid, class_token=True))
+    assert torch.equal(mae.encoder.state_dict()["pos_embed"][0], sincos_2d(64, config.grid, class_tokens=1))
 
 
 def test_a_smaller_decoder_takes_the_first_blocks_and_another_width_is_named() -> None:

@@ -122,3 +122,20 @@ def test_a_fast_preset_is_the_plain_one_but_for_the_three_options(fast: str, pla
     assert config.model.num_predicted == config.model.num_patches // 4
     model = dataclasses.replace(config.model, decoder_attention="self", predicted_share=1.0)
     assert dataclasses.replace(config, masks_per_image=1, model=model) == paper
+
+
+@pytest.mark.parametrize(("pixio", "plain"), [("pixio_base", "vit_base"), ("pixio_nano", "nano")])
+def test_a_pixio_preset_is_the_plain_one_but_for_cells_class_tokens_decoder_and_size(pixio: str, plain: str) -> None:
+    config, paper = load_preset(PretrainConfig, pixio), load_preset(PretrainConfig, plain)
+    assert config.model.arch.startswith(f"{paper.model.arch}_cls")
+    assert config.model.mask.cell > 1
+    assert config.model.decoder_depth > paper.model.decoder_depth
+    mask = dataclasses.replace(config.model.mask, cell=1)
+    model = dataclasses.replace(
+        config.model,
+        arch=paper.model.arch,
+        image_px=paper.model.image_px,
+        mask=mask,
+        decoder_depth=paper.model.decoder_depth,
+    )
+    assert dataclasses.replace(config, model=model) == paper
