@@ -137,6 +137,9 @@ class ModelConfig:
     when pretraining starts, and kept with the weights."""
     decoder_attention: Literal["self", "cross"] = "self"
     """self: all tokens attend to each other (the paper); cross: mask tokens attend to visible ones only (CrossMAE)."""
+    encoder_layers: int = field(default=1, metadata=ADDED)
+    """Encoder blocks, evenly spaced up to the last, whose tokens each decoder block attends to in a learned mixture of
+    its own (CrossMAE's weighted features); 1 for those of the last block. More need decoder_attention cross."""
     predicted_share: float = 1.0
     """Share of the hidden patches that a training step predicts, drawn anew each time; pictures show all."""
     norm_eps: float = field(default=LAYER_NORM_EPS, metadata=ADDED)
@@ -183,6 +186,17 @@ class ModelConfig:
                 "decoder_attention cross needs mask tokens in the decoder, but mask_token_in is encoder; "
                 "try mask_token_in decoder"
             )
+        depth = parse_arch(self.arch).depth
+        if not 1 <= self.encoder_layers <= depth:
+            raise UserError(
+                f"encoder_layers {self.encoder_layers} is outside 1 to the {depth} blocks of {self.arch}; "
+                f"try {min(6, depth)}"
+            )
+        if self.encoder_layers > 1 and self.decoder_attention == "self":
+            raise UserError(
+                f"encoder_layers {self.encoder_layers} needs decoder_attention cross, whose blocks read the encoder's "
+                "tokens each by itself; try --model.decoder-attention cross"
+            )
         if self.target == "pca" and not 1 <= self.pca_components <= self.patch_dim:
             raise UserError(
                 f"pca_components {self.pca_components} is outside 1 to the {self.patch_dim} values of a patch; "
@@ -196,6 +210,12 @@ class ModelConfig:
     @property
     def patch_px(self) -> int:
         return parse_arch(self.arch).patch_px
+
+    @property
+    def mixed_blocks(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the encoder's blocks whose tokens the decoder reads: evenly spaced, the last one last."""
+        depth, num = parse_arch(self.arch).depth, self.encoder_layers
+        return tuple(depth * (i + 1) // num - 1 for i in range(num))
 
     @property
     def class_tokens(self) -> int:

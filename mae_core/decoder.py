@@ -2,7 +2,7 @@
 
 Either all tokens attend to each other, as in the paper, or each mask token attends to the visible ones only
 (cross-attention, Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders"). Then patches that are not
-predicted cost nothing.
+predicted cost nothing, and each block may attend to its own mixture of tokens from several blocks of the encoder.
 """
 
 from typing import cast
@@ -35,6 +35,12 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.decoder_depth)
         )
+        # A row per block. At first each reads the encoder's last tokens alone, as without a mixture.
+        self.mixture = None
+        if config.encoder_layers > 1:
+            last = torch.zeros(config.decoder_depth, config.encoder_layers)
+            last[:, -1] = 1
+            self.mixture = nn.Parameter(last)
         self.norm = norm(width)
         self.pred = nn.Linear(width, config.target_dim)
         self.apply(init_linear)
@@ -42,16 +48,21 @@ class Decoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, latent: Float[Tensor, "batch tokens features"], mask: Mask
+        self, latent: Float[Tensor, "batch *layers tokens features"], mask: Mask
     ) -> Float[Tensor, "batch predicted dim"]:
-        """Predict the patches of `mask.predicted_ids`, in that order; dim is that of the target."""
+        """Predict the patches of `mask.predicted_ids`, in that order; dim is that of the target.
+
+        `latent` are the encoder's tokens, of several blocks if the decoder mixes them.
+        """
         if self.is_cross:
             tokens = self._cross(latent, mask, mask.predicted_ids)
         else:
             tokens = self._self(latent, mask, self.class_tokens + mask.visible_ids.shape[1] + mask.predicted_from)
         return self.pred(self.norm(tokens))
 
-    def predict_all(self, latent: Float[Tensor, "batch tokens features"], mask: Mask) -> Float[Tensor, "batch num dim"]:
+    def predict_all(
+        self, latent: Float[Tensor, "batch *layers tokens features"], mask: Mask
+    ) -> Float[Tensor, "batch num dim"]:
         """Predict the visible patches, which no loss covers, and then the hidden ones, in the order of the mask."""
         if self.is_cross:
             tokens = self._cross(latent, mask, torch.cat([mask.visible_ids, mask.hidden_ids], dim=1))
@@ -82,18 +93,28 @@ class Decoder(nn.Module):
 
         Each attends to the class and visible tokens, which no block changes.
         """
-        seen = self._with_positions(latent, mask.visible_ids)
+        positions = self._positions(mask.visible_ids)
+        embedded = self.embed(latent) if self.mixture is None else F.linear(latent, self.embed.weight)
         tokens = self._mask_tokens(ids)
-        for module in self.blocks:
+        for number, module in enumerate(self.blocks):
             block = cast(Block, module)
-            tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(seen))
+            # The projection is linear: a mixture of projected tokens is the projected mixture.
+            mixed = embedded if self.mixture is None else self._mixed(embedded, self.mixture[number])
+            tokens = _attend(block, tokens, block.norm1(tokens), block.norm1(mixed + positions))
         return tokens
 
+    def _mixed(self, embedded: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum over the encoder's blocks, with the projection's bias."""
+        return torch.einsum("bltw,l->btw", embedded, weights) + self.embed.bias
+
     def _with_positions(self, latent: Tensor, ids: Tensor) -> Tensor:
-        """Project the encoder's tokens to the decoder's width and add positions: class tokens first, then patches."""
+        """Project the encoder's tokens to the decoder's width and add their positions."""
+        return self.embed(latent) + self._positions(ids)
+
+    def _positions(self, ids: Tensor) -> Tensor:
+        """Return the positions of the class tokens, then of these patches."""
         first = torch.arange(self.class_tokens, device=ids.device).expand(len(ids), -1)
-        rows = torch.cat([first, ids + self.class_tokens], dim=1)
-        return self.embed(latent) + F.embedding(rows, self.pos_embed[0])
+        return F.embedding(torch.cat([first, ids + self.class_tokens], dim=1), self.pos_embed[0])
 
     def _mask_tokens(self, ids: Tensor) -> Tensor:
         """Return mask tokens with the positions of these patches."""

@@ -1,5 +1,6 @@
 """The encoder: timm's VisionTransformer, run on visible patches only (section 3)."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -73,6 +74,24 @@ def encode(
     last norm. `images` are normalized pixels (`pixels_to_input`).
     """
     return vit.norm(vit.blocks(_embedded(vit, images, mask, mask_token)))
+
+
+def encode_blocks(
+    vit: VisionTransformer,
+    images: Float[Tensor, "batch channels height width"],
+    mask: Mask | None,
+    blocks: Sequence[int],
+) -> Float[Tensor, "batch layers tokens features"]:
+    """Return what `encode` does of the tokens after each of these blocks, by number from 0, ascending.
+
+    The last norm normalizes all of them.
+    """
+    tokens, found = _embedded(vit, images, mask, None), []
+    for number, block in enumerate(vit.blocks):
+        tokens = block(tokens)
+        if number in blocks:
+            found.append(vit.norm(tokens))
+    return torch.stack(found, dim=1)
 
 
 def encode_layers(

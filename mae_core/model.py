@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mae_core.basis import PatchBasis
 from mae_core.config import ModelConfig, Size, parse_arch
 from mae_core.decoder import Decoder
-from mae_core.encoder import build_encoder, encode
+from mae_core.encoder import build_encoder, encode, encode_blocks
 from mae_core.loss import NORM_EPS, masked_mse, targets
 from mae_core.masking import Mask
 from mae_core.patches import gather, patchify, unpatchify
@@ -53,7 +53,13 @@ class MaskedAutoencoder(nn.Module):
 
         dim is patch_px * patch_px * channels, ordered row, column, channel, or the number of principal components.
         """
-        return self.decoder(encode(self.encoder, images, mask, self.mask_token), mask)
+        return self.decoder(self._encode(images, mask), mask)
+
+    def _encode(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the tokens that the decoder reads: of the last block, or of several [batch layers tokens features]."""
+        if self.config.encoder_layers > 1:
+            return encode_blocks(self.encoder, images, mask, self.config.mixed_blocks)
+        return encode(self.encoder, images, mask, self.mask_token)
 
     @torch.no_grad()
     def reconstruct(
@@ -76,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
         config = self.config
         patches = patchify(images, config.patch_px)
         ids = mask.hidden_ids if paste else torch.cat([mask.visible_ids, mask.hidden_ids], dim=1)
-        latent = encode(self.encoder, images, mask, self.mask_token)
+        latent = self._encode(images, mask)
         predicted = (self.decoder(latent, mask) if paste else self.decoder.predict_all(latent, mask)).to(images.dtype)
         if self.basis is not None:
             predicted = self.basis.patches(predicted)

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from mae_core.config import OptimConfig
 from mae_core.errors import UserError
 
-_TOKENS = ("cls_token", "mask_token", "pos_embed", "reg_token")
+_TOKENS = ("cls_token", "mask_token", "pos_embed", "reg_token", "mixture")
 _FIRST = re.compile(r"(cls_token|pos_embed|patch_embed\..*)")
 _IN_BLOCK = re.compile(r"\bblocks\.\d+\.")
 _BLOCK = re.compile(r"blocks\.(\d+)\..*")

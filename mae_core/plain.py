@@ -45,11 +45,15 @@ def plain_predict(
     embedded = embedded + vit.pos_embed[:, num:]
     if mae.mask_token is None:
         embedded = gather(embedded, mask.visible_ids)
-    class_tokens = [vit.cls_token] if vit.reg_token is None else [vit.cls_token, vit.reg_token]
-    before = (torch.cat(class_tokens, dim=1) + vit.pos_embed[:, :num]).expand(len(images), -1, -1)
-    latent = decoder.embed(vit.norm(vit.blocks(torch.cat([before, embedded], dim=1))))
+    class_tokens = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
+    before = (class_tokens + vit.pos_embed[:, :num]).expand(len(images), -1, -1)
+    read, layers = torch.cat([before, embedded], dim=1), []
+    for block in vit.blocks:
+        layers.append(read := block(read))
+    latents = [vit.norm(layers[number]) for number in mae.config.mixed_blocks]
     if decoder.is_cross:
-        return _cross_predict(mae, latent, mask)
+        return _cross_predict(mae, latents, mask)
+    latent = decoder.embed(latents[-1])
     tokens = latent[:, num:]
     if decoder.mask_token is not None:
         mask_tokens = decoder.mask_token.expand(len(images), mask.hidden_ids.shape[1], -1)
@@ -61,21 +65,28 @@ def plain_predict(
     return decoder.pred(decoder.norm(tokens))[:, num:]
 
 
-def _cross_predict(mae: MaskedAutoencoder, latent: Tensor, mask: Mask) -> Tensor:
+def _cross_predict(mae: MaskedAutoencoder, latents: list[Tensor], mask: Mask) -> Tensor:
     """Decode with a mask token for every patch, visible ones too; hidden keys are masked out of the attention."""
     decoder, num = mae.decoder, mae.config.class_tokens
     assert decoder.mask_token is not None
-    positions = decoder.pos_embed.expand(len(latent), -1, -1)
-    scattered = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent, num), latent[:, num:])
-    context = torch.cat([latent[:, :num], scattered[:, num:]], dim=1) + positions
+    positions = decoder.pos_embed.expand(len(latents[0]), -1, -1)
     attended = torch.nn.functional.pad(~mask.is_hidden(), (num, 0), value=True)[:, None, None]
     tokens = decoder.mask_token + positions[:, num:]
-    for module in decoder.blocks:
+    for number, module in enumerate(decoder.blocks):
+        weights = torch.ones(1) if decoder.mixture is None else decoder.mixture[number]
+        latent = decoder.embed(sum((w * one for w, one in zip(weights, latents)), torch.zeros_like(latents[0])))
+        context = _scattered(latent, mask, positions, num)
         block = cast(Block, module)
         attention, mlp = cast(Attention, block.attn), cast(nn.Module, block.mlp)
         tokens = tokens + _cross_attention(attention, block.norm1(tokens), block.norm1(context), attended)
         tokens = tokens + mlp(block.norm2(tokens))
     return decoder.pred(decoder.norm(tokens))
+
+
+def _scattered(latent: Tensor, mask: Mask, positions: Tensor, num: int) -> Tensor:
+    """Return the encoder's tokens at their places in the image, with positions; those of hidden patches are 0."""
+    scattered = torch.zeros_like(positions).scatter(1, _slots(mask.visible_ids, latent, num), latent[:, num:])
+    return torch.cat([latent[:, :num], scattered[:, num:]], dim=1) + positions
 
 
 def _slots(ids: Tensor, latent: Tensor, first: int) -> Tensor:

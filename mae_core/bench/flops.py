@@ -46,7 +46,9 @@ def embedding_flops(arch: str, image_px: Size, channels: int) -> int:
 def _encoder(config: ModelConfig) -> int:
     """Count forward operations of the encoder's blocks and of the projection to the decoder's width."""
     arch, encoded = parse_arch(config.arch), config.class_tokens + config.num_visible
-    return arch.depth * _block(encoded, encoded, arch.width) + _linear(encoded, arch.width, config.decoder_width)
+    return arch.depth * _block(encoded, encoded, arch.width) + config.encoder_layers * _linear(
+        encoded, arch.width, config.decoder_width
+    )
 
 
 def _embedding(config: ModelConfig, num_patches: int) -> int:

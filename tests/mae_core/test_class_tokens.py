@@ -1,7 +1,7 @@
 """An encoder with several class tokens computes what the plain computation does; what follows tells tokens apart."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -54,7 +54,7 @@ def test_mask_tokens_may_enter_an_encoder_with_several_class_tokens() -> None:
 
 def test_encoding_everything_is_timms_forward_with_register_tokens() -> None:
     mae, images = case(CONFIG)
-    vit = timm.create_model(timm_name(CONFIG), **timm_arguments(CONFIG, num_classes=0, pool="token")).double()
+    vit: Any = timm.create_model(timm_name(CONFIG), **timm_arguments(CONFIG, num_classes=0, pool="token")).double()
     vit.load_state_dict(export_tensors(mae.encoder))
     torch.testing.assert_close(encode(mae.encoder, images, None), vit.forward_features(images), rtol=1e-9, atol=1e-9)
 
