@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ class Embedding:
     image_px: Size
     channels: int
     values: ValueRange | None
-    pool: str
+    pool: Literal["avg", "token"]
     last_layers: int
     patch_tokens: bool
     stored_as: str
