@@ -12,7 +12,7 @@ setup: .venv/.done
 .venv/.done: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade 'pip>=25'
-	$(BIN)/pip install --quiet --editable '.[pipeline,export,deep,heic,medical,tables,search,dev,postgres]'
+	$(BIN)/pip install --quiet --editable '.[pipeline,export,deep,heic,medical,tables,search,wandb,tensorboard,dev,postgres]'
 	touch $@
 
 # The complete pipeline on the bundled sample: shards, pretraining, registry, fine-tuning, sweep, pictures.

@@ -122,6 +122,7 @@ def settings(text: str) -> list[str]:
 def options_of_command(name: str) -> set[str]:
     """Options that the command takes: the fields of its config, and those that no config has."""
     found = {"--help", "--json", "--preset", "--fresh", *options_of(COMMANDS[name].config)}
+    found |= {"--estimate", "--estimate-price"} if name == "pretrain" else set()
     return found | ({"--model"} if "--backbone" in found else set())
 
 

@@ -18,6 +18,10 @@ class Invocation:
     fresh: bool
     stated: frozenset[str] = frozenset()
     """Fields of the config that options or the preset name, dotted, such as model.mask.ratio."""
+    estimates: bool = False
+    """Whether to estimate what the command would take instead of running it."""
+    price: float | None = None
+    """Price of one device for an hour, for the estimate."""
 
 
 def prepare(call: Invocation) -> dict[str, Any]:
@@ -37,9 +41,11 @@ def pretrain(call: Invocation) -> dict[str, Any]:
     from pipelines.stages import stage
 
     with stage("importing the driver"):
-        from pipelines.drivers.pretrain import pretrain
+        from pipelines.drivers.pretrain import estimate_pretraining, pretrain
 
     stated = {name.removeprefix("model.") for name in call.stated if name.startswith("model.")}
+    if call.estimates:
+        return estimate_pretraining(call.config, call.preset or "pretrain", price=call.price, stated=stated)
     return pretrain(call.config, call.preset or "pretrain", fresh=call.fresh, stated=stated)
 
 

@@ -44,6 +44,8 @@ def parse(argv: Sequence[str]) -> Invocation:
         rest = [re.sub(r"^--model(?==|$)", "--backbone", word) for word in rest]
     rest = list(_with_values(rest))
     as_json, fresh = _take_switch(rest, "--json"), name in _STARTING and _take_switch(rest, "--fresh")
+    estimates = name == "pretrain" and _take_switch(rest, "--estimate")
+    price = _take_price(rest) if name == "pretrain" else None
     wants_help = "-h" in rest or "--help" in rest
     preset = _take_option(rest, "--preset") if name == "config" or _takes_preset(name) else ""
     shown = name if name != "config" or wants_help else _take_shown(rest)
@@ -58,7 +60,17 @@ def parse(argv: Sequence[str]) -> Invocation:
         json=as_json,
         fresh=fresh,
         stated=stated,
+        estimates=estimates or price is not None,
+        price=price,
     )
+
+
+def _take_price(rest: list[str]) -> float | None:
+    text = _take_option(rest, "--estimate-price", "2.5")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise UserError(f"estimate-price {text!r} is no number; try the price of one GPU for an hour, 2.5") from None
 
 
 def _with_values(words: Sequence[str]) -> Iterator[str]:
@@ -246,6 +258,9 @@ def _describe(name: str, target: type) -> str:
         lines.append("  --preset NAME|FILE: a shipped preset or a YAML file; options override its fields.")
     if name in _STARTING:
         lines.append("  --fresh: start again instead of resuming a run or printing the result of a finished one.")
+    if name == "pretrain":
+        lines.append("  --estimate: measure steps for a minute; print what the run would take, and do not start it.")
+        lines.append("  --estimate-price N: price of one GPU, or of one CPU core, for an hour, for the estimate.")
     if target in (PretrainConfig, ClassifyConfig, SweepConfig):
         lines.append("  Only output, name, data.uri, checkpoint, tracking, evaluate and compute (not its precision)")
         lines.append("  may change on resuming; a change of any other field makes it another run.")

@@ -111,6 +111,11 @@ class TrackingConfig:
     tags: tuple[str, ...] = field(default=(), metadata=ADDED)
     """Tags KEY=VALUE of the run and of the model version that it registers, such as team=vision."""
 
+    wandb: str = field(default="", metadata=ADDED)
+    """Project of Weights & Biases that gets the metrics and pictures, too; WANDB_MODE=offline writes them to files."""
+    tensorboard: str = field(default="", metadata=ADDED)
+    """Folder of this machine that gets an event file of TensorBoard for each run, too."""
+
     @property
     def tag_values(self) -> dict[str, str]:
         """The values of `tags` by key."""

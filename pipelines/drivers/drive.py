@@ -20,11 +20,13 @@ from pipelines.interrupts import first_signal, stopping_at
 from pipelines.machine import Machine
 from pipelines.runs.automatic import describe_compute, is_automatic, settle, settled_config, store_config
 from pipelines.runs.checkpoints import Checkpoint, Retention
+from pipelines.runs.estimates import compare
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
 from pipelines.runs.jobs import IndexedDataset, Job, last_step, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
+from pipelines.runs.trackers import check_installed, tracking_elsewhere
 from pipelines.stages import stage
 from pipelines.storage import open_storage
 
@@ -96,6 +98,7 @@ def drive(
     registry.refuse_local_tracking(ray_address())
     for published in jobs:
         registry.check_run_name(published.name)
+        check_installed(published.job.config.tracking)
     folders = [RunFolder(published.job.folder) for published in jobs]
     died_s = last_alive_s(folders[0].storage)
     if fresh:
@@ -269,6 +272,9 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
         config = published.job.config
         if isinstance(config, PretrainConfig) and config.evaluate.every_epochs:
             stack.enter_context(EvaluationFollower(folder.storage, run))
+        id = (folder.read_identity() or {}).get("id", run.id)
+        values = to_dict(settled_config(published.job))
+        stack.enter_context(tracking_elsewhere(config.tracking, folder.storage, published.name, id, values))
         yield
 
 
@@ -277,6 +283,8 @@ def _finish(published: PublishedJob, folder: RunFolder, run: registry.Run) -> No
     if folder.storage.exists("export/config.json"):
         folder.storage.write(f"export/{registry.PROVENANCE}", _provenance(published).to_json())
     added, result = published.publish(run, folder), folder.read_result() or {}
+    if isinstance(published.job.config, PretrainConfig):
+        added |= compare(published.job.config, published.name, folder)
     run.finish("FINISHED")
     if shares := result.get("goodput"):
         shown = {kind: share for kind, share in shares.items() if share or kind != "evaluation"}

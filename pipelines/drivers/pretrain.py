@@ -37,7 +37,11 @@ class StartingWeights:
 
 
 def pretrain(
-    config: PretrainConfig, preset: str = "pretrain", *, fresh: bool = False, stated: Collection[str] | None = None
+    config: PretrainConfig,
+    preset: str = "pretrain",
+    *,
+    fresh: bool = False,
+    stated: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Pretrain and register an MAE; return the run's outcome: folder, MLflow run, final loss and model version.
 
@@ -48,6 +52,28 @@ def pretrain(
     the end of that run. Raises UserError for wrong input, before anything is written, and RunFailed if the worker group
     fails.
     """
+    published, tracking = _planned(config, preset, stated)
+    return drive([published], published.name, tracking, fresh=fresh)[0]
+
+
+def estimate_pretraining(
+    config: PretrainConfig,
+    preset: str = "pretrain",
+    *,
+    price: float | None = None,
+    stated: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Estimate what the same call of `pretrain` will take, without starting it; see `pipelines.drivers.estimate`."""
+    from pipelines.drivers.estimate import estimate
+
+    published, _ = _planned(config, preset, stated)
+    return estimate(published, price)
+
+
+def _planned(
+    config: PretrainConfig, preset: str, stated: Collection[str] | None
+) -> tuple[PublishedJob, registry.Tracking]:
+    """Return the run that the config describes, as a job to publish, and the MLflow to use."""
     uri, manifest = open_dataset(config.data.uri)
     extended = read_finished_run(config.extend, config.output) if config.extend else None
     if extended is not None:
@@ -60,7 +86,7 @@ def pretrain(
     else:
         config = dataclasses.replace(_on_dataset(config, uri, manifest), extend=extended.folder.storage.uri)
         published = published_extension(config, extended, manifest, extended.model_version(tracking))
-    return drive([published], published.name, tracking, fresh=fresh)[0]
+    return published, tracking
 
 
 def with_starting_weights(

@@ -74,7 +74,7 @@ def run(
     )
     exported = mae if state.ema is None else state.ema
     assert isinstance(exported, MaskedAutoencoder)
-    loss_of = _loss_of(job, plan.steps_per_epoch, rank)
+    loss_of = loss_function(job, plan.steps_per_epoch, rank)
     gpu = GpuMeter.of(config.model, config.views_per_image, rank)
     in_float = job.pixels.values is not None
     blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image, in_float=in_float)
@@ -163,7 +163,8 @@ def _set_basis(
     mae.basis.load_state_dict(unpack(folder.storage.read(_BASIS)))
 
 
-def _loss_of(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
+def loss_function(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
+    """Return the function that computes the loss of a micro-batch, with masks keyed by seed, epoch and sample."""
     config = job.config
 
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
