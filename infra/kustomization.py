@@ -15,7 +15,7 @@ import yaml
 Object = dict[str, Any]
 
 _KEYS = {"apiVersion", "kind", "resources", "namespace", "labels", "images", "patches"}
-_CLUSTER_SCOPED = {"Namespace", "ClusterRole", "ClusterRoleBinding"}
+_CLUSTER_SCOPED = {"Namespace", "ClusterRole", "ClusterRoleBinding", "ResourceFlavor", "ClusterQueue"}
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,7 +17,8 @@ import jsonschema
 import kubernetes_validate
 
 HERE = Path(__file__).parent
-OWN = (HERE / "compose/compose.yaml", *(HERE / "kuberay" / name for name in ("base", "handoff", "overlays/example")))
+FOLDERS = ("base", "cluster", "handoff", "monitoring", "queue", "overlays/example")
+OWN = (HERE / "compose/compose.yaml", *(HERE / "kuberay" / name for name in FOLDERS))
 
 
 def _sibling(name: str) -> Any:
@@ -33,6 +34,11 @@ def _sibling(name: str) -> Any:
 kustomization = _sibling("kustomization")
 _COMPOSE = json.loads((HERE / "schemas/compose-spec/compose-spec.json").read_text())
 _RAY_JOB = json.loads((HERE / "schemas/ray.io_v1_rayjob.json").read_text())
+_RAY_CLUSTER = _RAY_JOB | {
+    "properties": _RAY_JOB["properties"]
+    | {"kind": {"const": "RayCluster"}, "spec": {"$ref": "#/definitions/rayClusterSpec"}}
+}
+_KUEUE = json.loads((HERE / "schemas/kueue.x-k8s.io_v1beta1.json").read_text())
 
 
 def compose_faults(document: Any) -> list[str]:
@@ -41,21 +47,26 @@ def compose_faults(document: Any) -> list[str]:
 
 
 def object_faults(item: dict[str, Any]) -> list[str]:
-    """List the errors in a Kubernetes object; the pod templates of a RayJob are checked as pods."""
+    """List the errors in a Kubernetes object; the pod templates of Ray's kinds are checked as pods."""
     where = f"{item.get('kind')} {item.get('metadata', {}).get('name')}"
     if item.get("apiVersion", "").startswith("ray.io/"):
-        faults = _schema_faults(item, _RAY_JOB, jsonschema.Draft7Validator)
+        schema = _RAY_CLUSTER if item.get("kind") == "RayCluster" else _RAY_JOB
+        faults = _schema_faults(item, schema, jsonschema.Draft7Validator)
         if not faults:
             faults = [f"{at}: {fault}" for at, pod in pods(item) for fault in _core_faults(pod)]
+    elif item.get("apiVersion", "").startswith("kueue.x-k8s.io/"):
+        known = _KUEUE["definitions"].get(item.get("kind"))
+        schema = {**known, "definitions": _KUEUE["definitions"]} if known else _KUEUE
+        faults = _schema_faults(item, schema, jsonschema.Draft7Validator)
     else:
         faults = _core_faults(item)
     return [f"{where}: {fault}" for fault in faults]
 
 
-def pods(ray_job: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every pod template of a RayJob as a pod, preceded by its path in the spec."""
-    spec = ray_job["spec"]
-    cluster = spec["rayClusterSpec"]
+def pods(item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every pod template of a RayJob or RayCluster as a pod, preceded by its path in the spec."""
+    spec = item["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
     templates = {"headGroupSpec": cluster["headGroupSpec"]["template"]}
     templates |= {f"workerGroupSpecs.{group['groupName']}": group["template"] for group in cluster["workerGroupSpecs"]}
     if "submitterPodTemplate" in spec:

@@ -121,7 +121,7 @@ def test_kubectl_resolves_to_the_same_objects(objects: list[Object], folder: Pat
 
 
 def test_a_job_ends_its_cluster_and_a_retry_resumes(jobs: list[Object]) -> None:
-    assert {job["metadata"]["name"] for job in jobs} == {"mae-pretrain", "mae-sweep"}
+    assert {job["metadata"]["name"] for job in jobs} == {"mae-pretrain", "mae-sweep", "mae-finetune"}
     for job in jobs:
         spec = job["spec"]
         assert spec["shutdownAfterJobFinishes"] is True
