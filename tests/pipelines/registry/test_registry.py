@@ -35,6 +35,9 @@ from pipelines.registry import (
 from pipelines.registry.points import Point, PointSender
 from pipelines.registry.runs import commit_tags, flatten
 from pipelines.registry.versions import check_location
+from pipelines.runs.followers import MetricFollower
+from pipelines.runs.metrics import MetricSpool
+from pipelines.storage import open_storage
 from tests.new_mlflow import new_mlflow
 from tests.waiting import (
     COMMAND_DEADLINE_S,
@@ -654,13 +657,18 @@ class Server:
             self.process = None
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    server = Server(tmp_path)
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
     server.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     yield server
     server.kill()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one_server.uri)
+    return one_server
 
 
 @pytest.mark.slow
@@ -692,6 +700,42 @@ def test_on_a_server_that_dies_and_comes_back_every_point_is_there_once(server, 
     files = tracking.fetch(tracking.resolve("models:/mae-s@candidate"), tmp_path / "x")
     assert {name: path.read_bytes() for name, path in files.items()} == backbone_files
     assert ref.uri in [step.id for step in tracking.lineage("models:/mae-s/1")]
+
+
+@pytest.mark.slow
+def test_a_driver_killed_while_delivering_to_a_server_that_dies_leaves_no_gap_and_no_double(server, tmp_path):
+    """Kill the driver and then the server, both while they write; the next driver delivers the rest in order."""
+    storage, num_steps = open_storage(tmp_path / "run"), 12_000
+    spool = MetricSpool(storage)
+    for step in range(1, num_steps + 1):
+        spool.add(step, {"train/loss": 1 / step})
+    spool.close()
+    tracking = open_tracking("mae")
+    words = [sys.executable, "-m", "tests.pipelines.registry.delivering", storage.uri, "killed"]
+    with (tmp_path / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(words, stdout=log, stderr=log, cwd=Path(__file__).parents[3])
+    try:
+        wait_until(
+            lambda: (found := tracking.find_run("killed")) is not None and found.last_steps(),
+            lambda: f"the driver's first points: {(tmp_path / 'driver.log').read_text()}",
+            COMMAND_DEADLINE_S,
+            alive=lambda: driver.poll() is None,
+        )
+    finally:
+        driver.kill()
+        driver.wait(KILLED_DEADLINE_S)
+    # The next driver, whose server is killed while it takes points and is away for some seconds.
+    next_run = tracking.run("killed", "pretrain", {})
+    with MetricFollower(storage, next_run, poll_every_s=0.05):
+        wait_until(lambda: next_run.num_waiting, "the second driver to deliver")
+        server.kill()
+        spool = MetricSpool(storage)
+        spool.add(num_steps + 1, {"train/loss": 0.0})
+        spool.close()
+        let_pass(2)
+        server.start()
+    next_run.finish()
+    assert history(tracking, next_run.id, "train/loss") == list(range(1, num_steps + 2))
 
 
 class fake_server:
