@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process per core, four at most: some tests start a Ray cluster of their own.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo bench test test-long check format clean
+.PHONY: setup demo cluster-demo bench test test-long check format clean
 
 setup: .venv/.done
 
@@ -18,6 +18,10 @@ setup: .venv/.done
 # The complete pipeline on the bundled sample: shards, pretraining, registry, fine-tuning, sweep, pictures.
 demo: setup
 	$(BIN)/mae demo
+
+# Postgres, S3, MLflow and two Ray nodes on loopback: from a bucket to a champion and back, with servers killed meanwhile.
+cluster-demo: setup
+	$(BIN)/python infra/cluster_demo
 
 # Training steps/s at the CPU targets: ViT-S/8 at 64 px with eight decoder blocks, and with one.
 bench: setup

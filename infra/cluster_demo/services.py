@@ -3,6 +3,7 @@
 Each keeps its data in a folder of its own and gets its secrets from the caller. Tests read this file where it lies.
 """
 
+import http.client
 import json
 import os
 import pwd
@@ -29,7 +30,7 @@ HEAD_IP, WORKER_IP = "127.0.0.2", "127.0.0.3"
 """Ray replaces 127.0.0.1 by the machine's outer address, but no other address of the loopback network."""
 START_LIMIT_S = 300.0
 _END_LIMIT_S = 30.0
-_RAY_STARTS = 4
+_RAY_STARTS = 10
 _REQUEST_S = 10.0
 _PASSED_ON = ("RAY_", "MLFLOW_", "AWS_", "PG")
 _MARK = "MAE_CLUSTER_SERVICE"
@@ -358,20 +359,28 @@ def until(
 
 
 def status(url: str) -> int:
-    """Return the status of a server's response. Raises OSError if it does not respond."""
+    """Return the status of a server's response. Raises OSError if it does not respond in HTTP."""
     try:
         with urllib.request.urlopen(url, timeout=_REQUEST_S) as answer:
             return answer.status
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{url} does not speak HTTP: {error!r}") from None
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of loopback that nobody listens on, outside the ranges from which others take theirs.
+
+    Those are Ray's workers (to 19,999), the S3 store (to 22,699) and Linux' outgoing connections (from 32,768), one of
+    which could take the port before the server starts.
+    """
+    while True:
+        port = 23_000 + secrets.randbelow(7_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def marked_processes(mark: str) -> list[int]:
