@@ -1,11 +1,14 @@
 """Run jobs in a Ray Train worker group: build its feed, restart it after failures, stop it, report why it ended."""
 
+import gc
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -149,13 +152,34 @@ def _work(config: dict[str, Any]) -> None:
     channel = FeedChannel.of_run(config["run"])
     batches = micro_batches(iterator_of, channel)
     imported_s = time.time()
-    from pipelines.worker import work
+    with light_imports():
+        from pipelines.worker import work
 
     if ray.train.get_context().get_world_rank() == 0:
         note("starting the workers", config["attempt"]["launched_s"], called_s)
         note("waiting for the feed", called_s, imported_s)
         note("importing the worker's modules", imported_s)
     work(config, batches, channel.key)
+
+
+@contextmanager
+def light_imports() -> Iterator[None]:
+    """Import in the block without garbage collection, and without wandb, which timm imports wherever it is installed.
+
+    The modules of torch and timm live as long as the process; walking over them again and again as they load is a
+    seventh of the CPU time of the import, and later collections need not walk over them either.
+    """
+    hides_wandb = "wandb" not in sys.modules
+    if hides_wandb:
+        sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType] -- Python's way to say that it is not there
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if hides_wandb:
+            del sys.modules["wandb"]
 
 
 def _placeholder() -> Any:

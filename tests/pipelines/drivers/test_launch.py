@@ -1,7 +1,10 @@
 """What a worker group is started with, and what is said when it gives up."""
 
+import gc
+import importlib
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from mae_core.normalization import Normalization
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest, Split
 from pipelines.drivers.drive import keep_compiled
-from pipelines.drivers.launch import RunFailed, launch
+from pipelines.drivers.launch import RunFailed, launch, light_imports
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, IndexedJob, PretrainJob
 from tests.pipelines.drivers.small import MODEL
@@ -111,3 +114,22 @@ def test_compiled_kernels_are_kept_beside_local_runs(tmp_path: Path, monkeypatch
     keep_compiled(str(tmp_path))
     keep_compiled(str(tmp_path / "others"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled")
+
+
+def test_a_rank_imports_without_garbage_collection_and_without_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    # Set before it is deleted, so that what the test imports does not stay.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    del sys.modules["wandb"]
+    with light_imports():
+        assert not gc.isenabled()
+        with pytest.raises(ImportError):
+            importlib.import_module("wandb")
+    assert gc.isenabled()
+    assert importlib.import_module("wandb").__file__ == str(tmp_path / "wandb.py")
+    with light_imports():
+        assert importlib.import_module("wandb").__file__ == str(tmp_path / "wandb.py")
+    gc.unfreeze()
