@@ -19,8 +19,6 @@ class ExporterConfig:
     """Port to listen at."""
     every_s: float = 15.0
     """Seconds between two looks."""
-    experiment: str = "mae"
-    """Any MLflow experiment; all models of the registry are counted."""
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -77,17 +77,12 @@ class Datasets:
 
 
 class Registry:
-    """The registry of MLFLOW_TRACKING_URI. It is opened when it first responds."""
+    """The registry of MLFLOW_TRACKING_URI."""
 
     name = "registry"
 
-    def __init__(self, experiment: str) -> None:
-        self._experiment = experiment
-        self._tracking: registry.Tracking | None = None
-
     def read(self) -> list[Family]:
-        self._tracking = self._tracking or registry.open_tracking(self._experiment)
-        return list(registry_families(self._tracking.count_registry()))
+        return list(registry_families(registry.read_registry()))
 
 
 class Exporter:
@@ -135,7 +130,7 @@ def export(config: ExporterConfig, wait: Callable[[], Any] | None = None) -> dic
 
     Raises UserError if the port is taken, and Interrupted after a signal.
     """
-    parts: list[Part] = [Runs(config.output), Registry(config.experiment)]
+    parts: list[Part] = [Runs(config.output), Registry()]
     parts += [Datasets(config.datasets)] if config.datasets else []
     exporter, collectors = Exporter(parts, config.every_s), CollectorRegistry()
     collectors.register(exporter)

@@ -13,7 +13,7 @@ from pipelines.registry.provenance import PROVENANCE, Provenance
 from pipelines.registry.pruning import Garbage, Inventory
 from pipelines.registry.runs import Kind, Run
 from pipelines.registry.thresholds import Threshold, unmet
-from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, refuse_local_tracking
+from pipelines.registry.tracking import Tracking, check_run_name, open_tracking, read_registry, refuse_local_tracking
 from pipelines.registry.versions import LICENCE_TAG, ORIGIN_TAG, ModelRef, Step, model_uri, sha256_of
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "model_uri",
     "open_tracking",
     "read_model",
+    "read_registry",
     "refuse_local_tracking",
     "register_backbone",
     "register_classifier",

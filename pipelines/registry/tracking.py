@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import sqlite3
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -161,10 +163,6 @@ class Tracking:
         """Delete a version or upload with its files; return whether it was still garbage."""
         return delete_garbage(self.client, self.uri, garbage)
 
-    def count_registry(self) -> RegistryCounts:
-        """Count versions, aliases with their moves, and gates, of all models and experiments."""
-        return count_registry(self.client)
-
     def lineage(self, model_uri: str) -> list[Step]:
         """Trace a model version back to the commit that pretrained its backbone."""
         return lineage(self.client, model_uri)
@@ -210,6 +208,37 @@ def open_tracking(experiment: str) -> Tracking:
             "or choose another tracking.experiment"
         )
     return Tracking(uri, experiment, experiment_id, client)
+
+
+def read_registry() -> RegistryCounts:
+    """Count versions, aliases with their moves, and gates in the MLflow of MLFLOW_TRACKING_URI. Creates nothing.
+
+    Raises TrackingUnreachable, a UserError, if it does not respond, or if it is a file that nobody has made yet.
+    """
+    uri = tracking_uri()
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if uri.startswith("sqlite:"):
+        _check_file(Path(uri.removeprefix("sqlite:///")))
+    else:
+        _probe(uri)
+    from mlflow import MlflowClient
+
+    return count_registry(MlflowClient(tracking_uri=uri, registry_uri=uri))
+
+
+def _check_file(path: Path) -> None:
+    """Raise TrackingUnreachable unless MLflow has finished making the file: two that make it at once fail."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    found: list[tuple[str]] = []
+    if path.is_file():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT version_num FROM alembic_version").fetchall()
+    if found != [(_get_latest_schema_revision(),)]:
+        raise TrackingUnreachable(
+            f"there is no MLflow in {path} yet, or one of another version; the first run makes it"
+        )
 
 
 def tracking_uri() -> str:

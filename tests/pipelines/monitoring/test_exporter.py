@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipelines.config import ExporterConfig
 from pipelines.monitoring.exporter import Datasets, Exporter, Part, Registry, Runs, export
 from pipelines.monitoring.metrics import LIVE
-from pipelines.registry import Decision, open_tracking, register_backbone
+from pipelines.registry import Decision, TrackingUnreachable, open_tracking, register_backbone
 from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.listing import Heartbeat
@@ -139,7 +139,7 @@ def test_versions_aliases_and_moves_of_a_real_registry_are_counted(
     run.finish()
     decision = Decision(kind="promote", why="better", forced=True)
     tracking.move_alias(tracking.history("mae-a", "champion"), ref, decision)
-    found = of(Registry("mae"))
+    found = of(Registry())
     assert value(found, "mae_registry_versions", model="mae-a") == 1
     assert value(found, "mae_registry_alias_version", model="mae-a", alias="candidate") == 1
     assert value(found, "mae_registry_alias_version", model="mae-a", alias="champion") == 1
@@ -150,6 +150,18 @@ def test_versions_aliases_and_moves_of_a_real_registry_are_counted(
     assert abs(moved_s - time.time()) < 60
     assert value(found, "mae_registry_gates_total", verdict="refused") == 1
     assert value(found, "mae_registry_gates_total", verdict="passed") == 0
+
+
+def test_a_file_that_nobody_made_yet_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(TrackingUnreachable, match=r"there is no MLflow in .* yet"):
+        Registry().read()
+    assert list(tmp_path.iterdir()) == []
+    # As while another process makes it.
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(TrackingUnreachable, match=r"there is no MLflow in .* yet"):
+        Registry().read()
+    assert (tmp_path / "mlflow.db").stat().st_size == 0
 
 
 @contextmanager
