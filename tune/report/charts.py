@@ -141,7 +141,7 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
         # Beside each other, so that one line's interval does not hide another's.
         shift_pt = _SERIES_GAP_PT * (i - (len(lines) - 1) / 2)
         axes.plot(
-            at, [one.mean for one in found], color=color, linewidth=1.8, label=name or None,
+            at, [one.mean for one in found], f"{marker}-", color=color, linewidth=1.8, markersize=6, label=name or None,
             transform=canvas.shifted(shift_pt),
         )  # fmt: skip
         for position, one, measured in zip(at, found, line):
