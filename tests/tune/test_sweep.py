@@ -16,6 +16,7 @@ import yaml
 
 from pipelines import sample
 from pipelines.config import PretrainConfig, SweepConfig, load_preset, with_overrides
+from pipelines.runs.metrics import Evaluations
 from pipelines.storage import open_storage
 from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 from tune.budget import Budget, Clock
@@ -174,6 +175,35 @@ def test_a_stopped_sweep_says_how_many_trials_are_finished_and_the_same_command_
     assert json.loads(content) in result["trials"]
     assert len(result["trials"]) == 2
     assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(result["run_id"]).info.status == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_a_trial_below_those_before_it_is_stopped_early_and_its_point_gets_no_other_seed(
+    home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "prepared", tmp_path / "prepared")
+    preset = json.loads(json.dumps(PRESET))
+    preset |= {"space": {"model.arch": ["vit_pico_patch14", "vit_pico_patch4"]}, "seeds": 2, "baselines": False}
+    preset |= {"early_stop": "asha", "asha_factor": 2}
+    preset["pretrain"] |= {"epochs": 120, "evaluate": {"every_epochs": 2, "images": 180}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(preset))
+    result = run(tmp_path)
+    first, second = (entry for entry in result["trials"] if entry["seed"] == 0)
+    at_rung = []
+    for entry in (first, second):
+        folder = open_storage(tmp_path / "runs" / result["run"] / "trials" / entry["key"] / "pretrain")
+        found = Evaluations(folder)
+        at_rung.append(found.read(found.steps()[0])["evaluate/linear_top1"])
+    assert "stopped" not in first, "there was none before it"
+    is_worse = at_rung[1] < at_rung[0]
+    assert ("stopped" in second) == is_worse
+    assert (second["finetune"] is None) == is_worse
+    assert [entry["point"] for entry in result["trials"] if entry["seed"] == 1] == [
+        entry["point"] for entry in (first, second) if "stopped" not in entry
+    ]
+    assert run(tmp_path) == result
 
 
 def check_mlflow(home: Path, result: dict[str, Any]) -> None:

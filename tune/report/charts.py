@@ -152,16 +152,20 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
     axes.set_ylabel("top-1 on val (%)", color=_INK, fontsize=9.5)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     if len(lines) > 1:
-        # Above the axes, where it hides neither a line nor the baseline.
-        axes.legend(
-            frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2,
-            borderaxespad=0.2,
-        )  # fmt: skip
+        _legend_above(axes)
     _separate_labels(canvas)
     title = f"{MEASURE_NAMES[measure].capitalize()} against {short_label(x)}"
     spread = "Bars are 95 % intervals over seeds. " if any(len(m.entries) > 1 for m in points) else ""
     dashed = f"The dashed line is {_baseline_words(measure)}." if baselines else ""
     return _chart(canvas, f"curves-{measure}", title, f"{spread}{dashed}".strip())
+
+
+def _legend_above(axes: "Axes") -> None:
+    """Place the legend above the axes, where it hides neither a line nor a bar nor the baseline."""
+    axes.legend(
+        frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2,
+        borderaxespad=0.2,
+    )  # fmt: skip
 
 
 def _series(points: Sequence[Measured], fields: Sequence[str]) -> dict[str, list[Measured]]:
@@ -357,7 +361,7 @@ def _importance(points: Sequence[Measured]) -> Chart | None:
     canvas.axes.set_xticks([])
     canvas.axes.spines[["bottom"]].set_visible(False)
     canvas.axes.tick_params(length=0)
-    canvas.axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower right")
+    _legend_above(canvas.axes)
     note = "Share of the variance of top-1 between all trials that each field explains alone (eta squared)."
     return _chart(canvas, "importance", "What accuracy depends on", note)
 

@@ -124,7 +124,7 @@ def _head(study: Study) -> str:
             tiles.append((f"{MEASURE_NAMES[measure]}, test", f"{interval(study.tests[measure])} %", small))
     num_seeds = max(len(measured.entries) for measured in points)
     finished = sum(has_result(entry) for entry in study.entries)
-    tiles.append(("trials", str(finished), f"{len(points)} points, {num_seeds} seed{'s' if num_seeds > 1 else ''}"))
+    tiles.append(("trials", str(finished), f"{_counted(len(points), 'point')}, {_counted(num_seeds, 'seed')}"))
     items = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
         for title, value, small in tiles
@@ -139,6 +139,10 @@ def _head(study: Study) -> str:
         f"<p class='note'>Top-1 accuracy in percent. The best point was chosen on val.{read_once}{spread}</p>"
         f"{warning}</header>"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _rivals(best: Measured, points: Sequence[Measured], measure: Measure) -> str:

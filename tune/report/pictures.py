@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mae_core.config import MaskConfig
+from mae_core.config import MaskConfig, num_visible
 from mae_core.pretrained import mae_of
 from pipelines.images.decode import ImageArray
 from pipelines.pictures.figures import shown_size
@@ -28,7 +28,7 @@ def reconstruction_rows(trials: Sequence[Trial], titles: Sequence[str]) -> dict[
     """Return, for each mask ratio, rows of the same val images: original, masked, and one reconstruction per trial.
 
     All trials get the same random masks, whatever they were trained with. Trials whose input differs from the first
-    one's are left out.
+    one's are left out, as are ratios that leave no patch of a model visible.
     """
     found: dict[float, list[Row]] = {ratio: [] for ratio in RATIOS}
     images: NDArray[Any] | None = None
@@ -49,6 +49,8 @@ def reconstruction_rows(trials: Sequence[Trial], titles: Sequence[str]) -> dict[
         elif images.shape[1:] != (*mae.config.image_px, mae.config.channels):
             continue
         for ratio in RATIOS:
+            if not num_visible(mae.config.num_patches, ratio):
+                continue
             with torch.inference_mode():
                 triples = reconstruct(mae, normalization, images, MaskConfig(ratio=ratio), config.seed)
             masked, restored, originals = zip(*triples)
@@ -58,7 +60,8 @@ def reconstruction_rows(trials: Sequence[Trial], titles: Sequence[str]) -> dict[
                     Row(key="", title="masked", pictures=_uris(masked)),
                 ]
             found[ratio].append(Row(key=trial.key, title=title, pictures=_uris(restored)))
-    return found
+    longest = max(map(len, found.values()))
+    return {ratio: rows if len(rows) == longest else [] for ratio, rows in found.items()}
 
 
 def _uris(pictures: Sequence[ImageArray]) -> tuple[str, ...]:

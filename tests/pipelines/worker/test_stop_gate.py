@@ -65,3 +65,14 @@ def test_a_request_allows_time_only_to_groups_that_work() -> None:
     assert request.make_and_allow(25.0) == 0.0
     stopped_after(request, "group", 0, random.Random(0))
     assert request.make_and_allow(25.0) == 25.0
+
+
+def test_a_request_to_some_groups_is_made_with_that_to_all_and_stops_no_other() -> None:
+    every = StopRequest.new()
+    one, other = every.for_some(), every.for_some()
+    one.report_work()
+    assert (every.is_work_reported(), other.is_work_reported()) == (True, False)
+    one.make()
+    assert (one.is_made(), every.is_made(), other.is_made()) == (True, False, False)
+    every.make()
+    assert (other.is_made(), other.is_made_alone()) == (True, False)

@@ -121,6 +121,7 @@ def test_one_seed_is_called_one_and_failures_and_missing_trials_are_listed() -> 
     assert "One seed per point: differences may be chance" in text
     assert "masking ratio (%) 0.5, decoder depth (blocks) 1, seed 0: loss is nan" in text
     assert "ended before 3 trials" in text
+    assert "3 points, 1 seed<" in text
     assert "Test was read once" not in text
 
 
