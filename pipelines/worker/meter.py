@@ -1,7 +1,9 @@
 """Loss and throughput between two log points, and the steps at which to log, save, draw and evaluate."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +96,25 @@ class Meter:
         found = [step for step, bad in zip(steps, torch.stack(flags).tolist(), strict=True) if bad]
         self._steps -= len(found)
         return found
+
+    def pending(self) -> dict[str, Any]:
+        """Return what the next log point is made of so far, for a checkpoint: the loss by rank, and the steps.
+
+        Every rank must call it, after `bad_steps`.
+        """
+        if not self._steps:
+            return {}
+        return {"loss": [loss.item() for loss in self._rank.gather(self._loss)], "steps": self._steps}
+
+    def restore(self, pending: Mapping[str, Any]) -> None:
+        """Continue towards the log point of `pending`, with as many ranks as wrote it or others."""
+        if not pending:
+            return
+        losses = pending["loss"]
+        if len(losses) != self._rank.world:
+            losses = [sum(losses), *[0.0] * (self._rank.world - 1)]
+        self._loss.fill_(losses[self._rank.index])
+        self._steps = pending["steps"]
 
     def drain(self) -> dict[str, float]:
         """Return mean loss over the steps that were not skipped, and images/s of all ranks, since the last call.

@@ -127,6 +127,7 @@ class Recorder:
         self._state.restore(checkpoint)
         self._saved_step = checkpoint.step
         self.last = dict(checkpoint.meta["last"])
+        self._meter.restore(checkpoint.meta.get("pending", {}))
         # An evaluation of these weights may have been lost with the process that waited for it.
         self._evaluate(checkpoint.step)
 
@@ -145,9 +146,10 @@ class Recorder:
                 self._apply_nan_policy(bad_step)
         if self._due.log(step):
             self._log(step)
+        pending = self._meter.pending() if save else {}
         if save and self._rank.is_main:
             with self._clock.spent("checkpoint"):
-                self._save(step)
+                self._save(step, pending)
                 if preempted:
                     log.info("a node will be preempted: saving step %d", step)
                     self.writer.wait()
@@ -184,13 +186,14 @@ class Recorder:
         except StopRequested:
             for bad_step in self._meter.bad_steps():
                 self._apply_nan_policy(bad_step)
+            pending = self._meter.pending()
             if self._rank.is_main and self._state.step > self._saved_step:
-                self._save(self._state.step)
+                self._save(self._state.step, pending)
             self.finish()
             raise
 
-    def _save(self, step: int) -> None:
-        self.writer.save(step, lambda: self._snapshot(step), self._meta())
+    def _save(self, step: int, pending: dict[str, Any]) -> None:
+        self.writer.save(step, lambda: self._snapshot(step), self._meta() | {"pending": pending})
         self._saved_step = step
 
     def _snapshot(self, step: int) -> Tensors:

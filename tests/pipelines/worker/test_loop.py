@@ -31,6 +31,7 @@ from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.worker import probing
 from pipelines.worker.loop import TrainState, schedule, train, train_step, warm_up
+from pipelines.worker.meter import Meter
 from pipelines.worker.rank import Feed, Rank, unwrapped
 from pipelines.worker.saving import CheckpointWriter
 from tests.digest import tensors_digest
@@ -197,6 +198,16 @@ def single_loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -
     return pretrain_loss(model, images, mask, batch.weights)
 
 
+def pending_of(rank: Rank) -> list[dict[str, Any]]:
+    """Return what a checkpoint keeps of the next log point, and what a group that restored it would keep."""
+    first, second = Meter(rank), Meter(rank)
+    first.add(1, torch.tensor(0.5**rank.index), torch.tensor(0.0), 4)
+    first.bad_steps()
+    kept = first.pending()
+    second.restore(kept)
+    return [kept, second.pending()]
+
+
 def _on_rank(index: int, folder: str) -> None:
     """Pretrains, resumes and probes on three ranks, then on two of them; rank 0 leaves what came out in the folder."""
     torch.set_num_threads(1)
@@ -212,6 +223,7 @@ def _on_rank(index: int, folder: str) -> None:
                 "pretrain": pretrained(rank),
                 "probe": probed(rank),
                 "resumed": [resumed(rank, run, stop) for stop in (1, 4)],
+                "pending": pending_of(rank),
             }
         except BaseException:
             traceback.print_exc()
@@ -242,6 +254,12 @@ def test_one_worker_equals_several_in_pretraining_and_probing(together: dict[int
 def test_a_resumed_group_equals_an_undisturbed_one_bit_for_bit(together: dict[int, Any], world: int) -> None:
     for undisturbed, again in together[world]["resumed"]:
         assert undisturbed == again
+
+
+@pytest.mark.slow
+def test_each_rank_continues_its_own_sum_of_losses(together: dict[int, Any]) -> None:
+    for world, losses in ((2, [1.0, 0.5]), (3, [1.0, 0.5, 0.25])):
+        assert together[world]["pending"] == [{"loss": losses, "steps": 1}] * 2
 
 
 def test_the_weights_of_placeholders_are_nothing() -> None:

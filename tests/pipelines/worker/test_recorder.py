@@ -1,11 +1,13 @@
 """What happens after a step: what is due, and what a gradient that is not finite leads to."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from mae_core.state import unpack
@@ -14,7 +16,7 @@ from pipelines.feed.windows import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import KINDS, Clock
 from pipelines.worker.loop import TrainState, train
-from pipelines.worker.meter import Due, retention
+from pipelines.worker.meter import Due, Meter, retention
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, RolledBack, Stopped
 from pipelines.worker.stop_gate import StopRequested
@@ -180,3 +182,48 @@ def test_every_point_says_where_the_time_went(tmp_path: Path) -> None:
         assert set(shares) == {f"goodput/{kind}" for kind in KINDS}
         assert sum(shares.values()) == pytest.approx(1)
     assert lines[-1]["values"]["goodput/steps"] > 0
+
+
+def losses_logged(folder: RunFolder, stops: list[int]) -> dict[int, float]:
+    """Return the losses logged every fourth step of six, of a run that is stopped after some steps and resumed."""
+    rank, plan, checkpoint = rank_of(0, 1), plan_of(1), CheckpointConfig(every_epochs=1.5, keep=9)
+    due = Due.of(checkpoint, TrackingConfig(log_every_steps=4), 2, EPOCHS)
+    for stop in [*stops, 6]:
+        state, clock = state_of(rank), Clock()
+        parts = {"state": state, "rank": rank, "plan": plan, "due": due, "folder": folder, "clock": clock}
+        recorder = Recorder(**parts, checkpoint=checkpoint)
+        newest = folder.checkpoints.latest()
+        if newest:
+            recorder.resume(newest)
+
+        def enter_step(state: TrainState = state, stop: int = stop) -> None:
+            if state.step == stop < 6:
+                raise StopRequested
+
+        batches = (batch for step in range(state.step, 6) for batch in batches_of(plan, step, rank))
+        feed = Feed(batches, enter_step)
+        feed.clock = clock
+        with contextlib.suppress(StopRequested), recorder.saving_if_stopped():
+            train(state, rank, plan, feed, 6, loss_of, recorder.after_step)
+            recorder.finish()
+    lines = [
+        json.loads(line) for path in Path(folder.storage.uri).rglob("*.jsonl") for line in path.read_text().splitlines()
+    ]
+    return {line["step"]: line["values"]["train/loss"] for line in lines}
+
+
+@pytest.mark.parametrize("stops", [[3], [1, 2], [5]])
+def test_the_mean_loss_of_a_log_point_knows_the_steps_before_a_restart(tmp_path: Path, stops: list[int]) -> None:
+    wanted = losses_logged(RunFolder(str(tmp_path / "undisturbed")), [])
+    assert sorted(wanted) == [4, 6]
+    assert losses_logged(RunFolder(str(tmp_path / "stopped")), stops) == wanted
+
+
+def test_a_smaller_group_continues_the_sum_of_a_larger_one() -> None:
+    meter = Meter(rank_of(0, 1))
+    meter.restore({"loss": [0.5, 0.25, 1.0], "steps": 1})
+    assert meter.pending() == {"loss": [1.75], "steps": 1}
+    meter.add(2, torch.tensor(0.25), torch.tensor(0.0), 10)
+    assert meter.bad_steps() == []
+    assert meter.drain()["train/loss"] == 1.0
+    assert meter.pending() == {}
