@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,23 @@ def task_slots() -> int:
     return limit or num_cores()
 
 
+class _Defaults(AbstractContextManager["_Defaults"]):
+    """Variables of the environment that are set for a session of Ray, and not for what this process does after it."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def set(self, name: str, value: str) -> None:
+        """Set the variable unless somebody has."""
+        if name not in os.environ:
+            os.environ[name] = value
+            self._names.append(name)
+
+    def __exit__(self, *error: object) -> None:
+        for name in self._names:
+            os.environ.pop(name, None)
+
+
 @contextmanager
 def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None]:
     """Connect to Ray, or start one with CPUs for `groups` worker groups and their data tasks; stop it at the end.
@@ -124,55 +141,56 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
     if ray.is_initialized():
         yield
         return
-    # Interval at which Train's controller polls its workers; each report() blocks for up to as long (default 2 s).
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's C++ handler of fatal signals takes SIGTERM too: it would print a stack and abort.
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-    quiet_ray()
-    # Spot instances give 30 s of notice; Train polls every 5 s by default.
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    if ray_address():
-        _init(logging_level=logging.WARNING)
-    else:
-        # This machine is not preempted with notice, and the watcher would be one more process to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Train asks the state API every second whether its controller is alive. An embedded Ray has no dashboard to
-        # answer. Another Ray on this machine would answer that the actor does not exist, and the worker group would be
-        # removed. So the address is one where nothing listens.
-        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-        # Ray runs workers at niceness 15; ours are the main workload, so use 0.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # In place of Ray's C++ handler, say in which line of Python a worker crashed.
-        os.environ.setdefault("PYTHONFAULTHANDLER", "1")
-        # Nobody reads Ray's own metrics; without them an idle process takes 0.8 % of a core instead of 1.2 %.
-        os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        os.environ.setdefault("RAY_event_stats", "0")
-        # Ray expects fewer processes on a small machine than we start, and would warn each time.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, num_cores())))
-        # Ray gives up a worker that does not register within 60 s, and ray.init then waits for ever. At a low priority
-        # on a busy machine workers take longer (seen on a sweep at niceness 19).
-        os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
-        os.environ[_EMBEDDED] = "1"
-        _init(
-            _STARTS,
-            # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
-            address="local",
-            **_declared(compute, groups),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            # Applies to every process: Train's placement group cleaner warns every second without a dashboard.
-            logging_config=ray.LoggingConfig(log_level="ERROR"),
-            object_store_memory=_object_store_bytes(),
-        )
-    try:
-        yield
-    finally:
-        if not is_work_left():
-            ray.shutdown()
-        os.environ.pop(_EMBEDDED, None)
+    with _Defaults() as defaults:
+        # Interval at which Train's controller polls its workers; each report() blocks for up to as long (default 2 s).
+        defaults.set("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        defaults.set("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        defaults.set("RAY_DATA_LOG_LEVEL", "ERROR")
+        defaults.set("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray's C++ handler of fatal signals takes SIGTERM too: it would print a stack and abort.
+        defaults.set("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+        quiet_ray()
+        # Spot instances give 30 s of notice; Train polls every 5 s by default.
+        defaults.set("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        if ray_address():
+            _init(logging_level=logging.WARNING)
+        else:
+            # This machine is not preempted with notice, and the watcher would be one more process to start.
+            defaults.set("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # Train asks the state API every second whether its controller is alive. An embedded Ray has no dashboard
+            # to answer. Another Ray on this machine would answer that the actor does not exist, and the worker group
+            # would be removed. So the address is one where nothing listens.
+            defaults.set("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+            # Ray runs workers at niceness 15; ours are the main workload, so use 0.
+            defaults.set("RAY_worker_niceness", "0")
+            # In place of Ray's C++ handler, say in which line of Python a worker crashed.
+            defaults.set("PYTHONFAULTHANDLER", "1")
+            # Nobody reads Ray's own metrics; without them an idle process takes 0.8 % of a core instead of 1.2 %.
+            defaults.set("RAY_enable_metrics_collection", "0")
+            defaults.set("RAY_event_stats", "0")
+            # Ray expects fewer processes on a small machine than we start, and would warn each time.
+            defaults.set("RAY_worker_maximum_startup_concurrency", str(max(8, num_cores())))
+            # Ray gives up a worker that does not register within 60 s, and ray.init then waits for ever. At a low
+            # priority on a busy machine workers take longer (seen on a sweep at niceness 19).
+            defaults.set("RAY_worker_register_timeout_seconds", "600")
+            os.environ[_EMBEDDED] = "1"
+            _init(
+                _STARTS,
+                # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
+                address="local",
+                **_declared(compute, groups),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                # Applies to every process: Train's placement group cleaner warns every second without a dashboard.
+                logging_config=ray.LoggingConfig(log_level="ERROR"),
+                object_store_memory=_object_store_bytes(),
+            )
+        try:
+            yield
+        finally:
+            if not is_work_left():
+                ray.shutdown()
+            os.environ.pop(_EMBEDDED, None)
 
 
 def _declared(compute: ComputeConfig | None, groups: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
@@ -24,14 +23,15 @@ SHARED_RAY = "ray4"
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Undo what a test's code does to our loggers: one that no longer propagates hides all messages from `caplog`."""
-    loggers = [logging.getLogger(name) for name in ("pipelines", "tune", "mae_core")]
-    before = [(ours.level, ours.propagate, list(ours.handlers)) for ours in loggers]
-    yield
-    for ours, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        ours.setLevel(level)
-        ours.propagate, ours.handlers = propagate, handlers
+def own_logging() -> None:
+    """Undo what the code of other tests and of fixtures did to our loggers.
+
+    One that no longer propagates, as in a rank, hides all messages from `caplog`.
+    """
+    for name in ("pipelines", "tune", "mae_core"):
+        ours = logging.getLogger(name)
+        ours.setLevel(logging.NOTSET)
+        ours.propagate, ours.handlers = True, []
 
 
 @pytest.hookimpl(tryfirst=True)

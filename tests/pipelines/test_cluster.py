@@ -64,6 +64,20 @@ def test_an_embedded_ray_that_did_not_start_is_started_again_with_the_same_argum
     assert starts[0]["address"] == "local"
 
 
+def test_the_environment_of_a_session_ends_with_it(
+    starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what the same process asks of a cluster later would go to the address where nothing listens."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_DATA_LOG_LEVEL", "1")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    before = dict(os.environ)
+    with ray_session(ComputeConfig()):
+        assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
+        assert os.environ["RAY_DATA_LOG_LEVEL"] == "1"
+    assert dict(os.environ) == before
+
+
 def test_a_cluster_that_does_not_answer_is_asked_once_and_named(
     starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
