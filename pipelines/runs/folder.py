@@ -149,6 +149,10 @@ class RunFolder:
         """Return the run's identity; None if the folder is empty. Raises UserError if it holds something else."""
         found = self.read_identity()
         if found is None and not self.storage.is_empty():
+            # Another driver may have claimed the folder between the two requests.
+            found = self.read_identity()
+            if found is not None:
+                return found
             raise UserError(
                 f"folder {self.storage.uri} holds something else than a run; try another --name or --output"
             )

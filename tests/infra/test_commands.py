@@ -29,7 +29,7 @@ def test_entrypoints_of_jobs_parse(infra, repository: Path, folder: str) -> None
         item for item in infra.kustomization.resolve(repository / "infra/kuberay" / folder) if item["kind"] == "RayJob"
     ]
     words = [shlex.split(job["spec"]["entrypoint"]) for job in jobs]
-    assert [line[:2] for line in words] == [["mae", "pretrain"], ["mae", "sweep"]]
+    assert [line[:2] for line in words] == [["mae", "finetune"], ["mae", "pretrain"], ["mae", "sweep"]]
     for line in words:
         parse(line[1:])
 
