@@ -1,4 +1,4 @@
-"""The servers of infra/cluster_demo for tests. That folder is no package, so its file is read where it lies."""
+"""Files of infra/ for tests. That folder is no package, so they are read where they lie."""
 
 import importlib.util
 from functools import cache
@@ -7,18 +7,23 @@ from types import ModuleType
 
 import pytest
 
-_FILE = Path(__file__).parents[1] / "infra/cluster_demo/services.py"
+_INFRA = Path(__file__).parents[1] / "infra"
 
 
 @cache
-def services() -> ModuleType:
-    """Return infra/cluster_demo/services.py as a module."""
-    spec = importlib.util.spec_from_file_location("cluster_demo_services", _FILE)
+def infra_module(path: str) -> ModuleType:
+    """Return a file of infra/ as a module, such as "validate.py"."""
+    spec = importlib.util.spec_from_file_location(f"infra_{Path(path).stem}", _INFRA / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def services() -> ModuleType:
+    """Return the servers of infra/cluster_demo."""
+    return infra_module("cluster_demo/services.py")
 
 
 def skip_without_postgres() -> None:

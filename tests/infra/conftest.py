@@ -1,11 +1,9 @@
 """infra is no package: its scripts are read where they lie. A Ray cluster and an MLflow server are started for real."""
 
-import importlib.util
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.services import infra_module, services
 from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, wait_until
 
 T = TypeVar("T")
@@ -38,12 +37,7 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def infra() -> ModuleType:
     """infra/validate.py as a module; infra.kustomization is its neighbour."""
-    spec = importlib.util.spec_from_file_location("infra_validate", REPOSITORY / "infra/validate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return infra_module("validate.py")
 
 
 @pytest.fixture(scope="session")
@@ -182,27 +176,8 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=2)
-        wait_until(lambda: _kill(descendants(mark)) == 0, f"the end of {command[:3]}", KILLED_DEADLINE_S)
+        services().end_all(mark)
         child.wait(KILLED_DEADLINE_S)
-
-
-def descendants(mark: str) -> list[int]:
-    """Ids of the running processes that were started with this `NAME=value` in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            running = (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            if running and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
-
-
-def _kill(process_ids: list[int]) -> int:
-    """How many there were to kill."""
-    for process_id in process_ids:
-        with suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGKILL)
-    return len(process_ids)
 
 
 def _two_nodes(url: str, token: str) -> dict[str, str] | None:

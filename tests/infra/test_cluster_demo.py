@@ -1,7 +1,6 @@
 """What `make cluster-demo` relies on, without its servers: the comparison, the end of all processes, its presets."""
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from pipelines.config import ClassifyConfig, GateConfig, load_preset
 from pipelines.handoff.jobs_file import config_of, read_plan
-from tests.services import services
+from tests.services import infra_module, services
 from tests.waiting import KILLED_DEADLINE_S
 
 FOLDER = Path(__file__).parents[2] / "infra/cluster_demo"
@@ -27,12 +26,7 @@ STATE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def registry_state() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cluster_demo_registry_state", FOLDER / "registry_state.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return infra_module("cluster_demo/registry_state.py")
 
 
 def test_equal_registries_have_no_difference(registry_state: ModuleType) -> None:

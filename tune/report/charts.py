@@ -1,37 +1,36 @@
-"""Charts of a sweep, each as PNG, as SVG, and as an SVG that takes its colours from the page's style.
+"""The charts of a sweep: curves, heat maps, cost against accuracy, importance."""
 
-Drawn with matplotlib. The colours below stand for variables of `style.css`, into which the page's SVG turns them.
-"""
-
-import io
 import math
-import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tune.results import Interval, Measured, baseline_of, importance, varied_fields
+from tune.report.canvas import (
+    GRID,
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    Canvas,
+    Chart,
+    finish,
+    legend_above,
+    mark,
+    new_canvas,
+    separate_labels,
+)
+from tune.results import Measured, baseline_of, importance, varied_fields
 from tune.space import value_text
 from tune.summary import RATIO, short_names
 from tune.trial import LABEL_FIELDS, MEASURES, Measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Transform
 
 MEASURE_NAMES: dict[Measure, str] = {"finetune": "fine-tuning", "probe": "linear probing"}
 BASELINE_NAMES: dict[Measure, str] = {"finetune": "from scratch", "probe": "random encoder"}
-_INK, _MUTED, _GRID = "#1b2026", "#67707b", "#e3e7eb"
-_SERIES = ("#1f5fa8", "#c2571b", "#2f8f4f", "#7d4aa6", "#8a6d1e", "#0f8a94")
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {c: f"--c{i}" for i, c in enumerate(_SERIES)}
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_MAX_SERIES = len(_SERIES)
-_WIDTH_IN, _HEIGHT_IN = 5.0, 3.4
-_SERIES_GAP_PT, _LABEL_GAP_PT = 3.0, 4.0
-"""Distance of two lines' marks at one value, and of two labels of an axis."""
+_SERIES_GAP_PT = 3.0
+"""Distance of two lines' marks at one value."""
 _LABELS = {
     RATIO: "masking ratio (%)",
     "model.mask": "mask sampling (%)",
@@ -41,21 +40,6 @@ _LABELS = {
     "finetune.classifier.train_blocks": "fine-tuned blocks",
     "finetune.labels": "labelled images",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """One chart of the report."""
-
-    name: str
-    """File name without suffix."""
-    title: str
-    note: str
-    """What it shows, in a sentence, also for readers who do not see it."""
-    png: bytes
-    svg: bytes
-    inline: str
-    """SVG element for the page: without colours of its own, and with a tooltip on each value."""
 
 
 def charts_of(points: Sequence[Measured], baselines: Sequence[Measured]) -> list[Chart]:
@@ -93,48 +77,13 @@ def _axis_fields(fields: Sequence[str]) -> tuple[str, list[str]]:
     return x, [field for field in fields if field != x]
 
 
-@dataclass
-class _Canvas:
-    """A figure with one pair of axes, and the tooltips of its marks by their ids."""
-
-    figure: "Figure"
-    axes: "Axes"
-    tips: dict[str, str]
-
-    def tip(self, text: str) -> str:
-        """Return the id of a mark with this tooltip."""
-        name = f"tip{len(self.tips)}"
-        self.tips[name] = text
-        return name
-
-    def shifted(self, points: float) -> "Transform":
-        """Return the transform of data that are drawn this many points to the right of their place."""
-        from matplotlib.transforms import ScaledTranslation
-
-        return self.axes.transData + ScaledTranslation(points / 72, 0, self.figure.dpi_scale_trans)
-
-
-def _canvas(height_in: float = _HEIGHT_IN) -> _Canvas:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
-    figure.patch.set_facecolor("none")
-    axes: Axes = figure.subplots()
-    axes.patch.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_MUTED)
-    axes.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9)
-    axes.set_axisbelow(True)
-    return _Canvas(figure, axes, {})
-
-
 def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: list[str], measure: Measure) -> Chart:
     """Draw accuracy against one field, a line per combination of the others, with intervals and the dashed baseline."""
-    canvas, (x, others) = _canvas(), _axis_fields(fields)
+    canvas, (x, others) = new_canvas(), _axis_fields(fields)
     axes, place = canvas.axes, _positions(points, x)
     lines = _series(points, others)
     for i, (name, line) in enumerate(lines.items()):
-        color, marker = _SERIES[i % _MAX_SERIES], _MARKERS[i % len(_MARKERS)]
+        color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
         line = sorted(line, key=lambda measured: place[value_label(x, measured.point[x])])
         at = [place[value_label(x, measured.point[x])] for measured in line]
         found = [measured.of(measure) for measured in line]
@@ -145,27 +94,19 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
             transform=canvas.shifted(shift_pt),
         )  # fmt: skip
         for position, one, measured in zip(at, found, line):
-            _mark(canvas, position, one, color, marker, _tip(measured, measure), shift_pt)
+            mark(canvas, position, one, color, marker, _tip(measured, measure), shift_pt)
     _draw_baselines(canvas, points, baselines, measure, x, place)
     _mark_positions(axes, place, may_be_log=x != RATIO)
-    axes.set_xlabel(label_of(x), color=_INK, fontsize=9.5)
-    axes.set_ylabel("top-1 on val (%)", color=_INK, fontsize=9.5)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_xlabel(label_of(x), color=INK, fontsize=9.5)
+    axes.set_ylabel("top-1 on val (%)", color=INK, fontsize=9.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     if len(lines) > 1:
-        _legend_above(axes)
-    _separate_labels(canvas)
+        legend_above(axes)
+    separate_labels(canvas)
     title = f"{MEASURE_NAMES[measure].capitalize()} against {short_label(x)}"
     spread = "Bars are 95 % intervals over seeds. " if any(len(m.entries) > 1 for m in points) else ""
     dashed = f"The dashed line is {_baseline_words(measure)}." if baselines else ""
-    return _chart(canvas, f"curves-{measure}", title, f"{spread}{dashed}".strip())
-
-
-def _legend_above(axes: "Axes") -> None:
-    """Place the legend above the axes, where it hides neither a line nor a bar nor the baseline."""
-    axes.legend(
-        frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2,
-        borderaxespad=0.2,
-    )  # fmt: skip
+    return finish(canvas, f"curves-{measure}", title, f"{spread}{dashed}".strip())
 
 
 def _series(points: Sequence[Measured], fields: Sequence[str]) -> dict[str, list[Measured]]:
@@ -181,20 +122,8 @@ def _baseline_words(measure: Measure) -> str:
     return "training from scratch on the same labels" if measure == "finetune" else "the probe of a random encoder"
 
 
-def _mark(canvas: _Canvas, x: float, one: Interval, color: str, marker: str, tip: str, shift_pt: float = 0.0) -> None:
-    """Draw a mean and its interval, `shift_pt` to the right of its place."""
-    at: dict[str, Any] = {"transform": canvas.shifted(shift_pt), "color": color}
-    if one.num > 1:
-        canvas.axes.plot([x, x], [one.low, one.high], "-", linewidth=1.3, alpha=0.75, **at)
-        canvas.axes.plot([x, x], [one.low, one.high], "_", markersize=7, alpha=0.75, **at)
-    canvas.axes.plot([x], [one.mean], marker, markersize=6, gid=canvas.tip(tip), zorder=4, **at)
-    # matplotlib scales the axes by what has their own transform alone.
-    canvas.axes.update_datalim([(x, one.low), (x, one.high)])
-    canvas.axes.autoscale_view()
-
-
 def _draw_baselines(
-    canvas: _Canvas,
+    canvas: Canvas,
     points: Sequence[Measured],
     baselines: Sequence[Measured],
     measure: Measure,
@@ -206,19 +135,19 @@ def _draw_baselines(
         at = {value_label(x, m.point[x]): baseline_of(m.point, baselines) for m in points}
         line = sorted((place[label], found.of(measure)) for label, found in at.items() if found is not None)
         levels = [one for _, one in line]
-        canvas.axes.plot([p for p, _ in line], [one.mean for one in levels], color=_MUTED, linestyle=(0, (5, 4)))
+        canvas.axes.plot([p for p, _ in line], [one.mean for one in levels], color=MUTED, linestyle=(0, (5, 4)))
         for position, one in line:
-            _mark(canvas, position, one, _MUTED, "x", f"{BASELINE_NAMES[measure]}: {one} %")
+            mark(canvas, position, one, MUTED, "x", f"{BASELINE_NAMES[measure]}: {one} %")
         return
     for baseline in baselines:
         one = baseline.of(measure)
         tip = canvas.tip(f"{BASELINE_NAMES[measure]}: {one} %")
-        canvas.axes.axhline(one.mean, color=_MUTED, linestyle=(0, (5, 4)), linewidth=1.3, gid=tip, zorder=1)
+        canvas.axes.axhline(one.mean, color=MUTED, linestyle=(0, (5, 4)), linewidth=1.3, gid=tip, zorder=1)
         if one.num > 1:
-            canvas.axes.axhspan(one.low, one.high, color=_MUTED, alpha=0.13, linewidth=0, zorder=0)
+            canvas.axes.axhspan(one.low, one.high, color=MUTED, alpha=0.13, linewidth=0, zorder=0)
         text = f"{BASELINE_NAMES[measure]} {one.mean:.1f}"
         at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 3), "textcoords": "offset points"}
-        canvas.axes.annotate(text, (1, one.mean), ha="right", va="bottom", fontsize=8.5, color=_MUTED, **at)
+        canvas.axes.annotate(text, (1, one.mean), ha="right", va="bottom", fontsize=8.5, color=MUTED, **at)
 
 
 def _positions(points: Sequence[Measured], field: str) -> dict[str, float]:
@@ -240,24 +169,6 @@ def _mark_positions(axes: "Axes", place: dict[str, float], *, may_be_log: bool) 
     axes.set_xticks(list(place.values()), list(place))
 
 
-def _separate_labels(canvas: _Canvas) -> None:
-    """Lower each label of the horizontal axis that would touch the one before it; empty it if there is no room either.
-
-    Pages show them in fonts of the reader's, so that some room stays between two.
-    """
-    canvas.figure.draw_without_rendering()
-    px_per_pt = canvas.figure.dpi / 72
-    rows = [-math.inf, -math.inf]
-    labels = [(label.get_window_extent(), label.get_text()) for label in canvas.axes.get_xticklabels()]
-    texts: dict[float, str] = {}
-    for box, text in sorted(labels, key=lambda label: label[0].x0):
-        row = next((row for row, end in enumerate(rows) if box.x0 >= end + _LABEL_GAP_PT * px_per_pt), None)
-        texts[box.x0] = "" if row is None else "\n" * row + text
-        if row is not None:
-            rows[row] = box.x1
-    canvas.axes.set_xticks(canvas.axes.get_xticks(), [texts[box.x0] for box, _ in labels])
-
-
 def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Chart:
     """Draw the mean over all trials at each pair of values of the first two fields."""
     x, others = _axis_fields(fields)
@@ -271,7 +182,7 @@ def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Ch
         [_mean(cells[row, column], measure) if (row, column) in cells else math.nan for column in columns]
         for row in rows
     ]
-    canvas = _canvas(1.2 + 0.42 * min(len(rows), 8))
+    canvas = new_canvas(1.2 + 0.42 * min(len(rows), 8))
     axes = canvas.axes
     every = [value for row in values for value in row if not math.isnan(value)]
     low, high = min(every), max(every)
@@ -288,12 +199,12 @@ def _heat(points: Sequence[Measured], fields: list[str], measure: Measure) -> Ch
     axes.set_yticks([i + 0.5 for i in range(len(rows))], list(rows))
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xlabel(label_of(x), color=_INK, fontsize=9.5)
-    axes.set_ylabel(label_of(y), color=_INK, fontsize=9.5)
-    _separate_labels(canvas)
+    axes.set_xlabel(label_of(x), color=INK, fontsize=9.5)
+    axes.set_ylabel(label_of(y), color=INK, fontsize=9.5)
+    separate_labels(canvas)
     names = f"{short_label(x)} x {short_label(y)}"
     note = f"Top-1 on val in percent, mean over seeds{' and the other fields' if len(others) > 1 else ''}."
-    return _chart(canvas, f"heat-{measure}", f"{MEASURE_NAMES[measure].capitalize()}: {names}", note)
+    return finish(canvas, f"heat-{measure}", f"{MEASURE_NAMES[measure].capitalize()}: {names}", note)
 
 
 def _mean(some: Sequence[Measured], measure: Measure) -> float:
@@ -303,37 +214,37 @@ def _mean(some: Sequence[Measured], measure: Measure) -> float:
 
 def _cost(points: Sequence[Measured], baselines: Sequence[Measured], fields: list[str]) -> Chart:
     """Draw fine-tuning accuracy against the duration of a trial, and join the points that no cheaper one reaches."""
-    canvas = _canvas()
+    canvas = new_canvas()
     axes = canvas.axes
     series = _series(points, _axis_fields(fields)[1] if fields else [])
     for i, line in enumerate(series.values()):
-        color, marker = _SERIES[i % _MAX_SERIES], _MARKERS[i % len(_MARKERS)]
+        color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
         for measured in line:
-            _mark(canvas, measured.minutes, measured.of("finetune"), color, marker, _tip(measured, "finetune"))
+            mark(canvas, measured.minutes, measured.of("finetune"), color, marker, _tip(measured, "finetune"))
     for baseline in baselines:
         one = baseline.of("finetune")
-        _mark(canvas, baseline.minutes, one, _MUTED, "x", f"from scratch: {one} %, {baseline.minutes:.1f} min")
+        mark(canvas, baseline.minutes, one, MUTED, "x", f"from scratch: {one} %, {baseline.minutes:.1f} min")
         # Towards the middle, so that it crosses neither side of the axes.
         is_left = baseline.minutes <= statistics.median(measured.minutes for measured in points)
         axes.annotate("from scratch", (baseline.minutes, one.mean), (7 if is_left else -7, 0), va="center",
                       textcoords="offset points", ha="left" if is_left else "right", fontsize=8.5,
-                      color=_MUTED)  # fmt: skip
+                      color=MUTED)  # fmt: skip
     front: list[Measured] = []
     for measured in sorted(points, key=lambda m: (m.minutes, -m.of("finetune").mean)):
         if not front or measured.of("finetune").mean > front[-1].of("finetune").mean:
             front.append(measured)
     steps = [measured.of("finetune").mean for measured in front]
-    axes.step([m.minutes for m in front], steps, where="post", color=_MUTED, linewidth=1.2, zorder=1)
+    axes.step([m.minutes for m in front], steps, where="post", color=MUTED, linewidth=1.2, zorder=1)
     best = max(points, key=lambda m: m.of("finetune").mean)
-    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": _INK, "markeredgewidth": 1.4}
+    ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
     axes.plot([best.minutes], [best.of("finetune").mean], "o", zorder=5, **ring)
-    axes.set_xlabel("minutes per trial, with probe and fine-tuning", color=_INK, fontsize=9.5)
-    axes.set_ylabel("fine-tuned top-1 on val (%)", color=_INK, fontsize=9.5)
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_xlabel("minutes per trial, with probe and fine-tuning", color=INK, fontsize=9.5)
+    axes.set_ylabel("fine-tuned top-1 on val (%)", color=INK, fontsize=9.5)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.margins(0.1)
     colors = " Colours are those of the curves." if len(series) > 1 else ""
     note = f"The line joins points that no cheaper point reaches; the ring marks the best.{colors}"
-    return _chart(canvas, "cost", "Cost against accuracy", note)
+    return finish(canvas, "cost", "Cost against accuracy", note)
 
 
 def _importance(points: Sequence[Measured]) -> Chart | None:
@@ -346,24 +257,24 @@ def _importance(points: Sequence[Measured]) -> Chart | None:
         return None
     words = {"seed": "seed alone", "together": "fields together"}
     names = list(next(iter(shares.values())))
-    canvas = _canvas(1.3 + 0.5 * len(names))
+    canvas = new_canvas(1.3 + 0.5 * len(names))
     height = 0.8 / len(shares)
     for i, (measure, found) in enumerate(shares.items()):
         places = [j + (i - (len(shares) - 1) / 2) * height for j in range(len(names))]
         values = [found[name] for name in names]
-        canvas.axes.barh(places, values, height * 0.86, color=_SERIES[i], label=MEASURE_NAMES[measure])
+        canvas.axes.barh(places, values, height * 0.86, color=SERIES[i], label=MEASURE_NAMES[measure])
         for place, share in zip(places, values):
             at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-            canvas.axes.annotate(f"{share:.0f} %", (share, place), fontsize=8.5, color=_INK, **at)
+            canvas.axes.annotate(f"{share:.0f} %", (share, place), fontsize=8.5, color=INK, **at)
     canvas.axes.set_yticks(range(len(names)), [words.get(name) or short_label(name) for name in names])
     canvas.axes.invert_yaxis()
     canvas.axes.set_xlim(0, 112)
     canvas.axes.set_xticks([])
     canvas.axes.spines[["bottom"]].set_visible(False)
     canvas.axes.tick_params(length=0)
-    _legend_above(canvas.axes)
+    legend_above(canvas.axes)
     note = "Share of the variance of top-1 between all trials that each field explains alone (eta squared)."
-    return _chart(canvas, "importance", "What accuracy depends on", note)
+    return finish(canvas, "importance", "What accuracy depends on", note)
 
 
 def _tip(measured: Measured, measure: Measure) -> str:
@@ -371,41 +282,3 @@ def _tip(measured: Measured, measure: Measure) -> str:
     point = ", ".join(f"{label_of(field)} {value_label(field, value)}" for field, value in measured.point.items())
     seeds = f", {len(measured.entries)} seeds" if len(measured.entries) > 1 else ""
     return f"{point}: {measured.of(measure)} %{seeds}, {measured.minutes:.1f} min"
-
-
-def _chart(canvas: _Canvas, name: str, title: str, note: str) -> Chart:
-    import matplotlib
-
-    png, svg = io.BytesIO(), io.BytesIO()
-    # Lay out once for both files.
-    canvas.figure.draw_without_rendering()
-    canvas.figure.set_layout_engine("none")
-    canvas.figure.savefig(png, format="png", dpi=160, facecolor="white")
-    # Text stays text, so that it takes the page's font and can be searched and read aloud.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        canvas.figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    label = f"{title}. {note}"
-    return Chart(
-        name=name,
-        title=title,
-        note=note,
-        png=png.getvalue(),
-        svg=svg.getvalue(),
-        inline=_inline(svg.getvalue().decode(), name, label, canvas.tips),
-    )
-
-
-def _inline(svg: str, name: str, label: str, tips: dict[str, str]) -> str:
-    """Return matplotlib's SVG as an element of a page: colours by variables, tooltips, ids of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", svg, flags=re.DOTALL)
-    for mark, tip in tips.items():
-        svg = svg.replace(f'<g id="{mark}">', f'<g class="tip"><title>{escape(tip)}</title>')
-    used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    [view_box] = re.findall(r'<svg [^>]*viewBox="([^"]+)"', svg)
-    root = f'<svg viewBox="{view_box}" role="img" aria-label="{escape(label)}">'
-    return root + svg[svg.index(">") + 1 :].replace("xlink:href", "href")

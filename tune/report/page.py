@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tune.report.charts import BASELINE_NAMES, MEASURE_NAMES, Chart, label_of, short_label, value_label
+from tune.report.canvas import Chart
+from tune.report.charts import BASELINE_NAMES, MEASURE_NAMES, label_of, short_label, value_label
 from tune.results import (
     Entry,
     Measured,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tune.report.charts import _canvas, _separate_labels, charts_of
+from tune.report.canvas import new_canvas, separate_labels
+from tune.report.charts import charts_of
 from tune.report.page import Row, Study, page
 from tune.report.pictures import _uris
 from tune.results import Entry, best_of, measured_baselines, measured_points
@@ -144,10 +145,10 @@ def test_a_sweep_over_words_has_curves_and_no_number_axis() -> None:
 
 
 def test_labels_of_an_axis_keep_a_distance_and_none_that_fits_is_left_out() -> None:
-    canvas = _canvas()
+    canvas = new_canvas()
     labels = [f"random {ratio}" for ratio in range(10, 100, 10)]
     canvas.axes.set_xticks(range(len(labels)), labels)
-    _separate_labels(canvas)
+    separate_labels(canvas)
     canvas.figure.draw_without_rendering()
     shown = [(label.get_text(), label.get_window_extent()) for label in canvas.axes.get_xticklabels()]
     assert [text.strip() for text, _ in shown if text] == labels
