@@ -69,6 +69,11 @@ class Here:
         threading.Thread(target=self._await, args=(child,), name=f"attempt {child.pid}", daemon=True).start()
 
     def is_running(self, ledger: Ledger, number: int, claim: Claim, now_s: float) -> bool | None:
+        # The ledger knows only that a process is gone; the parent knows its status and its log.
+        for child in self._of(ledger, number):
+            if child.poll() is None:
+                return ledger.ended(number) is None
+            self._note(child)
         return ledger.settle(number, now_s)
 
     def stop(self) -> int:
@@ -96,14 +101,21 @@ class Here:
             log.warning("the end of process %d is not noted yet: %s", child.pid, error)
         self._wake.set()
 
-    def _note(self, child: "subprocess.Popen[bytes]") -> None:
-        """Note the end of a process that did not say how it ended, such as by SIGKILL."""
+    def _of(self, ledger: Ledger, number: int) -> "list[subprocess.Popen[bytes]]":
+        """Return our process of the attempt, if its end is not noted yet."""
         with self._lock:
-            known = self._children.pop(child, None)
-        if known is None or child.returncode == 0:
-            return
-        ledger, number, log_file = known
-        ledger.end(number, end_of(child.returncode, log_file))
+            known = list(self._children.items())
+        return [child for child, (of, its, _) in known if (of.name, its) == (ledger.name, number)]
+
+    def _note(self, child: "subprocess.Popen[bytes]") -> None:
+        """Note the end of a process that did not say how it ended, such as by SIGKILL; several threads may do so."""
+        with self._lock:
+            known = self._children.get(child)
+        if known and child.returncode != 0:
+            ledger, number, log_file = known
+            ledger.end(number, end_of(child.returncode, log_file))
+        with self._lock:
+            self._children.pop(child, None)
 
 
 class OnRay:

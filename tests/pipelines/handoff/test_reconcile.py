@@ -144,6 +144,26 @@ def test_a_training_that_is_killed_at_any_point_is_tried_again_and_never_twice_a
         assert world.most_at_a_time() <= 2
 
 
+def test_a_parent_that_looks_before_it_was_told_of_a_death_says_how_the_process_died(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Here, "_await", lambda self, child: None)
+    training, here = world.training("a"), world.here()
+    with monkeypatch.context() as patch:
+        patch.setenv("MAE_TEST_KILL_AT", "4")
+        world.look([training], here)
+    ledger = Ledger(world.output, training.name)
+
+    def has_ended() -> bool:
+        world.look([training], here, retry_s=COMMAND_DEADLINE_S)
+        return ledger.ended(1) is not None
+
+    wait_until(has_ended, "the end of the attempt", COMMAND_DEADLINE_S, poll_every_s=0.05)
+    end = ledger.ended(1)
+    assert end is not None
+    assert (end.status, here.num_children) == (128 + signal.SIGKILL, 0), end.said
+
+
 def test_reconcilers_that_look_at_once_start_each_training_once_and_keep_the_limit(world: World) -> None:
     trainings = [world.training(f"t{number}") for number in range(6)]
     children = []
