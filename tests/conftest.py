@@ -24,14 +24,17 @@ SHARED_RAY = "ray4"
 
 @pytest.fixture(autouse=True)
 def own_logging() -> None:
-    """Undo what the code of other tests and of fixtures did to our loggers.
+    """Undo what the code of other tests, of fixtures and of libraries did to logging.
 
-    One that no longer propagates, as in a rank, hides all messages from `caplog`.
+    Whatever hides a message from `caplog` is undone: a logger of ours that is disabled, filters, has a level or no
+    longer propagates, as in a rank, and a level of the root logger, which all others inherit.
     """
-    for name in ("pipelines", "tune", "mae_core"):
-        ours = logging.getLogger(name)
-        ours.setLevel(logging.NOTSET)
-        ours.propagate, ours.handlers = True, []
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name, ours in list(logging.Logger.manager.loggerDict.items()):
+        if name.partition(".")[0] in ("pipelines", "tune", "mae_core") and isinstance(ours, logging.Logger):
+            ours.setLevel(logging.NOTSET)
+            ours.disabled, ours.propagate, ours.handlers, ours.filters = False, True, [], []
 
 
 @pytest.hookimpl(tryfirst=True)

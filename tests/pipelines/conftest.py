@@ -5,6 +5,7 @@ import io
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ from pipelines.prepare.shards import SCHEMA
 from pipelines.storage import open_storage
 from tests.pipelines.s3_server import CREDENTIALS, S3Server
 from tests.pipelines.zoo import Animal, broken, whole
+
+
+@pytest.fixture(autouse=True)
+def no_run_left_open() -> Iterator[None]:
+    """Fail a test that leaves an MLflow run open: its thread would go on to log, into other tests' output too."""
+    known = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread.name == "mlflow-machine" and thread not in known]
+    assert not left, "an MLflow run was not finished"
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from pipelines.registry import (
     register_classifier,
 )
 from pipelines.registry.points import Point, PointSender
-from pipelines.registry.runs import commit_tags, flatten
+from pipelines.registry.runs import Run, commit_tags, flatten
 from pipelines.registry.versions import check_location
 from pipelines.runs.followers import MetricFollower
 from pipelines.runs.metrics import MetricSpool
@@ -69,9 +69,21 @@ def sqlite_uri(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def tracking(sqlite_uri, monkeypatch, request) -> Tracking:
+def tracking(sqlite_uri, monkeypatch, request) -> Iterator[Tracking]:
+    """Open an experiment of the test's own, and finish the runs that the test leaves open."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_uri)
-    return open_tracking(request.node.name[:60])
+    started, start = [], Run.start
+
+    def noted(run: Run, *arguments: Any) -> None:
+        started.append(run)
+        start(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "start", noted)
+        yield open_tracking(request.node.name[:60])
+    for run in started:
+        with suppress(UserError):
+            run.finish(limit_s=REQUEST_DEADLINE_S)
 
 
 @pytest.fixture(scope="session")
