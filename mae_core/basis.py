@@ -41,7 +41,7 @@ class PatchBasis(nn.Module):
 
 @torch.no_grad()
 def principal_components(
-    batches: Iterable[Float[Tensor, "batch channels height width"]], patch_px: int, num_components: int
+    batches: Iterable[Float[Tensor, "_ channels height width"]], patch_px: int, num_components: int
 ) -> tuple[Float[Tensor, "dim"], Float[Tensor, "components dim"]]:
     """Return mean and leading components of all patches of the images, which are normalized pixels.
 
