@@ -1,7 +1,7 @@
 """A pretraining run that was killed or stopped again and again equals one that nobody disturbed, bit for bit.
 
-Two workers are tried by `make test-long`, three by `make test`: DDP's buckets matter from three on, and a batch of four
-micro-batches then needs placeholders.
+`make test` tries signals, and kills of the loop alone in `pipelines/worker/test_kills.py`; `make test-long` tries kills
+here. With three workers DDP's buckets matter, and a batch of four micro-batches needs placeholders.
 
 One run of each size meets every fault, since each start of a worker group costs seconds: one worker is killed, one
 hangs, all workers are killed (the driver starts the group again each time), then the driver is killed with everything
@@ -43,7 +43,8 @@ def command(place: Place, num_workers: int, name: str, **changes: Any) -> list[s
     return place.command(name, epochs=EPOCHS, compute=compute, **changes)
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("num_workers", [2, 3])
 def test_a_run_whose_processes_died_and_hung_equals_one_that_was_left_alone(place: Place, num_workers: int) -> None:
     name, wanted = f"killed-{num_workers}", f"undisturbed-{num_workers}"
     outcome(place, num_workers, wanted)

@@ -136,6 +136,7 @@ def test_a_log_is_followed_over_dropped_connections_and_each_line_appears_once(l
     assert ["lines", "SUCCEEDED"] in [line.split()[:2] for line in found["listed"].splitlines()]
 
 
+@pytest.mark.long
 def test_pretraining_spreads_over_two_nodes_and_its_version_becomes_a_classifier_once(
     local_cluster, tmp_path: Path
 ) -> None:

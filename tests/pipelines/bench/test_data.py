@@ -50,7 +50,7 @@ def test_figures_on_a_folder(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_whole_path_is_measured_on_a_folder(folder: Path) -> None:
     """In a process of its own, whose Ray inherits the S3 server's address."""

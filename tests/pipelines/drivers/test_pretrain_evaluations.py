@@ -110,6 +110,7 @@ def test_values_are_those_of_the_weights_at_their_step_in_run_folder_outcome_and
     }
 
 
+@pytest.mark.long
 def test_an_evaluation_that_was_lost_with_its_process_is_done_when_the_run_resumes(place: Place) -> None:
     from pipelines.drivers.pretrain import pretrain
 

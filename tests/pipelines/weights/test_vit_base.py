@@ -25,6 +25,7 @@ from tests.new_mlflow import new_mlflow
 from tests.pipelines.weights.checks import assert_identical, check_encoder, exported, run_line
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
