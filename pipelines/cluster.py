@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.state import state as cluster_state
 
@@ -152,6 +153,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         quiet_ray()
         # Spot instances give 30 s of notice; Train polls every 5 s by default.
         defaults.set("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+        started: set[psutil.Process] = set()
         if ray_address():
             _init(logging_level=logging.WARNING)
         else:
@@ -174,6 +176,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
             # priority on a busy machine workers take longer (seen on a sweep at niceness 19).
             defaults.set("RAY_worker_register_timeout_seconds", "600")
             os.environ[_EMBEDDED] = "1"
+            before = set(psutil.Process().children())
             _init(
                 _STARTS,
                 # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
@@ -185,12 +188,32 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
                 logging_config=ray.LoggingConfig(log_level="ERROR"),
                 object_store_memory=_object_store_bytes(),
             )
+            started = set(psutil.Process().children()) - before
         try:
             yield
         finally:
             if not is_work_left():
-                ray.shutdown()
+                _shut_down(started)
             os.environ.pop(_EMBEDDED, None)
+
+
+def _shut_down(started: set[psutil.Process]) -> None:
+    """Disconnect from Ray, or end it with all that these processes of it started.
+
+    Ray leaves its agents to notice that the raylet is gone, which takes them 10 s, and more on a busy machine.
+    """
+    family = [process for parent in started for process in (parent, *_descendants(parent))]
+    ray.shutdown()
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _declared(compute: ComputeConfig | None, groups: int) -> dict[str, Any]:
@@ -208,7 +231,8 @@ def _init(starts: int = 1, **arguments: Any) -> None:
     """Initialize Ray, in at most `starts` attempts. Raises CommandFailed if it does not respond."""
     for attempt in range(1, starts + 1):
         try:
-            with stage(f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"), _own_sessions():
+            doing = f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"
+            with stage(doing), _own_sessions(), _own_root_logger():
                 ray.init(**arguments)
         except SystemExit:  # raised by the handler that ray.init installs
             ray.shutdown()
@@ -226,6 +250,22 @@ def _init(starts: int = 1, **arguments: Any) -> None:
         else:
             handle_signals_again()
             return
+
+
+@contextmanager
+def _own_root_logger() -> Iterator[None]:
+    """Leave this process' root logger as it is.
+
+    The LoggingConfig is meant for Ray's processes, but sets the level here too and adds a handler at each start:
+    messages of other libraries would vanish or appear twice.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @contextmanager
@@ -265,7 +305,5 @@ def _object_store_bytes() -> int:
 
     The lesser of 20 % of the available memory and 80 % of the free /dev/shm; at least 128 MiB.
     """
-    import psutil
-
     shm_bytes = psutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 2**31
     return int(max(128 * 2**20, min(psutil.virtual_memory().available * 0.2, shm_bytes * 0.8)))

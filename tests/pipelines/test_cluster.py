@@ -1,6 +1,8 @@
-"""What data tasks may request of a cluster, and an embedded Ray that does not start at once."""
+"""What data tasks may request of a cluster, an embedded Ray that does not start at once, and what it leaves behind."""
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from pipelines.cluster import data_tasks, ray_session
 from pipelines.config import ComputeConfig, FixedCompute
 from pipelines.errors import CommandFailed
+from tests.waiting import COMMAND_DEADLINE_S
 
 
 def node(name: str, num_cpus: float, alive: bool = True) -> dict[str, Any]:
@@ -76,6 +79,36 @@ def test_the_environment_of_a_session_ends_with_it(
         assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
         assert os.environ["RAY_DATA_LOG_LEVEL"] == "1"
     assert dict(os.environ) == before
+
+
+SESSION = """
+import logging, psutil
+from pipelines.cluster import ray_session
+
+root = logging.getLogger()
+logging.basicConfig(level=logging.INFO)
+before = root.level, list(root.handlers)
+with ray_session(None):
+    import ray
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    assert (root.level, root.handlers) == before
+    family = psutil.Process().children(recursive=True)
+    assert {"raylet", "gcs_server"} <= {process.name() for process in family}
+assert (root.level, root.handlers) == before
+left = psutil.wait_procs(family, timeout=1)[1]
+assert not left, left
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_embedded_ray_leaves_neither_a_process_nor_another_root_logger() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SESSION], env=environment, capture_output=True, text=True, timeout=COMMAND_DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
 
 
 def test_a_cluster_that_does_not_answer_is_asked_once_and_named(
