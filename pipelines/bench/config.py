@@ -1,4 +1,4 @@
-"""Options of `mae bench recipes`, `data`, `embed`, `prepare` and `start`."""
+"""Options of `mae bench recipes`, `data`, `embed`, `feed`, `prepare` and `start`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,3 +127,30 @@ class StartBenchConfig:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"rounds {self.rounds} is below 1; try 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedBenchConfig:
+    """The feed's own cost on several nodes, each a raylet on this machine: ranks only check what they get."""
+
+    nodes: tuple[int, ...] = (1, 4)
+    """Numbers of nodes to compare."""
+    ranks_per_node: int = 8
+    """Ranks on each node."""
+    designs: tuple[Literal["cluster", "node", "rank"], ...] = ("cluster", "node")
+    """What one coordinator feeds: all ranks of the cluster, those of its node, or a single rank."""
+    block_mib: float = 2.0
+    """Size of a block in MiB, of made pixels."""
+    windows: int = 16
+    """Shuffle windows per round; each has two blocks for every rank, and more in the first."""
+    rounds: int = 3
+    """Rounds; each measures every design with every number of nodes once, and results are medians over them."""
+
+    def __post_init__(self) -> None:
+        for name, least, good in (("ranks_per_node", 1, 8), ("windows", 3, 16), ("rounds", 1, 3)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)} is below {least}; try {good}")
+        if not self.nodes or min(self.nodes) < 1 or not self.designs:
+            raise UserError(f"nodes {self.nodes} and designs {self.designs} must name one each; try 1 4 and node")
+        if self.block_mib <= 0:
+            raise UserError(f"block_mib {self.block_mib:g} is not positive; try 2")

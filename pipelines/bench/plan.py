@@ -74,13 +74,13 @@ def cost(num_images: int) -> None:
     arrays = (index.shard, index.group, index.first_id, index.num_rows)
     plan = plan_of(index, 8192)
     start_s = time.process_time()
-    reads = plan.window_reads(0, 0, range(64))
+    reads = plan.window_reads(0, 0, np.arange(64))
     first_s = time.process_time() - start_s
     start_s = time.process_time()
-    plan.window_reads(0, plan.windows_per_epoch // 2, range(64))
+    plan.window_reads(0, plan.windows_per_epoch // 2, np.arange(64))
     next_s = time.process_time() - start_s
     start_s = time.process_time()
-    plan.window_reads(1, 0, range(64))
+    plan.window_reads(1, 0, np.arange(64))
     epoch_s = time.process_time() - start_s
     print(f"{num_images:,} images, {len(index.group):,} row groups, {len(manifest.splits['train'].shards):,} shards")
     print(f"  index {index_s:.2f} s, {sum(a.nbytes for a in arrays) / 2**20:.0f} MiB")

@@ -222,6 +222,12 @@ def bench_embed(call: Invocation) -> dict[str, Any]:
     return run(call.config)
 
 
+def bench_feed(call: Invocation) -> dict[str, Any]:
+    from pipelines.bench.feeding import run
+
+    return run(call.config)
+
+
 def bench_prepare(call: Invocation) -> dict[str, Any]:
     from pipelines.bench.preparing import run
 

@@ -8,6 +8,7 @@ from mae_core.bench.config import StepConfig
 from pipelines.bench.config import (
     DataBenchConfig,
     EmbedBenchConfig,
+    FeedBenchConfig,
     PrepareBenchConfig,
     RecipesConfig,
     StartBenchConfig,
@@ -261,6 +262,11 @@ COMMANDS: dict[str, Command] = {
         help="Measure images per second, decoding alone and from S3 to training, against other loaders.",
         config=DataBenchConfig,
         run=calls.bench_data,
+    ),
+    "bench feed": Command(
+        help="Measure what feeding several nodes costs, on this machine, without decoding.",
+        config=FeedBenchConfig,
+        run=calls.bench_feed,
     ),
     "bench embed": Command(
         help="Measure embedded images per second against the bare encoder and timm behind a DataLoader.",

@@ -220,6 +220,9 @@ class DataConfig:
     """Samples per shuffle window, rounded to full batches. Row groups are shuffled, then samples within each window."""
     labels_per_class: int | None = None
     """Labelled training images per class, chosen by the seed; all if not set."""
+    lanes: int = field(default=1, metadata=ADDED)
+    """Equal parts of the batch that draw on different row groups of the window; must divide the batch. With
+    batch / (micro_batch x workers per node), no node of a cluster reads another's images."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch < 1 or self.batch % self.micro_batch:
@@ -227,6 +230,8 @@ class DataConfig:
                 f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; "
                 f"try {max(1, round(self.batch / max(1, self.micro_batch))) * max(1, self.micro_batch)}"
             )
+        if self.lanes < 1 or self.batch % self.lanes:
+            raise UserError(f"batch {self.batch} is not a multiple of lanes {self.lanes}; try 1")
         if self.window < 1:
             raise UserError(f"window {self.window} is below 1; try 8192")
         if self.labels_per_class is not None and self.labels_per_class < 1:

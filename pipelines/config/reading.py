@@ -150,10 +150,12 @@ def identity(config: Any) -> dict[str, Any]:
         for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend"):
             part.pop(key, None)
         if "compute" in part:
-            precision = part.pop("compute")["precision"]
+            compute = part.pop("compute")
+            precision = compute["precision"]
             # Runs from before there was an auto, whose default this was, resume with it. What auto chose is not part of
             # a run's identity, but stays with its folder.
             part["precision"] = "float32" if precision == "auto" else precision
+            part |= {key: compute[key] for key in ("reduce_in",) if key in compute}
         # The dataset's location does not matter either: its digest identifies it.
         part.get("data", {}).pop("uri", None)
     return values

@@ -1,4 +1,4 @@
-"""Options of compute, tracking and checkpoints. Except for the precision, none changes a run's result."""
+"""Options of compute, tracking and checkpoints. Except for precision and reduce_in, none changes a run's result."""
 
 import dataclasses
 import math
@@ -29,6 +29,11 @@ class ComputeConfig:
     precision: Precision | Auto = "auto"
     """Autocast type of the forward pass. auto: bfloat16 on GPUs that support it, else float32, as chosen when the run
     starts; resuming it keeps the choice, on any machine."""
+    reduce_in: Literal["float32", "bfloat16"] = field(default="float32", metadata=ADDED)
+    """Type in which gradients are summed over workers; bfloat16 sends half the bytes, and sums with 8 bits."""
+    bucket_mib: int | None = field(default=None, metadata=ADDED)
+    """MiB of gradients that are summed at a time, while the backward pass computes the next. If not set, 25, and 1 for
+    the first."""
     compile: bool | Auto = "auto"
     """Compile the model with torch.compile. auto: on GPUs."""
     micro_batch: int | Auto = "auto"
@@ -69,6 +74,8 @@ class ComputeConfig:
             raise UserError(
                 f"min_workers {self.min_workers} is not between 1 and num_workers {self.num_workers}; try 1"
             )
+        if self.bucket_mib is not None and self.bucket_mib < 1:
+            raise UserError(f"bucket_mib {self.bucket_mib} is below 1; try 25")
         if self.grace_s < 0:
             raise UserError(f"grace_s {self.grace_s:g} is negative; try 25, or 0 to end without a checkpoint")
         if self.stall_s <= 0:

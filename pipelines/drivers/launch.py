@@ -1,4 +1,4 @@
-"""Run jobs in a Ray Train worker group: build its feed, restart it after failures, stop it, report why it ended."""
+"""Run jobs in a Ray Train worker group: restart it after failures, stop it, report why it ended."""
 
 import gc
 import logging
@@ -10,19 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from uuid import uuid4
 
-from pipelines.cluster import data_tasks
 from pipelines.config import FixedCompute
+from pipelines.console import log_to_driver
+from pipelines.drivers.feeding import open_feed
 from pipelines.errors import CommandFailed
-from pipelines.feed.channel import FeedChannel
-from pipelines.feed.executions import NUM_DATASETS, dataset_name
-from pipelines.feed.rank import micro_batches
 from pipelines.interrupts import wait_for
 from pipelines.runs.automatic import with_stored_micro_batch
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedJob, Job, PretrainJob, remaining_segments, with_workers
+from pipelines.runs.jobs import IndexedJob, Job, PretrainJob
 from pipelines.runs.stopping import StopRequest
 from pipelines.stages import note, saying
 
@@ -86,7 +83,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
 
     from pipelines.drivers.process_group import ProcessGroup
 
-    run, compute = uuid4().hex, jobs[0].compute
+    compute = jobs[0].compute
     # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.stall_s)
     # While rank 0 retries a checkpoint or waits for the last evaluation, it still answers, but the others wait for it
@@ -95,7 +92,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
         trainer = DataParallelTrainer(
             _work,
-            train_loop_config={"jobs": stored, "attempt": attempt, "run": run, "stop": stop},
+            train_loop_config={"jobs": stored, "attempt": attempt, "stop": stop},
             backend_config=ProcessGroup("nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),
             scaling_config=scaling(compute),
             run_config=RunConfig(
@@ -105,8 +102,6 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[failure_recorder([job.folder for job in jobs], compute.max_failures)],
             ),
-            datasets={dataset_name(number): _placeholder for number in range(NUM_DATASETS)},
-            dataset_config=_feeds(stored, compute, run),
         )
         try:
             with saying("waiting for the workers", lambda: _has_begun(stop)):
@@ -141,25 +136,22 @@ def _work(config: dict[str, Any]) -> None:
 
     The import is here because importing torch would cost each of Ray's other processes 1.5 to 2 s.
     """
+    import ray
     import ray.train
 
     called_s = time.time()
-
-    def iterator_of(dataset: int) -> Any:
-        return ray.train.get_dataset_shard(dataset_name(dataset))
-
-    iterator_of(0)  # Blocks until the controller has built the feed and published its channel.
-    channel = FeedChannel.of_run(config["run"])
-    batches = micro_batches(iterator_of, channel)
+    log_to_driver()
+    context = ray.train.get_context()
+    feed = open_feed(ray.get(config["jobs"]), context.get_world_rank(), context.get_world_size())
     imported_s = time.time()
     with light_imports():
         from pipelines.worker import work
 
-    if ray.train.get_context().get_world_rank() == 0:
+    if context.get_world_rank() == 0:
         note("starting the workers", config["attempt"]["launched_s"], called_s)
-        note("waiting for the feed", called_s, imported_s)
+        note("starting the feed", called_s, imported_s)
         note("importing the worker's modules", imported_s)
-    work(config, batches, channel.key)
+    work(config, feed.batches, feed.group, feed.first_steps)
 
 
 @contextmanager
@@ -180,40 +172,6 @@ def light_imports() -> Iterator[None]:
         gc.enable()
         if hides_wandb:
             del sys.modules["wandb"]
-
-
-def _placeholder() -> Any:
-    """Return a placeholder for a dataset of the feed, replaced in `configure` once the number of workers is known."""
-    import ray.data
-
-    return ray.data.range(1)
-
-
-def _feeds(stored: Any, compute: FixedCompute, run: str) -> Any:
-    """Return a DataConfig that builds a feed of the remaining phases whenever Ray Train starts a group, of any size."""
-    import ray
-    from ray.train import DataConfig
-
-    from pipelines.feed.driver import Feed, data_config, feed
-
-    class Feeds(DataConfig):
-        feed: Feed | None = None
-
-        def configure(
-            self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **more: Any
-        ) -> Any:
-            # Ray Train calls this for the second dataset later, when other steps remain: keep the feed of the first.
-            if self.feed is None:
-                jobs = [(with_workers(job, world_size), dataset) for job, dataset in ray.get(stored)]
-                if left := remaining_segments(jobs):
-                    self.feed = feed(left, world_size, *data_tasks(compute, worker_node_ids))
-                    self.feed.channel.publish(run)
-            if self.feed:
-                names = {dataset_name(number): dataset for number, dataset in enumerate(self.feed.datasets)}
-                datasets = {name: names[name] for name in datasets}
-            return data_config().configure(datasets, world_size, worker_handles, worker_node_ids, **more)
-
-    return Feeds(datasets_to_split="all")
 
 
 def scaling(compute: FixedCompute) -> Any:

@@ -8,12 +8,30 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ray.train.backend import Backend, BackendConfig
 
+T = TypeVar("T")
+
 _LEAVING_S = 30.0
 """Time for workers to leave the process group, before they are ended anyway."""
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of every worker of the group, which is pickled, in rank order; every worker must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return [value]
+    if dist.get_backend() == "nccl":
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())  # on which NCCL gathers
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @dataclass

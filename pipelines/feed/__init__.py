@@ -6,7 +6,7 @@ between epochs.
 
 | process | module | what it does |
 |---|---|---|
-| driver (Ray Train's controller) | `driver` | builds the datasets of a feed |
+| first rank of a node | `driver` | builds the datasets of the node's feed |
 | data task | `data_task`, `windows` | turns one window into blocks |
 | rank | `rank` | turns blocks into micro-batches, and starts the next execution |
 | all of them | `channel` | holds the state that they share |

@@ -28,7 +28,7 @@ def to_block(batches: Sequence["MicroBatch"], images: NDArray[Any], next_executi
     """
     columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
     for name in _TENSORS[1:]:
-        columns[name] = np.concatenate([getattr(batch, name).numpy() for batch in batches])
+        columns[name] = np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
     for name in _NUMBERS:
         columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
     return pa.table({name: as_list(values) for name, values in columns.items()} | {_NEXT: [next_execution]})

@@ -1,22 +1,21 @@
-"""State that the processes of a feed share, in Ray's internal key-value store.
+"""State that the processes of a feed share, in Ray's internal key-value store. Each node has a feed and a channel.
 
-    driver                     ranks                                data tasks
-      |                          |                                      |
-      | feed(): two datasets     |                                      |
-      | channel.publish(run) --->| get_dataset_shard() returns          |
-      |                          | FeedChannel.of_run(run)              |
-      |                          |                                      |
-      |                          | channel.select(0)                    |
-      |                          | iterate dataset 0 ------------------>| task_ids reads channel.selected(0)
-      |                          |                                      | tasks 0 .. size - 1 run
-      |                          |<----------- blocks of execution 0 ---|
-      |                          |                                      | last task: channel.report_all_started(0)
-      |                          |<-- a block of one of the last tasks: "execution 1 may start"
-      |                          | channel.all_started(0)?              |
-      |                          | channel.select(1)                    |
-      |                          | iterate dataset 1 ------------------>| task_ids reads channel.selected(1)
-      |                          |<-- rest of execution 0, then 1 ------|
-      |                          | ... datasets 0 and 1 in turn         |
+    ranks of a node                      data tasks
+      |                                      |
+      | feed(): two datasets, by the first   |
+      | split(): their iterators, to all     |
+      |                                      |
+      | channel.select(0)                    |
+      | iterate dataset 0 ------------------>| task_ids reads channel.selected(0)
+      |                                      | tasks 0 .. size - 1 run
+      |<----------- blocks of execution 0 ---|
+      |                                      | last task: channel.report_all_started(0)
+      |<-- a block of one of the last tasks: "execution 1 may start"
+      | channel.all_started(0)?              |
+      | channel.select(1)                    |
+      | iterate dataset 1 ------------------>| task_ids reads channel.selected(1)
+      |<-- rest of execution 0, then 1 ------|
+      | ... datasets 0 and 1 in turn         |
 
 Two rules keep it safe.
 
@@ -34,19 +33,10 @@ from pipelines.shared_table import SharedTable
 
 @dataclass(frozen=True)
 class FeedChannel:
-    """The state that the driver, the data tasks and the ranks of one feed share."""
+    """The state that the ranks and the data tasks of one feed share."""
 
     key: str
     """Names the feed among all of the cluster."""
-
-    def publish(self, run: str) -> None:
-        """Make this the feed of a run; each new worker group gets a feed of its own."""
-        _table(run).put("feed", self.key)
-
-    @classmethod
-    def of_run(cls, run: str) -> "FeedChannel":
-        """Return the channel that was published last for a run; its key is empty if there was none."""
-        return cls(_table(run).get("feed", ""))
 
     def select(self, execution: int) -> None:
         """Make `execution` the one that its dataset runs when it is next iterated."""

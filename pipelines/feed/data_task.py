@@ -4,8 +4,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import pyarrow as pa
+import ray
 
 from pipelines.feed.blocks import to_block
 from pipelines.feed.buffers import BlockBuffers
@@ -18,7 +20,7 @@ from pipelines.feed.segments import FeedSegment
 _BLOCK_BYTES = 64 * 2**20
 _RANKS_FOR_MORE = 8
 _BLOCKS_IN_STORE = 32
-_MAX_PER_BLOCK = 16
+_MAX_PER_BLOCK = 64
 _BUFFERS = BlockBuffers()
 _SEGMENTS: dict[str, list[FeedSegment]] = {}
 """Segments of the feed that this process works for, by the feed's key."""
@@ -30,38 +32,39 @@ class FeedWork:
 
     channel: FeedChannel
     executions: Executions
-    segments: list[FeedSegment]
+    segments: Any
+    """Reference to the list of FeedSegments in Ray's object store."""
     stops: list[int]
     """For each segment, the id after its last task."""
+    ranks: tuple[int, ...]
+    """Ranks that the feed serves, ascending."""
     store_bytes: float
     """Size of the smallest object store of a node."""
 
 
 def blocks_of(work: FeedWork, task: int) -> Iterator[pa.Table]:
-    """Yield the blocks of a task's window: of every `num_workers` blocks in turn, block r is for rank r.
+    """Yield the blocks of a task's window: of every `len(ranks)` blocks in turn, block i is for rank ranks[i].
 
     The first block of a segment carries one micro-batch, so that training need not wait; later ones carry more.
     """
-    from pipelines.feed.windows import Window
-
     if work.executions.is_last(task):
         work.channel.report_all_started(work.executions.of_task(task))
     if work.channel.key not in _SEGMENTS:
-        # Each task unpickles its own segments. Those of the first are kept, with metadata and plans that they cache.
+        # Kept for the tasks that follow, with the metadata and plans that segments cache.
         _SEGMENTS.clear()
-        _SEGMENTS[work.channel.key] = work.segments
+        _SEGMENTS[work.channel.key] = ray.get(work.segments)
     index = bisect_right(work.stops, task)
     segment = _SEGMENTS[work.channel.key][index]
     number = segment.first_window + task - (work.stops[index] - segment.num_windows)
     next_execution = work.executions.next_after(task)
 
-    window, num_workers = Window(segment, number), segment.plan.num_workers
-    limit = max_per_block(segment.micro_batch_bytes, num_workers, work.store_bytes)
+    window, num_ranks = segment.open_window(number, work.ranks), len(work.ranks)
+    limit = max_per_block(segment.micro_batch_bytes, num_ranks, work.store_bytes)
     first, per_block = 0, 1 if number == segment.first_window else limit
     while first < len(window):
-        stop = min(first + per_block * num_workers, len(window))
-        for rank in range(num_workers):
-            numbers = range(first + rank, stop, num_workers)
+        stop = min(first + per_block * num_ranks, len(window))
+        for place in range(num_ranks):
+            numbers = range(first + place, stop, num_ranks)
             # Images are decoded straight into the memory in which the block travels.
             images = _BUFFERS.take((len(numbers), *window.images_shape), window.images_dtype)
             batches = [window.micro_batch(number, memory) for number, memory in zip(numbers, images)]

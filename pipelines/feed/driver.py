@@ -1,4 +1,7 @@
-"""The driver's part of a feed: build the datasets that Ray Train splits among the ranks."""
+"""Build a feed: the datasets of a group of ranks, whose coordinators and data tasks are on the node of the group.
+
+The first rank of each node builds the feed of its node, so that no process has work that grows with the cluster.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +16,31 @@ from mae_core.errors import UserError
 from pipelines.feed.channel import FeedChannel
 from pipelines.feed.data_task import FeedWork, blocks_of
 from pipelines.feed.executions import NUM_DATASETS, Executions
-from pipelines.feed.rank import micro_batches
+from pipelines.feed.rank import blocks, micro_batches
 from pipelines.feed.segments import FeedSegment
 
 if TYPE_CHECKING:
     from pipelines.feed.windows import MicroBatch
+
+_NODE_ID = "ray.io/node-id"
+"""Label that Ray gives to every node."""
+
+
+@dataclass(frozen=True)
+class RankFeed:
+    """One rank's part of a feed, which may be sent to the process of the rank."""
+
+    channel: FeedChannel
+    iterators: tuple[Any, ...]
+    """The rank's iterator of every dataset."""
+
+    def micro_batches(self) -> Iterator["MicroBatch"]:
+        """Yield the rank's micro-batches as they become ready; their tensors must not be written to."""
+        return micro_batches(self.iterators.__getitem__, self.channel)
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """Yield the blocks of these micro-batches, without importing torch."""
+        return blocks(self.iterators.__getitem__, self.channel)
 
 
 @dataclass(frozen=True)
@@ -26,21 +49,37 @@ class Feed:
 
     channel: FeedChannel
     datasets: tuple[Any, ...]
+    ranks: tuple[int, ...]
 
     def micro_batches(self) -> Iterator["MicroBatch"]:
         """Yield all micro-batches to this process, the only rank."""
         return micro_batches(lambda dataset: self.datasets[dataset].iterator(), self.channel)
 
+    def split(self) -> dict[int, RankFeed]:
+        """Return the part of each rank, from one coordinator per dataset.
 
-def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | None = None, num_cpus: float = 1) -> Feed:
+        Ray Data starts the coordinators on this node and ends them with this process.
+        """
+        splits = [dataset.streaming_split(len(self.ranks), equal=True) for dataset in self.datasets]
+        return {rank: RankFeed(self.channel, iterators) for rank, iterators in zip(self.ranks, zip(*splits))}
+
+
+def feed(
+    segments: Sequence[FeedSegment],
+    num_workers: int,
+    max_tasks: int | None = None,
+    num_cpus: float = 1,
+    *,
+    ranks: Sequence[int] | None = None,
+    node: str = "",
+) -> Feed:
     """Build the datasets whose blocks hold the micro-batches of the segments, in the order of their plans.
 
-    At most `max_tasks` tasks run at a time; without a value, as many as find their `num_cpus` free. Split among
-    `num_workers` by streaming_split(equal=True), as Ray Train does, rank r gets block j where j % num_workers == r,
-    which holds micro-batches of rank r. Raises UserError if a plan is for another number of workers, or if no segment
-    has a step.
+    With `ranks`, ascending, only the micro-batches of these of the `num_workers` ranks. At most `max_tasks` tasks run
+    at a time; without a value, as many as find their `num_cpus` free. They run on `node` while it has CPUs free, then
+    on others; without a node, anywhere. Block j is for the rank at j % len(ranks), as streaming_split(equal=True) deals
+    them. Raises UserError if a plan is for another number of workers, or if no segment has a step.
     """
-    import ray
     import ray.data
 
     from pipelines.cluster import DATA_TASK
@@ -56,13 +95,15 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
     if not stops or not stops[-1]:
         raise UserError("nothing to feed: no segment has a step; give at least one")
 
+    ranks = tuple(range(num_workers) if ranks is None else ranks)
     resources = ray.cluster_resources()
     cpu_limit = max(1, int(resources.get("CPU", 1) / max(num_cpus, 0.1)))
     work = FeedWork(
         channel=FeedChannel(uuid4().hex),
         executions=Executions.of(stops[-1], max_tasks or cpu_limit),
-        segments=segments,
+        segments=ray.put(segments),
         stops=stops,
+        ranks=ranks,
         # Blocks must fit the smallest object store.
         store_bytes=min(node["Resources"].get("object_store_memory", inf) for node in ray.nodes() if node["Alive"]),
     )
@@ -77,6 +118,8 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
         "num_cpus": num_cpus,
         "resources": {DATA_TASK: 1} if DATA_TASK in resources else {},
     }
+    if node:
+        limits |= {"label_selector": {_NODE_ID: node}, "fallback_strategy": [{"label_selector": {}}]}
 
     def dataset_of(number: int) -> Any:
         # With fewer tasks than the requested blocks, Ray would split each block.
@@ -93,12 +136,6 @@ def feed(segments: Sequence[FeedSegment], num_workers: int, max_tasks: int | Non
         dataset.context.execution_no_progress_timeout_s = -1
         return dataset
 
-    return Feed(work.channel, tuple(dataset_of(number) for number in range(NUM_DATASETS)))
-
-
-def data_config() -> Any:
-    """Return the DataConfig with which Ray Train must run a feed: blocks in order, split evenly."""
-    from ray.data import ExecutionOptions
-    from ray.train import DataConfig
-
-    return DataConfig(datasets_to_split="all", execution_options=ExecutionOptions(preserve_order=True))
+    # A dataset without an execution would only cost a coordinator.
+    num_datasets = min(NUM_DATASETS, work.executions.count)
+    return Feed(work.channel, tuple(dataset_of(number) for number in range(num_datasets)), ranks)

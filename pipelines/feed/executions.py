@@ -28,6 +28,11 @@ class Executions:
         """Make executions of eight times as many tasks as run at a time, and at least 128."""
         return cls(num_tasks, max(_MIN_TASKS, _MIN_ROUNDS * max_running), max_running)
 
+    @property
+    def count(self) -> int:
+        """Number of executions."""
+        return -(-self.num_tasks // self.size)
+
     def tasks(self, execution: int) -> range:
         """Task ids of an execution; empty past the last one."""
         return range(execution * self.size, min((execution + 1) * self.size, self.num_tasks))
@@ -47,8 +52,3 @@ class Executions:
     def of_task(self, task: int) -> int:
         """Return the execution of a task."""
         return task // self.size
-
-
-def dataset_name(dataset: int) -> str:
-    """Return the name under which Ray Train knows a dataset of the feed."""
-    return f"feed-{dataset}"

@@ -2,10 +2,13 @@
 
 1. Shuffle the row groups of the split.
 2. Cut the stream of their rows into shuffle windows of whole steps.
-3. Shuffle the rows within each window.
+3. Share a window out to lanes: with L lanes, lane l gets the l-th part of the window's rows, and fills the l-th part of
+   each of its steps.
+4. Shuffle the rows within each lane.
 
-Neither the number of workers nor the micro-batch changes which samples make up a step. The price: rows mix only within
-their window. Memory is proportional to the number of row groups, plus the rows of one window.
+Neither the number of workers nor the micro-batch changes which samples make up a step. With several lanes, a rank needs
+only the row groups of its own lanes. The price: rows mix only within their window, and in a micro-batch only within its
+lane. Memory is proportional to the number of row groups, plus the rows of one window.
 """
 
 import dataclasses
@@ -173,8 +176,12 @@ class EpochPlan:
     num_workers: int
     window: int
     shuffle: bool = True
+    lanes: int = 1
+    """Equal parts of a step, each of samples from row groups of its own."""
 
     def __post_init__(self) -> None:
+        if self.lanes < 1 or self.batch % self.lanes:
+            raise UserError(f"batch {self.batch} is not a multiple of lanes {self.lanes}; try 1")
         if self.micro_batch < 1 or self.batch % self.micro_batch:
             raise UserError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}; try {self.batch}")
         if self.num_workers < 1:
@@ -216,9 +223,9 @@ class EpochPlan:
         """Return the sample id of every slot of a window, in training order, without placeholders."""
         return self._window(epoch, window)[0]
 
-    def window_reads(self, epoch: int, window: int, slots: range) -> list[GroupRead]:
+    def window_reads(self, epoch: int, window: int, slots: Ids) -> list[GroupRead]:
         """List what to read for the given slots of a window, each row group once."""
-        ids, groups = (array[slots.start : slots.stop] for array in self._window(epoch, window))
+        ids, groups = (array[slots] for array in self._window(epoch, window))
         order = np.argsort(groups, kind="stable")
         found, starts = np.unique(groups[order], return_index=True)
         return [
@@ -226,7 +233,7 @@ class EpochPlan:
                 path=self.index.paths[self.index.shard[group]],
                 group=int(self.index.group[group]),
                 rows=ids[wanted] - self.index.first_id[group],
-                slots=wanted + slots.start,
+                slots=slots[wanted],
             )
             for group, wanted in zip(found.tolist(), np.split(order, starts[1:]))
         ]
@@ -276,7 +283,11 @@ class EpochPlan:
             ids.append(rows + self.index.first_id[group])
             groups.append(np.full(len(rows), group, dtype=np.int64))
         all_ids, all_groups = np.concatenate(ids), np.concatenate(groups)
-        if not self.shuffle:
-            return all_ids, all_groups
-        shuffled = np.argsort(hash64_numpy(self.seed, Purpose.ROWS, epoch, all_ids), kind="stable")
-        return all_ids[shuffled], all_groups[shuffled]
+        lanes = np.arange(len(all_ids)) % self.batch // (self.batch // self.lanes)
+        slots = np.argsort(lanes, kind="stable")  # by lane, as the rows of the window are shared out
+        order = np.arange(len(all_ids))
+        if self.shuffle:
+            order = np.lexsort((hash64_numpy(self.seed, Purpose.ROWS, epoch, all_ids), lanes[slots]))
+        found = np.empty_like(all_ids), np.empty_like(all_groups)
+        found[0][slots], found[1][slots] = all_ids[order], all_groups[order]
+        return found

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from queue import Queue
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
 _Blocks: TypeAlias = "Queue[pa.Table | BaseException | None]"
 
 
-def micro_batches(
-    iterator_of: Callable[[int], Any], channel: FeedChannel, *, prefetch: int = 2
-) -> Iterator["MicroBatch"]:
+def micro_batches(iterator_of: Callable[[int], Any], channel: FeedChannel) -> Iterator["MicroBatch"]:
     """Yield this rank's micro-batches as they become ready; their tensors must not be written to.
 
-    `iterator_of` returns this rank's iterator of a dataset of the feed. Data tasks start at once, not when the first
-    micro-batch is asked for, so that they work while the model is built.
+    `iterator_of` returns this rank's iterator of a dataset of the feed.
+    """
+    return chain.from_iterable(from_block(block) for block in blocks(iterator_of, channel))
+
+
+def blocks(iterator_of: Callable[[int], Any], channel: FeedChannel, *, prefetch: int = 2) -> Iterator["pa.Table"]:
+    """Yield the blocks of this rank's micro-batches.
+
+    Data tasks start at once, not when the first block is asked for, so that they work while the model is built.
     """
 
     def start(execution: int) -> _Blocks:
@@ -32,23 +38,23 @@ def micro_batches(
     return _drain(channel, start(0), start)
 
 
-def _drain(channel: FeedChannel, blocks: _Blocks, start: Callable[[int], _Blocks]) -> Iterator["MicroBatch"]:
-    """Yield the micro-batches of one execution after another, each started as soon as the channel allows it."""
-    following: _Blocks | None = blocks
+def _drain(channel: FeedChannel, first: _Blocks, start: Callable[[int], _Blocks]) -> Iterator["pa.Table"]:
+    """Yield the blocks of one execution after another, each started as soon as the channel allows it."""
+    following: _Blocks | None = first
     while following is not None:
-        blocks, following = following, None
-        while (block := blocks.get()) is not None:
+        arriving, following = following, None
+        while (block := arriving.get()) is not None:
             if isinstance(block, BaseException):
                 raise block
             execution = next_execution(block)
             if execution and following is None and channel.all_started(execution - 1):
                 following = start(execution)
-            yield from from_block(block)
+            yield block
 
 
 def _start(channel: FeedChannel, execution: int, iterator_of: Callable[[int], Any], prefetch: int) -> _Blocks:
     """Start an execution and return the queue in which a thread puts its blocks; None comes after the last."""
-    blocks: _Blocks = Queue(maxsize=1)
+    arriving: _Blocks = Queue(maxsize=1)
 
     def pump() -> None:
         try:
@@ -56,10 +62,10 @@ def _start(channel: FeedChannel, execution: int, iterator_of: Callable[[int], An
             iterator = iterator_of(execution % NUM_DATASETS)
             for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):
                 for i in range(table.num_rows):
-                    blocks.put(table.slice(i, 1))
-            blocks.put(None)
+                    arriving.put(table.slice(i, 1))
+            arriving.put(None)
         except BaseException as error:
-            blocks.put(error)
+            arriving.put(error)
 
     threading.Thread(target=pump, name=f"feed-{execution}", daemon=True).start()
-    return blocks
+    return arriving

@@ -3,13 +3,18 @@
 Must not import torch, since Ray's own processes import this module.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from mae_core.config import AugmentConfig, Size
 from mae_core.normalization import ValueRange
 from pipelines.dataset.row_groups import RowGroups
 from pipelines.feed.plan import EpochPlan
+
+if TYPE_CHECKING:
+    from pipelines.feed.windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,12 @@ class FeedSegment:
         height_px, width_px = self.transform.image_px
         image_values = height_px * width_px * self.transform.channels
         return self.plan.micro_batch * self.transform.crops * image_values * (1 if self.transform.values is None else 4)
+
+    def open_window(self, window: int, ranks: Sequence[int] | None = None) -> "Window":
+        """Read a window, counted over all epochs; with `ranks`, only what these ranks train on."""
+        from pipelines.feed.windows import Window
+
+        return Window(self, window, ranks)
 
     def _window_of(self, step: int) -> int:
         epoch, within = divmod(step, self.plan.steps_per_epoch)

@@ -1,10 +1,10 @@
 """Turn a shuffle window into micro-batches: read its samples once, decode and crop them. Imports no Ray."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -85,24 +85,32 @@ class MicroBatch:
 
 
 class Window:
-    """The samples of a window, and the micro-batches of all ranks that they form, in training order."""
+    """The samples of a window, and the micro-batches of some or all ranks that they form, in training order."""
 
-    def __init__(self, segment: FeedSegment, window: int) -> None:
-        """Read the window, whose number counts over all epochs of the segment."""
+    def __init__(self, segment: FeedSegment, window: int, ranks: Sequence[int] | None = None) -> None:
+        """Read the window, whose number counts over all epochs of the segment; with `ranks`, only their samples."""
         plan = segment.plan
         self._transform, self._size = segment.transform, plan.micro_batch
         epoch, within = divmod(window, plan.windows_per_epoch)
         steps = plan.window_steps(epoch, within)
         steps = range(max(steps.start, segment.first_step), min(steps.stop, segment.last_step))
-        self._slots = [
-            (step, index, slots) for step in steps for index, slots in enumerate(plan.micro_batch_slots(step))
+        wanted = frozenset(range(plan.num_workers) if ranks is None else ranks)
+        found = [
+            (step, index, slots)
+            for step in steps
+            for index, slots in enumerate(plan.micro_batch_slots(step))
+            if index % plan.num_workers in wanted
         ]
-        self._first_slot = self._slots[0][2].start
-        slots = range(self._first_slot, self._slots[-1][2].stop)
+        stops = list(accumulate(len(slots) for *_, slots in found))
+        self._micro_batches = [
+            (step, index, range(stop - len(slots), stop)) for (step, index, slots), stop in zip(found, stops)
+        ]
+        """Step, number within the step, and positions among the samples that are read."""
+        slots = np.concatenate([np.arange(slots.start, slots.stop) for *_, slots in found])
         self._views = _Views(segment.transform, epoch, _read(segment.row_groups, plan, epoch, within, slots))
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._micro_batches)
 
     @property
     def images_shape(self) -> tuple[int, ...]:
@@ -117,9 +125,8 @@ class Window:
 
     def micro_batch(self, number: int, memory: NDArray[Any] | None = None) -> MicroBatch:
         """Decode a micro-batch, into `memory` of shape `images_shape` if given."""
-        step, index, slots = self._slots[number]
+        step, index, positions = self._micro_batches[number]
         images = np.empty(self.images_shape, self.images_dtype) if memory is None else memory
-        positions = range(slots.start - self._first_slot, slots.stop - self._first_slot)
         ids, labels, weights = self._views.fill(images, positions, self._size)
         return MicroBatch(torch.from_numpy(images), ids, labels, weights, step=step, index=index)
 
@@ -145,9 +152,11 @@ class _Samples:
     """Restart segments of JPEGs that can be decoded in part; empty for other images."""
 
 
-def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots: range) -> _Samples:
+def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots: Ids) -> _Samples:
     """Read the samples in these slots of a window, each row group once."""
-    reads = plan.window_reads(epoch, window, slots)
+    ids, reads = plan.window_ids(epoch, window)[slots], plan.window_reads(epoch, window, slots)
+    if not reads:  # The ranks of a node have nothing but placeholders at the end of a small epoch.
+        return _Samples([], ids, ids, ids, ids, [], [])
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         parts = list(pool.map(lambda read: _read_group(row_groups, read), reads))
     order = np.argsort(np.concatenate([read.slots for read in reads]), kind="stable")
@@ -161,7 +170,7 @@ def _read(row_groups: RowGroups, plan: EpochPlan, epoch: int, window: int, slots
 
     return _Samples(
         images=[images[i] for i in order.tolist()],
-        ids=plan.window_ids(epoch, window)[slots.start : slots.stop],
+        ids=ids,
         labels=column("label"),
         heights_px=column("height_px"),
         widths_px=column("width_px"),

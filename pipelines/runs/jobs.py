@@ -221,6 +221,7 @@ def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
         num_workers=job.compute.num_workers,
         window=data.window,
         shuffle=True,
+        lanes=data.lanes,
     )
 
 
@@ -235,6 +236,7 @@ def read_plan(job: Job, dataset: IndexedDataset, split: str) -> EpochPlan:
         num_workers=compute.num_workers,
         window=data.window,
         shuffle=False,
+        lanes=1 if data.lanes == 1 else compute.num_workers,
     )
 
 
@@ -294,11 +296,17 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
     return found
 
 
-def remaining_segments(jobs: Sequence[IndexedJob]) -> list[FeedSegment]:
-    """Return the segments that remain of all jobs, from the results and checkpoints in their folders."""
-    found: list[FeedSegment] = []
-    for job, dataset in jobs:
-        folder = RunFolder(job.folder)
-        if folder.read_result() is None:
-            found += segments(job, dataset, folder.checkpoints.latest_step())
-    return found
+def first_steps(jobs: Sequence[IndexedJob]) -> list[int | None]:
+    """Return the step from which each job continues, from the checkpoints in its folder; None if it has a result."""
+    folders = [RunFolder(job.folder) for job, _ in jobs]
+    return [None if folder.read_result() is not None else folder.checkpoints.latest_step() for folder in folders]
+
+
+def remaining_segments(jobs: Sequence[IndexedJob], steps: Sequence[int | None]) -> list[FeedSegment]:
+    """Return the segments that remain of all jobs after their `first_steps`."""
+    return [
+        segment
+        for (job, dataset), step in zip(jobs, steps, strict=True)
+        if step is not None
+        for segment in segments(job, dataset, step)
+    ]

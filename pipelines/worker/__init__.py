@@ -4,7 +4,7 @@ import faulthandler
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from pipelines.worker.stop_gate import StopGate, StopRequested
 log = logging.getLogger(__name__)
 
 
-def work(config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -> None:
+def work(config: dict[str, Any], batches: Iterator[MicroBatch], group: str, first_steps: Sequence[int | None]) -> None:
     """Run every unfinished job of the group to its end, or until the driver asks it to stop.
 
-    Each rank of the group calls it, with its micro-batches and the key of the feed that they come from.
+    Each rank of the group calls it, with its micro-batches. `group` names this start of the group in all of the
+    cluster, and a job whose step is None in `first_steps` has ended.
     """
     import ray
 
@@ -36,19 +37,26 @@ def work(config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     jobs: list[IndexedJob] = ray.get(config["jobs"])
     try:
-        _run_jobs(jobs, config, batches, feed_key)
+        _run_jobs(jobs, config, batches, group, first_steps)
     finally:
         # Ray ends the process now, sometimes with a crash in its threads: nothing of ours, so no stack on the terminal.
         faulthandler.disable()
 
 
-def _run_jobs(jobs: list[IndexedJob], config: dict[str, Any], batches: Iterator[MicroBatch], feed_key: str) -> None:
+def _run_jobs(
+    jobs: list[IndexedJob],
+    config: dict[str, Any],
+    batches: Iterator[MicroBatch],
+    group: str,
+    first_steps: Sequence[int | None],
+) -> None:
     rank = join_group(jobs[0][0].compute)
     attempt = Attempt(**config["attempt"])
-    with StopGate(config["stop"], feed_key, rank.index, rank.world) as gate:
+    with StopGate(config["stop"], group, rank.index, rank.world) as gate:
         feed = Feed(staged(batches, rank.device), gate.enter)
-        for i in rank.agree([i for i, (job, _) in enumerate(jobs) if RunFolder(job.folder).read_result() is None]):
-            job, dataset = jobs[i]
+        for (job, dataset), step in zip(jobs, first_steps, strict=True):
+            if step is None:
+                continue
             try:
                 run_job(with_workers(job, rank.world), dataset, rank, feed, attempt)
             except (Stopped, RestartRequested, StopRequested):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ComputeConfig
@@ -98,7 +99,12 @@ class Rank:
         if self.world == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=self.compute.bucket_mib
+        )
+        if self.compute.reduce_in == "bfloat16":
+            parallel.register_comm_hook(None, bf16_compress_hook)
+        return parallel
 
 
 class Feed:

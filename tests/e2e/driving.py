@@ -169,9 +169,18 @@ def exit_status(driver: psutil.Process) -> int | None:
 
 def ranks(of: psutil.Process) -> list[psutil.Process]:
     """List the descendants of a driver, or of a node's raylet, that hold a rank."""
+    return _descendants(of, "RayTrainWorker")
+
+
+def coordinators(of: psutil.Process) -> list[psutil.Process]:
+    """List the descendants of a driver, or of a node's raylet, that hand out the blocks of a feed."""
+    return _descendants(of, "SplitCoordinator")
+
+
+def _descendants(of: psutil.Process, actor: str) -> list[psutil.Process]:
     found = []
     for process in of.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if actor in " ".join(process.cmdline()):
                 found.append(process)
     return found

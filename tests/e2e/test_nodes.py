@@ -20,7 +20,7 @@ from pipelines.drivers.pretrain import pixels_of
 from pipelines.runs.jobs import PretrainJob
 from pipelines.storage import open_storage
 from pipelines.worker.recorder import PREEMPTION_CHECK_STEPS
-from tests.e2e.driving import STEPS_PER_EPOCH, Place, exit_status, ranks, started, wait_for, wait_for_step
+from tests.e2e.driving import STEPS_PER_EPOCH, Place, coordinators, exit_status, ranks, started, wait_for, wait_for_step
 from tests.waiting import let_pass
 
 pytestmark = [
@@ -79,12 +79,20 @@ def driving(place: Place, name: str, cluster: Any, **changes: Any) -> contextlib
     return started([sys.executable, "-c", DRIVER, json.dumps(to_dict(job))], there)
 
 
+def nodes_of_ranks(cluster: Any) -> list[Any]:
+    """Return the nodes on which a worker trains."""
+    return [node for node in cluster.worker_nodes if ranks(raylet_of(node))]
+
+
 def node_of_a_rank(cluster: Any) -> Any:
     """Return a node on which a worker trains."""
-    for node in cluster.worker_nodes:
-        if ranks(psutil.Process(node.all_processes["raylet"][0].process.pid)):
-            return node
-    pytest.fail("no node has a worker")
+    found = nodes_of_ranks(cluster)
+    assert found, "no node has a worker"
+    return found[0]
+
+
+def raylet_of(node: Any) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 def announce(cluster: Any, node: Any, in_s: float) -> None:
@@ -153,6 +161,26 @@ def test_a_node_gone_without_a_word_and_a_dead_gcs_change_nothing(place: Place) 
     assert more == ([] if status == 0 else [headless_at])
     assert place.losses("lost") == place.losses("undisturbed")
     assert place.weights("lost") == place.weights("undisturbed")
+
+
+@pytest.mark.long
+def test_a_feed_on_each_of_four_nodes_gives_what_one_node_gets_and_a_dead_coordinator_changes_nothing(
+    place: Place,
+) -> None:
+    four = {"epochs": 40, "compute": {"num_workers": 4, "spread": True, "max_failures": 1}, "data": {"lanes": 4}}
+    undisturbed = place.run(place.command("one-node", **four))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    with cluster_of(4, 2, place) as cluster, driving(place, "four-nodes", cluster, **four) as driver:
+        wait_for_step(place, "four-nodes", 18, driver)
+        raylets = [raylet_of(node) for node in nodes_of_ranks(cluster)]
+        assert len(raylets) == 4
+        feeding = [coordinators(raylet) for raylet in raylets]
+        assert all(feeding), "every node should have a coordinator"
+        feeding[-1][0].kill()
+        assert exit_status(driver) == 0, place.log
+    assert len(place.run_folder("four-nodes").read_failures()) == 1
+    assert place.losses("four-nodes") == place.losses("one-node")
+    assert place.weights("four-nodes") == place.weights("one-node")
 
 
 @pytest.mark.long

@@ -39,6 +39,7 @@ def test_more_gpus_never_cost_arithmetic_and_always_cost_goodput() -> None:
     found = [estimate(RUN, Cluster(block_s=1e-5), size) for size in (8, 64, 512)]
     assert [e.compute_s for e in found] == sorted((e.compute_s for e in found), reverse=True)
     assert [e.images_s for e in found] == sorted(e.images_s for e in found)
+    assert [e.feed_s for e in found] == sorted((e.feed_s for e in found), reverse=True)
     assert [e.goodput for e in found] == sorted((e.goodput for e in found), reverse=True)
 
 
@@ -51,7 +52,26 @@ def test_more_gpus_never_cost_arithmetic_and_always_cost_goodput() -> None:
         ({"launch_s": 1e-3}, "kernel launches"),
         ({"snapshot_bytes_s": 1e6}, "checkpoints"),
         ({"block_s": 1.0}, "the feed"),
+        ({"source_bytes_s": 1e6}, "reading"),
     ],
 )
 def test_what_is_made_scarce_bounds_the_step(change: dict[str, float], bound: str) -> None:
     assert estimate(RUN, dataclasses.replace(Cluster(), **{"block_s": 1e-5, **change}), 64).bound == bound
+
+
+def test_the_feed_and_reading_bound_a_large_cluster_only_without_feeds_and_lanes_of_nodes() -> None:
+    cluster = Cluster()
+    for change, field in (({"has_node_feeds": False, "window_per_gpu": 1}, "feed_s"), ({"has_lanes": False}, "read_s")):
+        found = [getattr(estimate(dataclasses.replace(RUN, **change), cluster, size), field) for size in (8, 64, 512)]
+        assert found[-1] > 0.9 * found[0], change
+    assert all(
+        estimate(Run(model=m), cluster, size).bound != "the feed" for m in MODELS.values() for size in (8, 64, 512)
+    )
+
+
+def test_gradients_in_bfloat16_expose_less_of_the_network() -> None:
+    float32, bfloat16 = (
+        estimate(Run(model=MODELS["ViT-H/14"], gradient_bytes=size), Cluster(), 512) for size in (4, 2)
+    )
+    assert bfloat16.exposed_s < float32.exposed_s
+    assert bfloat16.compute_s == float32.compute_s

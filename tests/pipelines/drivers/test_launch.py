@@ -25,8 +25,6 @@ class Trainer:
 
     made: dict[str, Any]
     error: Exception | None = None
-    runs: list[str]
-    """Run ids of all that were made."""
     jobs: list[list[IndexedJob]]
     """Jobs that each was made with."""
     to_restart: RunFolder | None = None
@@ -34,7 +32,6 @@ class Trainer:
 
     def __init__(self, work: Any, **made: Any) -> None:
         Trainer.made = made
-        Trainer.runs.append(made["train_loop_config"]["run"])
         Trainer.jobs.append(made["train_loop_config"]["jobs"])
 
     def fit(self) -> None:
@@ -49,7 +46,6 @@ class Trainer:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
     monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer", Trainer)
     monkeypatch.setattr(Trainer, "error", None)
-    monkeypatch.setattr(Trainer, "runs", [], raising=False)
     monkeypatch.setattr(Trainer, "jobs", [], raising=False)
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "")
@@ -89,18 +85,18 @@ def test_a_group_that_gives_up_says_why_and_how_to_go_on(tmp_path: Path, trainer
         launch([job_in(tmp_path)], "fails")
 
 
-def test_a_group_that_requests_a_restart_is_launched_once_more_under_another_run_id(
+def test_a_group_that_requests_a_restart_is_launched_once_more(
     tmp_path: Path, trainer: type[Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     job, dataset = job_in(tmp_path)
     # Left by a driver that was killed: it must not cause another launch.
     RunFolder(job.folder).request_restart("of an earlier driver")
     launch([(job, dataset)], "undamaged")
-    assert len(trainer.runs) == 1
+    assert len(trainer.jobs) == 1
     trainer.to_restart = RunFolder(job.folder)
     with caplog.at_level(logging.WARNING):
         launch([(job, dataset)], "damaged")
-    assert len(set(trainer.runs)) == 3
+    assert len(trainer.jobs) == 3
     assert all(given[0][1] is dataset for given in trainer.jobs), "a group that is launched again reads nothing again"
     assert "step 7 is damaged; restarting the workers from the newest intact checkpoint" in caplog.text
     assert not RunFolder(job.folder).restart_reason()

@@ -22,6 +22,7 @@ def test_every_task_is_in_one_execution_and_every_execution_but_the_first_is_sta
         execution += 1
     assert seen == list(range(num_tasks))
     assert started == set(range(execution))
+    assert execution == executions.count
 
 
 def test_a_long_run_is_planned_in_short_parts() -> None:

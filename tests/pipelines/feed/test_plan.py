@@ -52,11 +52,12 @@ def plans(draw: Callable) -> EpochPlan:
     if draw(st.booleans()):
         chosen = draw(st.lists(st.integers(0, index.num_samples - 1), min_size=1, unique=True))
         index = index.only(np.array(chosen))
-    micro_batch = draw(st.integers(1, 6))
+    micro_batch, lanes = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2, 3]))
     return EpochPlan(
         index=index,
         seed=draw(st.integers(0, 2**63)),
-        batch=micro_batch * draw(st.integers(1, 5)),
+        batch=micro_batch * draw(st.integers(1, 5)) * lanes,
+        lanes=lanes,
         micro_batch=micro_batch,
         num_workers=draw(st.integers(1, 4)),
         window=draw(st.integers(1, 100)),
@@ -116,9 +117,9 @@ def test_reads_fill_each_wanted_slot_once_and_each_row_group_is_read_once(plan: 
     window = data.draw(st.integers(0, plan.windows_per_epoch - 1))
     ids = plan.window_ids(1, window)
     start = data.draw(st.integers(0, len(ids) - 1))
-    slots = range(start, data.draw(st.integers(start + 1, len(ids))))
+    slots = np.arange(start, data.draw(st.integers(start + 1, len(ids))), data.draw(st.integers(1, 3)))
     reads = plan.window_reads(1, window, slots)
-    assert sorted(slot for read in reads for slot in read.slots) == list(slots)
+    assert sorted(slot for read in reads for slot in read.slots) == slots.tolist()
     assert len({(read.path, read.group) for read in reads}) == len(reads)
     first = {
         (plan.index.paths[s], int(g)): int(i)
@@ -140,9 +141,28 @@ def test_windows_hold_every_step_of_an_epoch_once(plan: EpochPlan) -> None:
 @SETTINGS
 @given(plans())
 def test_without_shuffling_samples_stand_in_storage_order(plan: EpochPlan) -> None:
-    still = dataclasses.replace(plan, shuffle=False)
+    still = dataclasses.replace(plan, shuffle=False, lanes=1)
     seen = [sample for step in range(plan.steps_per_epoch) for sample in real(still.step_ids(step))]
     assert seen == sorted(seen)
+
+
+@SETTINGS
+@given(plans())
+def test_a_lane_draws_on_consecutive_rows_of_the_window(plan: EpochPlan) -> None:
+    """One lane's rows are those that come one after another as the row groups are visited, in all steps."""
+    for window in range(plan.windows_per_epoch):
+        ids = plan.window_ids(0, window)
+        lane_of = np.arange(len(ids)) % plan.batch * plan.lanes // plan.batch
+        order, _ = plan._order(0)
+        group_of = np.searchsorted(plan.index.first_id, ids, side="right") - 1
+        visited = np.empty(len(order), dtype=np.int64)
+        visited[order] = np.arange(len(order))
+        last = -1
+        for lane in range(plan.lanes):
+            places = visited[group_of[lane_of == lane]]
+            if len(places):
+                assert last <= places.min()
+                last = places.max()
 
 
 @pytest.mark.parametrize("groups_per_window", [8, 64])
@@ -166,7 +186,7 @@ def test_the_plan_of_a_billion_images_is_that_of_its_row_groups() -> None:
     plan = EpochPlan(index=index, seed=0, batch=4096, micro_batch=64, num_workers=8, window=8192)
     held = sum(array.nbytes for array in (index.shard, index.group, index.first_id, index.num_rows))
     assert held == 20 * 200
-    assert sum(len(read.rows) for read in plan.window_reads(3, plan.windows_per_epoch - 1, range(64))) == 64
+    assert sum(len(read.rows) for read in plan.window_reads(3, plan.windows_per_epoch - 1, np.arange(64))) == 64
     assert sum(array.nbytes for array in plan._order(3)) == 16 * 200
 
 

@@ -192,6 +192,19 @@ def resumed(rank: Rank, folder: RunFolder, stop: int) -> tuple[str, str]:
     return digests[0], digests[1]
 
 
+def reduced(rank: Rank, **compute: Any) -> Tensor:
+    """Gradients of the first step on every rank, of shape [rank, values]."""
+    rank = dataclasses.replace(rank, compute=ComputeConfig(num_workers=rank.world, **compute))
+    state, plan, found = state_of(rank), plan_of(rank.world), []
+
+    def record(*_: object) -> None:
+        found.append(torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]))
+
+    state.optimizer.register_step_pre_hook(record)
+    train_step(state, rank, plan, batches_of(plan, 0, rank), loss_of)
+    return torch.stack(rank.gather(found[0]))
+
+
 def single_loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
     images = pixels_to_input(batch.images, PIXELS)
     mask = sample_masks(MODEL.mask, MODEL.grid, seed=1, epoch=step // 2, sample_ids=batch.ids)
@@ -224,6 +237,8 @@ def _on_rank(index: int, folder: str) -> None:
                 "probe": probed(rank),
                 "resumed": [resumed(rank, run, stop) for stop in (1, 4)],
                 "pending": pending_of(rank),
+                "float32": reduced(rank),
+                "bfloat16": reduced(rank, reduce_in="bfloat16", bucket_mib=1),
             }
         except BaseException:
             traceback.print_exc()
@@ -260,6 +275,18 @@ def test_a_resumed_group_equals_an_undisturbed_one_bit_for_bit(together: dict[in
 def test_each_rank_continues_its_own_sum_of_losses(together: dict[int, Any]) -> None:
     for world, losses in ((2, [1.0, 0.5]), (3, [1.0, 0.5, 0.25])):
         assert together[world]["pending"] == [{"loss": losses, "steps": 1}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_summed_in_bfloat16_are_equal_on_all_ranks_and_near_the_exact_ones(
+    together: dict[int, Any], world: int
+) -> None:
+    exact, rounded = together[world]["float32"], together[world]["bfloat16"]
+    assert (exact == exact[0]).all()
+    assert (rounded == rounded[0]).all()
+    error = ((rounded - exact)[0].norm() / exact[0].norm()).item()
+    assert 0 < error < 2**-7
 
 
 def test_the_weights_of_placeholders_are_nothing() -> None:
