@@ -17,11 +17,14 @@ import pytest
 import yaml
 
 from mae_core.state import unpack
-from pipelines.config import ComputeConfig, PretrainConfig, to_dict
+from pipelines.config import ComputeConfig, PretrainConfig, TrackingConfig, to_dict
+from pipelines.monitoring.metrics import dataset_families, exporter_families, registry_families, run_families
+from pipelines.registry import RegistryCounts
 from pipelines.runs.folder import RunFolder
 from tests.digest import tensors_digest
 from tests.pipelines.drivers.small import pretraining, working_in
-from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, wait_until
+from tests.pipelines.monitoring.scraping import Seen, scraped
+from tests.waiting import JOB_DEADLINE_S, KILLED_DEADLINE_S, RUN_DEADLINE_S, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -36,6 +39,8 @@ class Place:
     folder: Path
     dataset: str
     undisturbed: dict[str, Any]
+    seen: Seen
+    """What Prometheus saw of that run."""
 
     def config(self, name: str) -> PretrainConfig:
         return pretraining(self.folder, self.dataset, name)
@@ -62,7 +67,51 @@ def place(few_prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     folder = tmp_path_factory.mktemp("pretrain")
     with working_in(folder):
-        yield Place(folder, few_prepared, pretrain(pretraining(folder, few_prepared, "calm"), "calm"))
+        config = pretraining(folder, few_prepared, "calm", tracking=TrackingConfig(tensorboard=str(folder / "tb")))
+        with scraped(output=str(folder / "runs"), datasets=few_prepared) as seen:
+            outcome = pretrain(config, "calm")
+        yield Place(folder, few_prepared, outcome, seen)
+
+
+def test_prometheus_sees_the_run_while_it_trains_and_its_version(place: Place) -> None:
+    empty = RegistryCounts(num_versions={}, aliases={}, moves=[], gates={})
+    families = [*run_families({}), *dataset_families([]), *registry_families(empty), *exporter_families({})]
+    exported = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    seen = place.seen
+    assert exported - seen.keys() == {
+        "mae_run_mfu_ratio",  # of GPUs
+        "mae_run_gpu_memory_ratio",
+        "mae_registry_alias_moves_total",  # of promotions
+        "mae_registry_alias_moved_timestamp_seconds",
+    }
+    assert {"pretrain calm running", "pretrain calm finished"} <= seen["mae_run_state"].keys()
+    assert seen["mae_run_images_per_second"]["calm"] > 0
+    assert seen["mae_run_loss"]["calm"] == pytest.approx(place.undisturbed["loss"])
+    shares = seen["mae_run_goodput_ratio"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-6)
+    assert 0 < shares["calm steps"] < 1
+    assert 0 <= shares["calm data"] < 1
+    steps = place.undisturbed["steps"]
+    assert seen["mae_run_step"] == seen["mae_run_checkpoint_step"] == seen["mae_run_total_steps"] == {"calm": steps}
+    ended_s = seen["mae_run_alive_timestamp_seconds"]["calm"]
+    assert ended_s - seen["mae_run_started_timestamp_seconds"]["calm"] < RUN_DEADLINE_S
+    assert abs(ended_s - seen["mae_run_checkpoint_timestamp_seconds"]["calm"]) < RUN_DEADLINE_S
+    assert seen["mae_run_failures_total"] == seen["mae_run_bad_steps_total"] == {"calm": 0}
+    assert seen["mae_dataset_complete"] == {place.dataset: 1}
+    assert sum(seen["mae_dataset_images"].values()) == seen["mae_dataset_images"][f"{place.dataset} ok"] == 300
+    assert seen["mae_registry_versions"] == {MODEL: 1}
+    assert seen["mae_registry_alias_version"] == {f"candidate {MODEL}": 1}
+
+
+def test_tensorboard_has_the_metrics_of_the_run_too(place: Place) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra tensorboard is absent; pip install '.[tensorboard]'",
+    )
+    events = accumulator.EventAccumulator(str(place.folder / "tb" / "calm"))
+    events.Reload()
+    found = events.Scalars("train/loss")[-1]
+    assert (found.step, found.value) == (place.undisturbed["steps"], pytest.approx(place.undisturbed["loss"]))
 
 
 def test_killed_after_the_last_checkpoint_only_the_export_is_left_to_do(place: Place) -> None:
