@@ -17,7 +17,7 @@ from pipelines import registry
 from pipelines.cluster import quiet_ray
 from pipelines.config import to_dict
 from pipelines.drivers.drive import mark_interrupted
-from pipelines.interrupts import wait_for
+from pipelines.interrupts import die_of_sigterm, wait_for
 from pipelines.registry import Point
 from pipelines.runs.automatic import settled_config
 from pipelines.runs.folder import RunFolder
@@ -105,9 +105,12 @@ def _run_group(
     def stopped() -> dict[str, Any] | None:
         return dict(zip(("epoch", "online"), online_accuracies(group[0])[-1])) if request.is_made_alone() else None
 
-    if not request.is_made() and (budget is None or budget.covers(group)):
-        with reporting(group[0]) if is_halving else nullcontext():
-            run(group, request, stopped)
+    try:
+        if not request.is_made() and (budget is None or budget.covers(group)):
+            with reporting(group[0]) if is_halving else nullcontext():
+                run(group, request, stopped)
+    finally:
+        die_of_sigterm()  # Tune may end its actor so.
     return {"done": True}
 
 

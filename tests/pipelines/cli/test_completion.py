@@ -28,7 +28,7 @@ def test_bash_completes_commands_and_their_options(capsys: pytest.CaptureFixture
     source = script("bash", capsys)
     assert completed(source, "mae", "pre") == ["prepare", "pretrain", "predict"]
     assert set(completed(source, "mae", "")) >= {name.split()[0] for name in COMMANDS}
-    assert completed(source, "mae", "bench", "") == ["step", "data", "embed", "prepare", "start", "recipes"]
+    assert completed(source, "mae", "bench", "") == ["step", "data", "feed", "embed", "prepare", "start", "recipes"]
     assert completed(source, "mae", "prepare", "--max-b") == ["--max-bad"]
     assert completed(source, "mae", "prepare", "SOURCE", "OUT", "--drop") == ["--drop-duplicates"]
     assert completed(source, "mae", "pretrain", "--model.mask.r") == ["--model.mask.ratio"]
