@@ -1,10 +1,6 @@
-"""Analytical model of the training step on 8, 64 and 512 GPUs: what bounds it, written as a page of the docs.
-
-python -m pipelines.bench.scaling > docs/scaling.md
-"""
+"""Analytical model of the training step on many GPUs: how long each part takes, and what bounds it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mae_core.config import ModelConfig, parse_arch
@@ -32,7 +28,7 @@ class Cluster:
     """Rate of decoding, cropping and resizing ImageNet images on one core; two virtual cores, shared with the S3
     server, reached 1,531 images/s together."""
     block_s: float = 6e-3
-    """CPU time of a feed's coordinator per block; measured as 5.7 ms of a virtual core."""
+    """CPU time of a feed's coordinator per block; measured as 5.7 and as 7.5 ms of a virtual core."""
     source_bytes_s: float = 1.0e10
     """Rate at which a node reads from storage: 100 Gbit/s at 80 %."""
     reduce_s: float = 5e-5
@@ -131,10 +127,10 @@ def forward_flops(model: ModelConfig) -> float:
 def num_parameters(model: ModelConfig) -> int:
     """Count the trained weights, to within 1 %: transformer layers, patch embedding, both ends of the decoder."""
     arch = parse_arch(model.arch)
-    return _num_parameters(arch.width, arch.depth, arch.patch_px**2 * model.channels, model)
+    return count_parameters(arch.width, arch.depth, arch.patch_px**2 * model.channels, model)
 
 
-def _num_parameters(width: int, depth: int, pixels: int, model: ModelConfig) -> int:
+def count_parameters(width: int, depth: int, pixels: int, model: ModelConfig) -> int:
     decoder = model.decoder_width
     blocks = 12 * depth * width**2 + 12 * model.decoder_depth * decoder**2
     return blocks + pixels * width + width * decoder + pixels * decoder
@@ -228,186 +224,3 @@ def all_reduce_s(num_bytes: float, cluster: Cluster, num_gpus: int) -> float:
     # Each GPU of a node sends its share of the gradients over the network.
     between_s = 2 * (nodes - 1) / nodes * num_bytes / local / cluster.network_bytes_s
     return inside_s + between_s
-
-
-MODELS = {
-    "ViT-B/16": ModelConfig(arch="vit_base_patch16"),
-    "ViT-L/16": ModelConfig(arch="vit_large_patch16"),
-    "ViT-H/14": ModelConfig(arch="vit_huge_patch14"),
-}
-SIZES = (8, 64, 512)
-
-
-def table(runs: dict[str, Run], cluster: Cluster, sizes: Sequence[int] = SIZES) -> str:
-    """Format the estimates as a Markdown table, one row per run and number of GPUs."""
-    lines = [
-        "| model | GPUs | images per GPU | arithmetic | launches | network, not hidden | decoding | reading | feed "
-        "| checkpoints | step | images/s | after failures | bound by |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    for name, run in runs.items():
-        for size in sizes:
-            found = estimate(run, cluster, size)
-            milliseconds = [found.compute_s, found.launch_s, found.exposed_s, found.data_s, found.read_s, found.feed_s]
-            cells = [f"{1000 * value:,.1f}" for value in (*milliseconds, found.checkpoint_s, found.step_s)]
-            lines.append(
-                f"| {name} | {size} | {run.batch // size} | {' | '.join(cells)} | {found.images_s:,.0f} "
-                f"| {found.goodput:.2%} | {found.bound} |"
-            )
-    return "\n".join(lines)
-
-
-def reduction(model: ModelConfig, cluster: Cluster, sizes: Sequence[int] = SIZES) -> str:
-    """Format the network time that is not hidden, and the step, by type of the gradients and size of the buckets."""
-    kinds = [(4, 25.0), (4, 100.0), (2, 25.0), (2, 100.0)]
-    lines = [
-        "| GPUs | " + " | ".join(f"{'float32' if of == 4 else 'bfloat16'}, {mib:.0f} MiB" for of, mib in kinds) + " |"
-    ]
-    lines.append("|--:|" + "--:|" * len(kinds))
-    for size in sizes:
-        found = [estimate(Run(model=model, gradient_bytes=of, bucket_mib=mib), cluster, size) for of, mib in kinds]
-        cells = [f"{1e3 * one.exposed_s:.1f} of {1e3 * one.step_s:.1f}" for one in found]
-        lines.append(f"| {size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def memory() -> str:
-    """Format the GPU memory of training, with every weight on every GPU and sharded over the 8 GPUs of a node."""
-    lines = [
-        "| model | parameters | weights, gradients, moments | activations of 64 images | sum | sharded over 8 |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name, (width, depth, patch_px) in _SHAPES.items():
-        model = MODELS["ViT-L/16"]
-        tokens = (224 // patch_px) ** 2
-        parameters = _num_parameters(width, depth, patch_px**2 * 3, model)
-        state = 16 * parameters / 1e9
-        visible = tokens // 4 + 1
-        activations = visible * width * depth + (tokens + 1) * model.decoder_width * model.decoder_depth
-        # 34 bytes for each value of a layer's input in 16 bits, without the attention matrices, which are not kept.
-        held = 64 * 34 * activations / 1e9
-        cells = [f"{size_gb:.1f} GB" for size_gb in (state, held, state + held, state / 8 + held)]
-        lines.append(f"| {name} | {parameters / 1e6:,.0f} M | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-_SHAPES = {
-    "ViT-B/16": (768, 12, 16),
-    "ViT-L/16": (1024, 24, 16),
-    "ViT-H/14": (1280, 32, 14),
-    "2 B: 24 layers of 2,560, patch 14": (2560, 24, 14),
-}
-"""Width, depth and patch size of encoders; the decoder is that of MAE."""
-
-
-def page() -> str:
-    """Return the content of docs/scaling.md."""
-    cluster = Cluster()
-    table_8 = {name: Run(model=model) for name, model in MODELS.items()}
-    large, before = table_8["ViT-L/16"], Run(model=MODELS["ViT-L/16"], has_node_feeds=False, window_per_gpu=1)
-    whole = Run(model=MODELS["ViT-L/16"], has_lanes=False)
-    return f"""# Scaling on paper
-
-Generated by `python -m pipelines.bench.scaling > docs/scaling.md`; change the assumptions there and regenerate it.
-**Nothing on this page was measured on more than one machine.** It states what to expect, and where to look first if a
-run is slower.
-
-Milliseconds per step of {4096:,} images, with the recipe of Table 8, bfloat16, gradients in float32, a feed on each \
-node, and `data.window` and `data.lanes` as below:
-
-{table(table_8, cluster)}
-
-- **arithmetic**: 3 x the operations of the forward pass / (GPUs x {cluster.matmul_flops_s:.1e} FLOP/s x an MFU of \
-{cluster.mfu:.0%}).
-- **launches**: 60 kernels per transformer layer and micro-batch at {cluster.launch_s * 1e6:.0f} us. If they exceed \
-the arithmetic, a GPU waits for its host: compile, capture CUDA graphs, or use fewer GPUs or larger batches.
-- **network**: a ring within the node ({cluster.node_bytes_s:.0e} bytes/s) and one over nodes \
-({cluster.network_bytes_s:.0e} bytes/s per GPU), less what the last micro-batch's backward pass hides; the last bucket \
-is never hidden.
-- **decoding**: {cluster.cores_per_gpu:.0f} cores per GPU at {cluster.images_s_per_core:.0f} images/s each. It bounds \
-the step only if it exceeds the rest. Shrunk sources, or several masks per decoded image, reduce it.
-- **reading**: images of {large.image_bytes / 1e3:.0f} kB at {cluster.source_bytes_s:.0e} bytes/s per node.
-- **feed**: {cluster.block_s * 1e3:.0f} ms for each block that the coordinators of a node hand to its ranks. A block \
-holds up to {images_per_block(large, cluster, 8)} images, and at most one rank's share of a shuffle window.
-- **checkpoints**: weights and both moments, once per epoch, copied at {cluster.snapshot_bytes_s:.0e} bytes/s while \
-the step waits, and written at {cluster.storage_bytes_s:.0e} bytes/s while it does not.
-- **after failures**: each GPU fails {cluster.gpu_failures_per_h:.0e} times an hour. Each failure loses half a \
-checkpoint interval and {cluster.restart_s:.0f} s.
-
-Compare with the shares of a real run: `goodput/*` in MLflow, and `goodput` in its `result.json`.
-
-## Options for many nodes
-Set both once, before the first step: they decide the order of samples, and so belong to a run's identity.
-
-- **`data.lanes`**: `batch / (micro_batch x GPUs per node)`, so 8 for 4,096 images in micro-batches of 64, and 64 in \
-micro-batches of 8. A lane is a part of each step that draws on row groups of its own. Each node then reads only the \
-row groups of its lanes, {read_per_image(large, cluster, 64):.3f} stored images for each that it trains on. With one \
-lane it reads all of every window: ViT-L on 64 GPUs would read for {1e3 * estimate(whole, cluster, 64).read_s:.0f} ms \
-a step. A number of lanes suits any number of nodes.
-- **`data.window`**: {large.window_per_gpu} samples per GPU ({large.window(512):,} for 512), so that a rank's \
-share of a window fills two blocks. As many tasks read it as there are nodes, \
-{8 * large.window_per_gpu:,} images each. A larger window also [mixes better](data-sources.md#the-epoch-plan).
-
-With one coordinator for all ranks, as before, and windows of 8,192, a step of ViT-L would wait for the feed for \
-{1e3 * estimate(before, cluster, 64).feed_s:.0f} ms on 64 GPUs and \
-{1e3 * estimate(before, cluster, 512).feed_s:,.0f} ms on 512.
-
-## Limits of a feed on each node
-- Ray Data 2.60 divides the CPUs of every node by the number of executions in the cluster, and rounds down. A feed has \
-one execution, and two while one takes over from the other. Where nothing is left, an execution runs one data task at \
-a time: with 112 cores on a node from about 100 executions on, so from 50 to 100 nodes. So data tasks of a group on \
-several nodes request no CPU, and a limit keeps them to what fits beside the ranks. Only if nodes without ranks help, \
-they do request CPUs, since Ray could not tell otherwise when a node is full. Such a cluster has this limit, which the \
-table does not count: see there how long ranks wait (`goodput/data`).
-- Two runs that share nodes, each on several of them: the later one makes its data as if workers held every CPU, with \
-`compute.data_tasks` on each node. Otherwise each might hold the CPUs that a data task of the other waits for.
-
-## Gradients
-Milliseconds of ViT-H's step for which the network is not hidden, by `compute.reduce_in` and `compute.bucket_mib`:
-
-{reduction(MODELS["ViT-H/14"], cluster)}
-
-Larger buckets pay latency less often, and leave more to send after the backward pass. Sums in bfloat16 keep 8 bits of \
-each gradient; no convergence run was made with them.
-
-## Memory
-GB per GPU: {16} bytes per parameter in float32, and activations in bfloat16:
-
-{memory()}
-
-All of these fit into 80 GB, so each GPU holds all weights (DDP). Sharding them (FSDP2) would send every weight twice \
-more per micro-batch; others measured it 3 % slower at ViT-L. It begins to pay where weights and moments no longer \
-leave room for a useful micro-batch: at about 4 B parameters (64 GB) on GPUs of 80 GB.
-
-## What was checked
-- The operation counts equal those in the presets' headers (ViT-L: 124 GFLOP per image and step), by a test.
-- Limits that any such model must satisfy (one GPU sends nothing, more GPUs never add arithmetic), by tests.
-- The cost of a block: 7.5 ms in the next section. This page assumes the 6 ms that were measured before.
-- The loop around the step: `python -m pipelines.bench.loop_overhead` measures what it adds, interleaved.
-
-## What the feed costs
-`mae bench feed --nodes 1 2 4 8 --windows 32 --rounds 2`: eight raylets on one machine of two \
-cores, blocks of 2 MiB for 8 ranks a node. CPU ms of a block, medians of two rounds, in which nothing else ran:
-
-| feeds | nodes | blocks/s, if the busiest coordinator had a core | made on the rank's node | MiB over the network, a \
-step | coordinators | raylets and GCS | data tasks | ranks |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|
-| one | 1 | 121 | 11 % | 0.22 | 8.4 | 8.1 | 6.5 | 6.1 |
-| one a node | 1 | 135 | 100 % | 0 | 7.5 | 2.6 | 6.2 | 6.0 |
-| one | 2 | 140 | 11 % | 0.44 | 7.2 | 8.6 | 6.7 | 6.9 |
-| one a node | 2 | 294 | 100 % | 0 | 6.7 | 2.5 | 5.5 | 5.0 |
-| one | 4 | 207 | 14 % | 0.86 | 4.8 | 6.8 | 4.6 | 5.7 |
-| one a node | 4 | 460 | 100 % | 0 | 8.4 | 3.5 | 6.5 | 5.7 |
-| one | 8 | 170 | 12 % | 1.75 | 6.0 | 7.7 | 5.1 | 6.6 |
-| one a node | 8 | 610 | 100 % | 0 | 12.5 | 5.8 | 7.7 | 7.5 |
-
-One feed stays at 120 to 210 blocks/s. A feed a node grows with the nodes: 2.1 x as many at two nodes and 3.6 x at \
-eight. It is less than eight times one node's, because eight coordinators share two cores here: each handed out the \
-same 496 blocks in 51 s instead of 6 s, and while it waits, Ray Data's loop polls for about 5 % of a core. The first \
-batch came after 20 s at 64 ranks, since eight executions started on two cores at once, and after 2.7 s at 8 ranks. \
-Not measured: 16 nodes, and nodes with cores of their own.
-"""
-
-
-if __name__ == "__main__":
-    print(page(), end="")
