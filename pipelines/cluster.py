@@ -1,21 +1,20 @@
 """Context manager that connects to the Ray cluster of RAY_ADDRESS, or starts an embedded Ray on this machine.
 
-Owns how Ray is started, configured and stopped, and how many data tasks may run on it.
+Owns how Ray is started, configured and stopped.
 """
 
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._private.state import state as cluster_state
 
-from pipelines.config import ComputeConfig, FixedCompute
+from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
 from pipelines.interrupts import handle_signals_again, interrupted_by, is_work_left
 from pipelines.machine import Machine, num_cores, this_machine
@@ -52,53 +51,6 @@ def ray_address() -> str:
     return os.environ.get("RAY_ADDRESS", "")
 
 
-def data_tasks(compute: FixedCompute, worker_nodes: Sequence[str]) -> dict[str, tuple[int | None, float]]:
-    """Return the limit of concurrent data tasks and the CPUs that each requests, for each node with workers.
-
-    `worker_nodes` has the node id of each worker. A limit of None leaves the number to the cluster's free CPUs. An
-    embedded Ray starts no more tasks than `compute.data_tasks`, since each is a process that takes seconds to start.
-    With several nodes, each has as many tasks as fit on it beside its workers, and an equal share of those that fit on
-    nodes without workers. The sum fits, since the tasks of a feed wait for its ranks, and these for the ranks of all
-    others. Tasks request 0 CPUs
-
-    - if a feed would have none, as after a move to fewer nodes: they would otherwise wait forever;
-    - if another group has several nodes, too: they might wait for its tasks, whose ranks wait for a task of its own;
-    - if workers are on all of several nodes. The limit suffices there, and Ray Data would leave an execution no CPU of
-      a node that has fewer CPUs than the cluster has executions.
-    """
-    nodes, fits = sorted(set(worker_nodes)), _fitting_tasks(worker_nodes)
-    share = sum(count for node, count in fits.items() if node not in nodes) // len(nodes)
-    limits: dict[str, int | None] = {node: fits.get(node, 0) + share for node in nodes}
-    if not all(limits.values()) or (len(nodes) > 1 and _is_another_group_spread()):
-        return dict.fromkeys(nodes, (compute.data_tasks, 0))
-    if os.environ.get(_EMBEDDED):
-        limits = dict.fromkeys(nodes, compute.data_tasks)
-    elif len(nodes) == 1:
-        limits = {nodes[0]: None}
-    num_cpus = DATA_TASK_CPUS if len(nodes) == 1 or share else 0
-    return {node: (limit, num_cpus) for node, limit in limits.items()}
-
-
-def _is_another_group_spread() -> bool:
-    """Return whether a worker group other than that of this worker has several nodes."""
-    ours = ray.util.get_current_placement_group()
-    return any(
-        group["state"] != "REMOVED" and len(set(group["bundles_to_node_id"].values())) > 1
-        for id, group in ray.util.placement_group_table().items()
-        if ours is None or id != ours.id.hex()
-    )
-
-
-def _fitting_tasks(worker_nodes: Sequence[str]) -> dict[str, int]:
-    """Count the data tasks that fit beside the workers on every node that is alive and not being drained."""
-    leaving = cluster_state.get_draining_nodes()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    free = {node["NodeID"]: node["Resources"].get("CPU", 0) - worker_nodes.count(node["NodeID"]) for node in nodes}
-    fits = {node: max(0, int(num_cpus / DATA_TASK_CPUS)) for node, num_cpus in free.items()}
-    declared = {node["NodeID"]: int(node["Resources"].get(DATA_TASK, 0)) for node in nodes}
-    return {node: min(fits[node], declared[node]) for node in fits} if any(declared.values()) else fits
-
-
 def machine() -> Machine:
     """Describe what a command may use: the cluster if RAY_ADDRESS names one, otherwise this machine.
 
@@ -122,12 +74,17 @@ def _cluster_machine(resources: Mapping[str, float]) -> Machine:
     )
 
 
+def is_embedded() -> bool:
+    """Return whether this process belongs to an embedded Ray."""
+    return bool(os.environ.get(_EMBEDDED))
+
+
 def task_limit() -> int | None:
     """Return how many tasks of a preparation may run at a time: as many as this machine has cores if Ray is embedded.
 
     None leaves the number to the cluster's free CPUs.
     """
-    return num_cores() if os.environ.get(_EMBEDDED) else None
+    return num_cores() if is_embedded() else None
 
 
 def task_slots() -> int:

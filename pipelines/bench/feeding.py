@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mae_core.config import AugmentConfig
 from pipelines.bench.config import FeedBenchConfig
 from pipelines.bench.object_store import environment
-from pipelines.feed.driver import RankFeed, feed
+from pipelines.feed.building import RankFeed, feed
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
 

@@ -24,7 +24,7 @@ from mae_core.config import AugmentConfig
 from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split, read_manifest, write_manifest
-from pipelines.feed.driver import feed
+from pipelines.feed.building import feed
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.prepare.shards import SCHEMA

@@ -89,7 +89,7 @@ def variants(
 
 
 def _ray_batches(segment: FeedSegment, cores: int) -> Iterator[Any]:
-    from pipelines.feed.driver import feed
+    from pipelines.feed.building import feed
 
     # One more than cores: see DATA_TASK_CPUS.
     yield from feed([segment], 1, cores + 1, DATA_TASK_CPUS).micro_batches()

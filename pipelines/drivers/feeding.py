@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from pipelines.cluster import data_tasks, quiet_ray
+from pipelines.cluster import quiet_ray
+from pipelines.drivers.data_tasks import data_tasks
 from pipelines.drivers.process_group import gather
-from pipelines.feed.driver import RankFeed, feed
+from pipelines.feed.building import RankFeed, feed
 from pipelines.runs.jobs import IndexedJob, first_steps, remaining_segments, with_workers
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from mae_core.config import AugmentConfig
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest, read_manifest
+from pipelines.feed.building import RankFeed, feed
 from pipelines.feed.data_task import max_per_block
-from pipelines.feed.driver import RankFeed, feed
 from pipelines.feed.executions import Executions
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
