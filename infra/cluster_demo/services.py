@@ -10,7 +10,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.bench.object_store import Ports, free_ports, server_command
+from pipelines.bench.object_store import server_command
+from pipelines.bench.ports import StorePorts, free_port, free_store_ports
 
 T = TypeVar("T")
 BIN = Path(sys.executable).parent
@@ -168,7 +168,7 @@ class Store(Service):
 
     def __init__(self, folder: Path, buckets: Sequence[str]) -> None:
         super().__init__(folder)
-        self.ports: Ports = free_ports()
+        self.ports: StorePorts = free_store_ports()
         self._buckets = buckets
         self.url = f"http://127.0.0.1:{self.ports['s3']}"
         self.client_environment = {
@@ -255,9 +255,9 @@ class RayPlace:
     """Ports of a Ray cluster on this machine, and the environment of its nodes, jobs and users."""
 
     environment: dict[str, str] = field(repr=False)
-    gcs: int = field(default_factory=lambda: free_port())
-    dashboard: int = field(default_factory=lambda: free_port())
-    client: int = field(default_factory=lambda: free_port())
+    gcs: int = field(default_factory=free_port)
+    dashboard: int = field(default_factory=free_port)
+    client: int = field(default_factory=free_port)
 
     @property
     def url(self) -> str:
@@ -368,19 +368,6 @@ def status(url: str) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on, outside the ranges from which others take theirs.
-
-    Those are Ray's workers (to 19,999), the S3 store (to 22,699) and Linux' outgoing connections (from 32,768), one of
-    which could take the port before the server starts.
-    """
-    while True:
-        port = 23_000 + secrets.randbelow(7_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def marked_processes(mark: str) -> list[int]:

@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,12 @@ from pathlib import Path
 import psutil
 
 from mae_core.errors import UserError
+from pipelines.bench.ports import StorePorts, free_store_ports
 from pipelines.errors import CommandFailed
 from pipelines.storage import open_storage
 
 _BUCKET = "mae-bench"
 _START_S = 60
-
-Ports = dict[str, int]
-"""Port of each service: s3, master, volume and filer."""
 
 
 @contextmanager
@@ -31,7 +28,7 @@ def object_store(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
     The environment holds its address and key during the block. Start Ray inside, so that its workers inherit them.
     Raises UserError if SeaweedFS is not installed, and CommandFailed if the server does not start.
     """
-    ports = free_ports()
+    ports = free_store_ports()
     command = server_command(folder, _BUCKET, ports)
     changes = {
         "AWS_ACCESS_KEY_ID": "bench",
@@ -65,7 +62,7 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def server_command(folder: Path, bucket: str, ports: Ports) -> list[str]:
+def server_command(folder: Path, bucket: str, ports: StorePorts) -> list[str]:
     """Return the command that starts a server with its data in the folder. Raises UserError if it is not installed."""
     weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if weed is None:
@@ -88,25 +85,3 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise CommandFailed(f"the S3 server did not start within {_START_S} s: {error}") from None
             time.sleep(0.2)
-
-
-def free_ports() -> Ports:
-    """Return a port for each service such that it and its gRPC port, 10,000 higher, are free."""
-    found: Ports = {}
-    for name in ("s3", "master", "volume", "filer"):
-        while name not in found:
-            # Both ports are above those of Ray's workers (10,002 to 19,999) and below Linux' ephemeral ports (from
-            # 32,768), one of which an outgoing connection could take before the server starts.
-            port = 20_000 + secrets.randbelow(2_700)
-            if port not in found.values() and _is_free(port) and _is_free(port + 10_000):
-                found[name] = port
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        try:
-            server.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from pipelines.bench.ports import free_port
 from tests.services import infra_module, services
 from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, wait_until
 
@@ -50,7 +50,27 @@ def servers() -> SimpleNamespace:
             pytest.fail(f"{name} is absent; `make setup` installs it")
         return found
 
-    return SimpleNamespace(free_port=_free_port, process=_process, until=_until, status=_status, program=program)
+    return SimpleNamespace(process=_process, status=_status, program=program)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    name: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def until(self, probe: Callable[[], T | None], what: str = "a response") -> T:
+        """Wait until the server responds as wanted; return that. Raises with the end of its log, at once if it dies."""
+        return wait_until(
+            probe,
+            lambda: f"{what} of {self.name}, whose log ends with: {self.log.read_text(errors='replace')[-2000:]}",
+            COMMAND_DEADLINE_S,
+            alive=lambda: self.process.poll() is None,
+            errors=(OSError, KeyError),
+            poll_every_s=0.2,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,19 +122,19 @@ def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClu
     """Two nodes as two `ray start --block`, and MLflow; every process that was started is gone afterwards."""
     root = tmp_path_factory.mktemp("cluster")
     with ExitStack() as stack:
-        gcs, dashboard, head_agent, worker_agent, client, mlflow = (_free_port() for _ in range(6))
+        gcs, dashboard, head_agent, worker_agent, client, mlflow = (free_port() for _ in range(6))
         tracking_uri = f"http://127.0.0.1:{mlflow}"
         environment = _environment(tracking_uri, root)
         url, token = f"http://127.0.0.1:{dashboard}", environment["RAY_AUTH_TOKEN"]
-        stack.enter_context(_mlflow(mlflow, root))
+        mlflow_server = stack.enter_context(_mlflow(mlflow, root))
         head = ["--head", "--port", str(gcs), "--node-ip-address", HEAD_IP, "--ray-client-server-port", str(client)]
         head += ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-        stack.enter_context(_node(head, head_agent, environment, root / "head.log"))
-        _until(lambda: _get(f"{url}/api/version", token), f"Ray's head; see {root}/head.log")
+        ray_head = stack.enter_context(_node(head, head_agent, environment, root / "head.log"))
+        ray_head.until(lambda: _get(f"{url}/api/version", token))
         worker = ["--address", f"{HEAD_IP}:{gcs}", "--node-ip-address", WORKER_IP]
-        stack.enter_context(_node(worker, worker_agent, environment, root / "worker.log"))
-        nodes = _until(lambda: _two_nodes(url, token), f"Ray's worker; see {root}/worker.log")
-        _until(lambda: _status(f"{tracking_uri}/health") == 200, f"MLflow; see {root}/mlflow.log")
+        ray_worker = stack.enter_context(_node(worker, worker_agent, environment, root / "worker.log"))
+        nodes = ray_worker.until(lambda: _two_nodes(url, token), "the registration")
+        mlflow_server.until(lambda: _status(f"{tracking_uri}/health") == 200)
         yield LocalCluster(url, tracking_uri, environment, nodes)
 
 
@@ -138,19 +158,19 @@ def _inherited() -> dict[str, str]:
 
 
 @contextmanager
-def _node(arguments: list[str], agent_port: int, environment: dict[str, str], log: Path) -> Iterator[None]:
+def _node(arguments: list[str], agent_port: int, environment: dict[str, str], log: Path) -> Iterator[Server]:
     """`ray start --block` runs, with a temporary folder of its own."""
     command = [str(BIN / "ray"), "start", *arguments, "--block", "--disable-usage-stats", "--num-cpus", "4"]
     command += ["--object-store-memory", str(2**27), "--min-worker-port", "0", "--max-worker-port", "0"]
     # Not under pytest's folder: the path of a socket in it may have 107 characters only.
     with tempfile.TemporaryDirectory(prefix="mae-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command += ["--temp-dir", folder, "--dashboard-agent-listen-port", str(agent_port)]
-        with _process(command, environment, log):
-            yield
+        with _process(command, environment, log) as server:
+            yield server
 
 
 @contextmanager
-def _mlflow(port: int, root: Path) -> Iterator[None]:
+def _mlflow(port: int, root: Path) -> Iterator[Server]:
     """Run an MLflow server on loopback, since a remote cluster cannot reach a sqlite file."""
     command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
@@ -159,19 +179,19 @@ def _mlflow(port: int, root: Path) -> Iterator[None]:
         "--artifacts-destination",
         str(root / "artifacts"),
     ]
-    with _process(command, {}, root / "mlflow.log"):
-        yield
+    with _process(command, {}, root / "mlflow.log") as server:
+        yield server
 
 
 @contextmanager
-def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    """Run a process; afterwards kill it and everything it started."""
+def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[Server]:
+    """Run a server; afterwards kill it and everything it started."""
     mark = f"MAE_TEST_PROCESS={secrets.token_hex(8)}"
     name, _, value = mark.partition("=")
     with log.open("wb") as output:
         child = subprocess.Popen(command, env=_inherited() | environment | {name: value}, stdout=output, stderr=output)
     try:
-        yield
+        yield Server(" ".join([Path(command[0]).name, command[1]]), log, child)
     finally:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -200,14 +220,3 @@ def _status(url: str, **headers: str) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
-
-
-def _until(probe: Callable[[], T | None], what: str) -> T:
-    """Wait until a server's response is as wanted; return it."""
-    return wait_until(probe, what, COMMAND_DEADLINE_S, errors=(OSError, KeyError), poll_every_s=0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,6 +8,9 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
+from pipelines.bench.ports import free_port, free_store_ports
+from tests.waiting import wait_until
+
 KEY, SECRET = "key-of-a-test", "secret-of-a-test"
 
 
@@ -23,18 +26,18 @@ def store(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     root = tmp_path_factory.mktemp("store")
     kept = [word for word in compose["s3"]["command"] if not re.match(r"-(dir|ip|ip\.bind)=", word)]
     assert len(kept) == len(compose["s3"]["command"]) - 3
-    port, *others = (servers.free_port() for _ in range(5))
-    places = ["-s3.port", "-master.port", "-filer.port", "-volume.port", "-admin.port"]
+    ports = free_store_ports("admin")
     command = [servers.program("weed"), *kept, f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += [f"{name}={value}" for name, value in zip(places, [port, *others], strict=True)]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
     assert keys.keys() == compose["s3"]["environment"].keys()
-    with servers.process(command, keys, root.with_suffix(".log")):
+    url = f"http://127.0.0.1:{ports['s3']}"
+    with servers.process(command, keys, root.with_suffix(".log")) as server:
         path = re.search(r"http://127.0.0.1:8333(/\w+)", compose["s3"]["healthcheck"]["test"][-1])
         assert path is not None
-        servers.until(lambda: servers.status(f"http://127.0.0.1:{port}{path[1]}") == 200, "the S3 store")
-        yield f"http://127.0.0.1:{port}"
+        server.until(lambda: servers.status(f"{url}{path[1]}") == 200)
+        yield url
 
 
 def client(url: str, secret: str) -> Any:
@@ -44,14 +47,14 @@ def client(url: str, secret: str) -> Any:
 
 
 @pytest.mark.s3
-def test_the_store_has_the_buckets_that_others_use(store: str, compose, servers) -> None:
+def test_the_store_has_the_buckets_that_others_use(store: str, compose) -> None:
     used = {"mae", compose["mlflow"]["environment"]["MLFLOW_ARTIFACTS_DESTINATION"].removeprefix("s3://")}
 
     def found() -> set[str]:
         return {bucket["Name"] for bucket in client(store, SECRET).list_buckets()["Buckets"]}
 
     # They are created just after the store reports that it is healthy.
-    servers.until(lambda: used <= found(), f"the buckets {used}")
+    wait_until(lambda: used <= found(), f"the buckets {used}", errors=(ClientError,))
     assert found() == used
 
 
@@ -65,7 +68,7 @@ def test_the_store_refuses_a_wrong_secret(store: str) -> None:
 def mlflow(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """MLflow's address; command and allowed hosts are compose's, sqlite and a folder stand for Postgres and S3."""
     root = tmp_path_factory.mktemp("mlflow")
-    port = servers.free_port()
+    port = free_port()
     words = {"mlflow": servers.program("mlflow"), "0.0.0.0": "127.0.0.1", "5000": str(port), "2": "1"}
     environment = {
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{root}/mlflow.db",
@@ -74,8 +77,8 @@ def mlflow(compose, servers, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     }
     assert environment.keys() <= compose["mlflow"]["environment"].keys()
     command = [words.get(word, word) for word in compose["mlflow"]["command"]]
-    with servers.process(command, environment, root.with_suffix(".log")):
-        servers.until(lambda: servers.status(f"http://127.0.0.1:{port}/health") == 200, "MLflow")
+    with servers.process(command, environment, root.with_suffix(".log")) as server:
+        server.until(lambda: servers.status(f"http://127.0.0.1:{port}/health") == 200)
         yield f"http://127.0.0.1:{port}"
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.bench.object_store import Ports, environment, free_ports
+from pipelines.bench.object_store import environment
+from pipelines.bench.ports import StorePorts, free_store_ports
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split, write_manifest
 from pipelines.prepare import prepare as prepare_source
@@ -36,16 +37,16 @@ def no_run_left_open() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_environment() -> Iterator[Ports]:
+def s3_environment() -> Iterator[StorePorts]:
     """AWS_* in this process' environment name a server that may yet have to be started, before Ray's workers are."""
-    ports = free_ports()
+    ports = free_store_ports()
     endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_EC2_METADATA_DISABLED": "true"}
     with environment(CREDENTIALS | endpoint):
         yield ports
 
 
 @pytest.fixture(scope="session")
-def s3(s3_environment: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3(s3_environment: StorePorts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """s3://bucket of a SeaweedFS server that runs in this session."""
     server = S3Server(tmp_path_factory.mktemp("weed"), s3_environment)
     try:
@@ -58,7 +59,7 @@ def s3(s3_environment: Ports, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Start a server of the test's own, which it may kill. Its endpoint is in no environment."""
-    server = S3Server(tmp_path_factory.mktemp("own-weed"), free_ports())
+    server = S3Server(tmp_path_factory.mktemp("own-weed"), free_store_ports())
     try:
         server.start()
         yield server
@@ -67,7 +68,7 @@ def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def ray4(s3_environment: Ports) -> Iterator[None]:
+def ray4(s3_environment: StorePorts) -> Iterator[None]:
     """Start one Ray with four logical CPUs for all tests that use it; its workers know the S3 server's address."""
     import ray
 

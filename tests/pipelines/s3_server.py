@@ -4,7 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from pipelines.bench.object_store import Ports, server_command
+from pipelines.bench.object_store import server_command
+from pipelines.bench.ports import StorePorts
 from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecretkey", "AWS_REGION": "us-east-1"}
@@ -13,7 +14,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsec
 class S3Server:
     """A SeaweedFS server of its own folder, which can be killed and started again."""
 
-    def __init__(self, folder: Path, ports: Ports) -> None:
+    def __init__(self, folder: Path, ports: StorePorts) -> None:
         self._folder, self._ports = folder, ports
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = f"http://127.0.0.1:{ports['s3']}"

@@ -1,10 +1,10 @@
 """What would be used is said, and what does not answer is named with the remedy."""
 
-import socket
 from pathlib import Path
 
 import pytest
 
+from pipelines.bench.ports import free_port
 from pipelines.cli.doctor import doctor
 from pipelines.machine import Machine
 
@@ -13,9 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 
 @pytest.fixture
 def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 def test_everything_is_local_and_answers_where_nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

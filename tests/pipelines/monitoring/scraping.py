@@ -1,6 +1,5 @@
 """Scrape `mae exporter` while something else runs."""
 
-import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipelines.bench.ports import free_port
 from pipelines.config import ExporterConfig
 from pipelines.monitoring.exporter import export
 from tests.waiting import REQUEST_DEADLINE_S, join, wait_until
@@ -22,9 +22,7 @@ def scraped(*, output: str, datasets: str) -> Iterator[Seen]:
 
     Yield the newest value of every sample that was ever seen, by name and by the values of its labels.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = ExporterConfig(output=(output,), datasets=(datasets,), port=port, every_s=0.5)
     seen: Seen = {}
     stop = threading.Event()

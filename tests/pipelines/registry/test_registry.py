@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from mae_core.errors import UserError
+from pipelines.bench.ports import free_port
 from pipelines.dataset.manifest import Manifest, Split
 from pipelines.registry import (
     Tracking,
@@ -154,9 +155,7 @@ class TestWhichMlflow:
         assert tracking.ui_command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mae-mlflow/mlflow.db"
 
     def test_a_server_that_does_not_answer_is_named_with_the_remedy_but_no_password(self, monkeypatch):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@{address}")
         with pytest.raises(ValueError, match=rf"MLflow at http://{address} does not respond; start it") as caught:
             open_tracking("mae")
@@ -583,9 +582,7 @@ class TestPackagedModel:
 @contextmanager
 def scoring(tracking_uri: str, model: str, folder: Path) -> Iterator[Callable[[object], tuple[int, Any]]]:
     """Serve the model by `mlflow models serve` on loopback; yield a function that posts to it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_REGISTRY_URI": tracking_uri}
@@ -632,9 +629,7 @@ class Server:
     """An `mlflow server` on loopback that can be killed and started again on the same files and port."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.folder = folder
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
