@@ -205,6 +205,8 @@ def run_parts(
         import ray.data
         from ray.exceptions import RayError
 
+        from pipelines.ray_data import configure
+
         num_actors = min(_num_actors(actors, here if embedded else None), len(todo))
         plan = dataclasses.replace(plan, decoders=_decoders(actors, num_actors))
         numbers = [{"number": number} for number in todo]
@@ -221,9 +223,7 @@ def run_parts(
             num_cpus=1 if embedded or actors.gpu else actors.threads,
             num_gpus=1 if actors.gpu else 0,
         )
-        dataset.context.enable_progress_bars = False
-        # A part of a large model on a slow CPU may take longer than Ray Data waits for a block.
-        dataset.context.execution_no_progress_timeout_s = -1
+        configure(dataset)
         try:
             yield from dataset.iter_rows()
         except RayError as error:

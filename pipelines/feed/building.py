@@ -84,6 +84,7 @@ def feed(
 
     from pipelines.cluster import DATA_TASK
     from pipelines.feed.task_ids import TaskIds
+    from pipelines.ray_data import configure
 
     segments = list(segments)
     for segment in segments:
@@ -125,15 +126,12 @@ def feed(
         # With fewer tasks than the requested blocks, Ray would split each block.
         ids = ray.data.read_datasource(TaskIds(work.executions, work.channel, number), override_num_blocks=1, **limits)
         dataset = ids.map_batches(run, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, **limits)
+        configure(dataset)
         # One output row a block, in order.
         dataset.context.target_max_block_size = 1
         dataset.context.execution_options.preserve_order = True
-        dataset.context.enable_progress_bars = False
         # Each task would start a thread that polls its memory, which nobody reads.
         dataset.context.memory_usage_poll_interval_s = None
-        # Ray Data ends an execution whose blocks nobody takes for 30 minutes, as during a long fit of a probe. A worker
-        # that hangs is found by `compute.stall_s`.
-        dataset.context.execution_no_progress_timeout_s = -1
         return dataset
 
     # A dataset without an execution would only cost a coordinator.

@@ -269,11 +269,10 @@ def _run_tasks(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str,
     from ray.exceptions import RayError
 
     from pipelines.cluster import task_limit
+    from pipelines.ray_data import configure
 
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(task, concurrency=task_limit())
-    dataset.context.enable_progress_bars = False
-    # A slice of large images in slow storage may take longer than Ray Data waits for a block.
-    dataset.context.execution_no_progress_timeout_s = -1
+    configure(dataset)
     try:
         yield from dataset.iter_rows()
     except RayError as error:
