@@ -48,16 +48,22 @@ class Decoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, latent: Float[Tensor, "batch *layers tokens features"], mask: Mask
+        self,
+        latent: Float[Tensor, "batch *layers tokens features"],
+        mask: Mask,
+        positions: Float[Tensor, "1 rows width"] | None = None,
     ) -> Float[Tensor, "batch predicted dim"]:
         """Predict the patches of `mask.predicted_ids`, in that order; dim is that of the target.
 
-        `latent` are the encoder's tokens, of several blocks if the decoder mixes them.
+        `latent` are the encoder's tokens, of several blocks if the decoder mixes them. `positions` is the table of the
+        images' grid, if it is not that of `config`.
         """
+        table = self.pos_embed if positions is None else positions
         if self.is_cross:
-            tokens = self._cross(latent, mask, mask.predicted_ids)
+            tokens = self._cross(latent, mask, mask.predicted_ids, table)
         else:
-            tokens = self._self(latent, mask, self.class_tokens + mask.visible_ids.shape[1] + mask.predicted_from)
+            first = self.class_tokens + mask.visible_ids.shape[1] + mask.predicted_from
+            tokens = self._self(latent, mask, first, table)
         return self.pred(self.norm(tokens))
 
     def predict_all(
@@ -65,12 +71,13 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "batch num dim"]:
         """Predict the visible patches, which no loss covers, and then the hidden ones, in the order of the mask."""
         if self.is_cross:
-            tokens = self._cross(latent, mask, torch.cat([mask.visible_ids, mask.hidden_ids], dim=1))
+            ids = torch.cat([mask.visible_ids, mask.hidden_ids], dim=1)
+            tokens = self._cross(latent, mask, ids, self.pos_embed)
         else:
-            tokens = self._self(latent, mask, self.class_tokens)
+            tokens = self._self(latent, mask, self.class_tokens, self.pos_embed)
         return self.pred(self.norm(tokens))
 
-    def _self(self, latent: Tensor, mask: Mask, first: int) -> Tensor:
+    def _self(self, latent: Tensor, mask: Mask, first: int, table: Tensor) -> Tensor:
         """Run all blocks with self-attention; return the tokens from place `first` on.
 
         The order of tokens is class, visible, hidden: attention is invariant to it, since each token carries its
@@ -79,23 +86,23 @@ class Decoder(nn.Module):
         seen_ids = mask.visible_ids
         if self.mask_token is None:
             seen_ids = torch.cat([seen_ids, mask.hidden_ids], dim=1)
-        tokens = self._with_positions(latent, seen_ids)
+        tokens = self.embed(latent) + self._positions(seen_ids, table)
         if self.mask_token is not None:
-            tokens = torch.cat([tokens, self._mask_tokens(mask.hidden_ids)], dim=1)
+            tokens = torch.cat([tokens, self._mask_tokens(mask.hidden_ids, table)], dim=1)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         last = cast(Block, self.blocks[-1])
         normed = last.norm1(tokens)
         return _attend(last, tokens[:, first:], normed[:, first:], normed)
 
-    def _cross(self, latent: Tensor, mask: Mask, ids: Tensor) -> Tensor:
+    def _cross(self, latent: Tensor, mask: Mask, ids: Tensor, table: Tensor) -> Tensor:
         """Run all blocks on mask tokens of these patches only.
 
         Each attends to the class and visible tokens, which no block changes.
         """
-        positions = self._positions(mask.visible_ids)
+        positions = self._positions(mask.visible_ids, table)
         embedded = self.embed(latent) if self.mixture is None else F.linear(latent, self.embed.weight)
-        tokens = self._mask_tokens(ids)
+        tokens = self._mask_tokens(ids, table)
         for number, module in enumerate(self.blocks):
             block = cast(Block, module)
             # The projection is linear: a mixture of projected tokens is the projected mixture.
@@ -107,19 +114,15 @@ class Decoder(nn.Module):
         """Return the weighted sum over the encoder's blocks, with the projection's bias."""
         return torch.einsum("bltw,l->btw", embedded, weights) + self.embed.bias
 
-    def _with_positions(self, latent: Tensor, ids: Tensor) -> Tensor:
-        """Project the encoder's tokens to the decoder's width and add their positions."""
-        return self.embed(latent) + self._positions(ids)
-
-    def _positions(self, ids: Tensor) -> Tensor:
+    def _positions(self, ids: Tensor, table: Tensor) -> Tensor:
         """Return the positions of the class tokens, then of these patches."""
         first = torch.arange(self.class_tokens, device=ids.device).expand(len(ids), -1)
-        return F.embedding(torch.cat([first, ids + self.class_tokens], dim=1), self.pos_embed[0])
+        return F.embedding(torch.cat([first, ids + self.class_tokens], dim=1), table[0])
 
-    def _mask_tokens(self, ids: Tensor) -> Tensor:
+    def _mask_tokens(self, ids: Tensor, table: Tensor) -> Tensor:
         """Return mask tokens with the positions of these patches."""
         assert self.mask_token is not None
-        return self.mask_token + F.embedding(ids + self.class_tokens, self.pos_embed[0])
+        return self.mask_token + F.embedding(ids + self.class_tokens, table[0])
 
 
 def _attend(block: Block, tokens: Tensor, normed: Tensor, context: Tensor) -> Tensor:

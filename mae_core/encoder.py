@@ -67,13 +67,15 @@ def encode(
     images: Float[Tensor, "batch channels height width"],
     mask: Mask | None,
     mask_token: Float[Tensor, "1 1 features"] | None = None,
+    positions: Float[Tensor, "1 rows features"] | None = None,
 ) -> Float[Tensor, "batch tokens features"]:
     """Encode the visible patches, or all of them if `mask` is None; the class tokens come first, usually one.
 
     With a mask token, one per hidden patch follows the visible patches (Table 1c). Tokens are normalized by the ViT's
-    last norm. `images` are normalized pixels (`pixels_to_input`).
+    last norm. `images` are normalized pixels (`pixels_to_input`). Images of another size than the ViT's need the
+    position table of their grid.
     """
-    return vit.norm(vit.blocks(_embedded(vit, images, mask, mask_token)))
+    return vit.norm(vit.blocks(_embedded(vit, images, mask, mask_token, positions)))
 
 
 def encode_blocks(
@@ -81,12 +83,13 @@ def encode_blocks(
     images: Float[Tensor, "batch channels height width"],
     mask: Mask | None,
     blocks: Sequence[int],
+    positions: Float[Tensor, "1 rows features"] | None = None,
 ) -> Float[Tensor, "batch layers tokens features"]:
     """Return what `encode` does of the tokens after each of these blocks, by number from 0, ascending.
 
     The last norm normalizes all of them.
     """
-    tokens, found = _embedded(vit, images, mask, None), []
+    tokens, found = _embedded(vit, images, mask, None, positions), []
     for number, block in enumerate(vit.blocks):
         tokens = block(tokens)
         if number in blocks:
@@ -106,17 +109,25 @@ def encode_layers(
     return found
 
 
-def _embedded(vit: VisionTransformer, images: Tensor, mask: Mask | None, mask_token: Tensor | None) -> Tensor:
+def _embedded(
+    vit: VisionTransformer,
+    images: Tensor,
+    mask: Mask | None,
+    mask_token: Tensor | None,
+    table: Tensor | None = None,
+) -> Tensor:
     """Return what the first block reads: patches with their positions, after the class tokens."""
-    assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
+    if table is None:
+        assert images.shape[-2:] == vit.patch_embed.img_size, f"images {images.shape} for {vit.patch_embed.img_size}"
+        table = vit.pos_embed
     projection = vit.patch_embed.proj
     patch_px = projection.kernel_size[0]
     patches = patchify(images, patch_px) if mask is None else gather_patches(images, mask.visible_ids, patch_px)
     # Values of a patch are ordered row, column, channel; the convolution's weight is channel, row, column.
     embedded = F.linear(patches, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
-    assert vit.pos_embed is not None
+    assert table is not None
     assert vit.cls_token is not None
-    positions, first = vit.pos_embed[0], vit.num_prefix_tokens
+    positions, first = table[0], vit.num_prefix_tokens
     class_tokens = vit.cls_token if vit.reg_token is None else torch.cat([vit.cls_token, vit.reg_token], dim=1)
     tokens = [(class_tokens + positions[:first]).expand(len(images), -1, -1)]
     if mask is None:

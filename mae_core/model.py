@@ -1,17 +1,20 @@
 """The masked autoencoder (He et al. 2021, section 3)."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mae_core.basis import PatchBasis
-from mae_core.config import ModelConfig, Size, parse_arch
+from mae_core.config import ModelConfig, Size, parse_arch, patch_grid
 from mae_core.decoder import Decoder
 from mae_core.encoder import build_encoder, encode, encode_blocks
 from mae_core.loss import NORM_EPS, masked_mse, targets
 from mae_core.masking import Mask
 from mae_core.patches import gather, patchify, unpatchify
+from mae_core.positions import resized
 from mae_core.randomness import Purpose, seed_of
 
 
@@ -19,7 +22,8 @@ class MaskedAutoencoder(nn.Module):
     """An encoder of visible patches and a decoder that predicts hidden ones.
 
     Weights are initialized from torch's global generator; `build_mae` takes a seed instead. Images are normalized
-    pixels (`pixels_to_input`) of `config.image_px`; masks come from `sample_masks` or `random_masks`.
+    pixels (`pixels_to_input`) of `config.image_px`; masks come from `sample_masks` or `random_masks`. Losses and
+    predictions take other sizes too, once `add_sizes` has named them, with masks of their grid.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -32,6 +36,36 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = None
         if config.mask_token_in == "encoder":
             self.mask_token = nn.Parameter(torch.empty(1, 1, arch.width).normal_(std=0.02))
+        # By image size, and no part of the state: they follow from the tables of config.image_px.
+        self._tables: dict[Size, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def add_sizes(self, sizes: Iterable[Size]) -> None:
+        """Make the position tables of images of these sizes (height, width), on the device of the model.
+
+        Sine-cosine tables are those that a model of the size has; others are interpolated (`positions.resized`). Call
+        it when the model has its weights and is on its device. Raises UserError if the patch does not divide a side.
+        """
+        config = self.config
+        for size in sizes:
+            grid = patch_grid(size, config.patch_px)
+            encoder, decoder = (
+                resized(table.detach(), config.grid, grid, config.class_tokens) for table in self._own_tables()
+            )
+            self._tables[size] = encoder, decoder
+
+    def _own_tables(self) -> tuple[Tensor, Tensor]:
+        table = self.encoder.pos_embed
+        assert table is not None
+        return table, self.decoder.pos_embed
+
+    def _tables_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the position tables of encoder and decoder for the size of the images."""
+        height_px, width_px = images.shape[-2:]
+        if (height_px, width_px) == self.config.image_px:
+            return self._own_tables()
+        assert (height_px, width_px) in self._tables, f"images {images.shape} for {self.config.image_px}; see add_sizes"
+        return self._tables[height_px, width_px]
 
     def forward(
         self,
@@ -53,13 +87,14 @@ class MaskedAutoencoder(nn.Module):
 
         dim is patch_px * patch_px * channels, ordered row, column, channel, or the number of principal components.
         """
-        return self.decoder(self._encode(images, mask), mask)
+        encoder_table, decoder_table = self._tables_of(images)
+        return self.decoder(self._encode(images, mask, encoder_table), mask, decoder_table)
 
-    def _encode(self, images: Tensor, mask: Mask) -> Tensor:
+    def _encode(self, images: Tensor, mask: Mask, table: Tensor | None = None) -> Tensor:
         """Return the tokens that the decoder reads: of the last block, or of several [batch layers tokens features]."""
         if self.config.encoder_layers > 1:
-            return encode_blocks(self.encoder, images, mask, self.config.mixed_blocks)
-        return encode(self.encoder, images, mask, self.mask_token)
+            return encode_blocks(self.encoder, images, mask, self.config.mixed_blocks, table)
+        return encode(self.encoder, images, mask, self.mask_token, table)
 
     @torch.no_grad()
     def reconstruct(

@@ -81,7 +81,8 @@ def pretrain_for(
 ) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     """Pretrain until `budget_s` seconds of the clock are spent; return the model and the run's numbers.
 
-    The learning rate follows the share of the budget that is spent, so that every run completes its schedule.
+    The learning rate follows the share of the budget that is spent, so that every run completes its schedule; so does
+    the size of the images where it grows, window by window.
     """
     config, dataset = job.config, index_dataset(job, manifest)
     plan = train_plan(job, dataset)
@@ -98,13 +99,15 @@ def pretrain_for(
         ),
         clip_norm=config.optim.clip_norm,
     )
-    feed, losses, in_steps_s = _steps(segments(job, dataset, 0)[0]), [], 0.0
-    start_s = clock()
+    mae.add_sizes(config.progressive.sizes_px(config.model))
+    losses, in_steps_s, start_s, spent_share = [], 0.0, clock(), 0.0
+    feed = _steps(job, segments(job, dataset, 0)[0], lambda: spent_share)
     while (begin_s := clock()) - start_s < budget_s:
+        spent_share = (begin_s - start_s) / budget_s
         step, batches = next(feed)
         read_s = clock()
         loss = sum(_backward(job, mae, batch, step // plan.steps_per_epoch, plan.planned(step)) for batch in batches)
-        state.step = int(_SCHEDULE_STEPS * (begin_s - start_s) / budget_s)
+        state.step = int(_SCHEDULE_STEPS * spent_share)
         state.update()
         losses.append(float(loss))
         in_steps_s += clock() - read_s
@@ -118,18 +121,26 @@ def pretrain_for(
     }
 
 
-def _steps(segment: FeedSegment) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """Yield each step with its micro-batches, for ever."""
-    endless = dataclasses.replace(segment, last_step=2**40)
-    batches = (batch for window in count() for batch in window_micro_batches(endless, window))
+def _steps(
+    job: PretrainJob, segment: FeedSegment, spent_share: Callable[[], float]
+) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """Yield each step with its micro-batches, for ever; a window has the size of images that is due when it is read."""
+
+    def window(number: int) -> Iterator[MicroBatch]:
+        size = job.config.progressive.size_at(spent_share(), job.config.model)
+        transform = dataclasses.replace(segment.transform, image_px=size)
+        endless = dataclasses.replace(segment, last_step=2**40, transform=transform)
+        return window_micro_batches(endless, number)
+
+    batches = (batch for number in count() for batch in window(number))
     return ((step, list(some)) for step, some in groupby(batches, key=lambda batch: batch.step))
 
 
 def _backward(job: PretrainJob, mae: MaskedAutoencoder, batch: MicroBatch, epoch: int, planned: int) -> float:
     """Accumulate the gradients of a micro-batch; return its share of the step's mean loss."""
-    config = job.config
+    config, (height_px, width_px) = job.config, batch.images.shape[1:3]
     mask = training_masks(
-        config.model,
+        dataclasses.replace(config.model, image_px=(height_px, width_px)),
         seed=config.seed,
         epoch=epoch,
         sample_ids=batch.ids,

@@ -5,6 +5,7 @@ from pipelines.config.embedding import CurateConfig, EmbedConfig, NeighboursConf
 from pipelines.config.evaluating import EvaluateConfig, LookConfig, PeriodicEvaluationConfig, SegmentConfig
 from pipelines.config.handing_over import HandoffConfig, HandoffJob, HandoffPlan, JobsConfig, SubmitConfig
 from pipelines.config.monitoring import ExporterConfig
+from pipelines.config.progressive import ProgressiveConfig
 from pipelines.config.promoting import GateConfig, LineageConfig, PromoteConfig, PruneConfig, RollbackConfig
 from pipelines.config.reading import (
     KINDS,
@@ -66,6 +67,7 @@ __all__ = [
     "PredictConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "ProgressiveConfig",
     "PromoteConfig",
     "PruneConfig",
     "ReconstructConfig",

@@ -9,6 +9,7 @@ from mae_core.config import ADDED, AugmentConfig, ClassifierConfig, ModelConfig,
 from mae_core.errors import UserError
 from pipelines.config.data import DataConfig
 from pipelines.config.evaluating import PeriodicEvaluationConfig
+from pipelines.config.progressive import ProgressiveConfig, shown
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
 
 
@@ -71,6 +72,8 @@ class PretrainConfig:
     """Optimizer and schedule."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation; the paper uses only a random resized crop and a flip."""
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig, metadata=ADDED)
+    """Smaller images in the first epochs."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """Workers and precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -102,17 +105,26 @@ class PretrainConfig:
             raise UserError("crops_per_image needs a random crop; try --augment.crop random_resized, or 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay {self.ema_decay} is outside (0, 1); try 0.9999, or leave it out for none")
-        self._check_complementary()
+        self._check_complementary(self.model)
         views = self.views_per_image
         by = "masks_per_image" if self.crops_per_image == 1 else "masks_per_image x crops_per_image"
         for name, count in (("epochs", self.epochs), ("data.micro_batch", self.data.micro_batch)):
             if count % views:
                 raise UserError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
+        self._check_progressive(self.epochs // views)
 
-    def _check_complementary(self) -> None:
+    def _check_progressive(self, epochs: int) -> None:
+        self.progressive.check(epochs, self.model)
+        for _, size in self.progressive.stages(epochs, self.model)[:-1]:
+            try:
+                self._check_complementary(dataclasses.replace(self.model, image_px=size))
+            except UserError as error:
+                raise UserError(f"images of {shown(size)} in the first epochs: {error}") from None
+
+    def _check_complementary(self, model: ModelConfig) -> None:
         if not self.complementary_masks:
             return
-        model, num = self.model, self.masks_per_image
+        num = self.masks_per_image
         if self.crops_per_image > 1 or model.mask.kind != "random":
             raise UserError(
                 f"complementary_masks need random masks of one crop, not {model.mask.kind} ones of "

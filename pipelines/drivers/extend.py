@@ -171,14 +171,16 @@ def extension_of(run: str, overrides: Mapping[str, Any], output: str = "runs") -
     """Return the config of a run that extends `run`: a run folder, or the name of a run under `output`.
 
     `overrides` names fields, dotted; "epochs", those to train after the run's end, is required. All others are the
-    run's own, but for its name. The warm-up keeps its share of the epochs. Raises UserError if there is no such run, if
-    it is not finished, or for a wrong field.
+    run's own, but for its name and for images that grow, which it has at full size. The warm-up keeps its share of the
+    epochs. Raises UserError if there is no such run, if it is not finished, or for a wrong field.
     """
     if "epochs" not in overrides:
         raise UserError(f"extending {run} needs --epochs, those to train after the run's end; try --epochs 100")
     extended = read_finished_run(run, output)
     config, epochs = extended.config, overrides["epochs"]
     own: dict[str, Any] = {"name": "", "backbone": "", "output": extended.output, "extend": extended.folder.storage.uri}
+    # The run ended with images of full size.
+    own["progressive.first_px"] = None
     if isinstance(epochs, int):
         own["optim.warmup_epochs"] = config.optim.warmup_epochs * max(0, epochs) / config.epochs
     return with_overrides(config, {**own, **overrides, "extend": own["extend"]})

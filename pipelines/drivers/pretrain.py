@@ -275,9 +275,11 @@ def describe(config: PretrainConfig, manifest: Manifest) -> str:
     """Describe the run for the registry: model, images, epochs, masks, decoder and dataset."""
     model = config.model
     origin = f", continued from {config.backbone}" if config.backbone else ""
+    first_px = config.progressive.first_px
+    grown = f", at first of {first_px[0]} x {first_px[1]} px" if first_px else ""
     return (
         f"MAE pretraining of {model.arch} at {model.image_px[0]} x {model.image_px[1]} px on "
-        f"{manifest.splits['train'].num_rows:,} images for {config.epochs} epochs; {model.mask.kind} masks of "
+        f"{manifest.splits['train'].num_rows:,} images for {config.epochs} epochs{grown}; {model.mask.kind} masks of "
         f"{model.mask.ratio:.0%}, {model.num_visible} of {model.num_patches} patches visible; "
         f"decoder {model.decoder_depth} x {model.decoder_width}; dataset {manifest.digest[:12]}{origin}"
     )

@@ -75,6 +75,13 @@ class PretrainJob:
         """
         return self.extended.epochs // self.config.views_per_image if self.extended else 0
 
+    @property
+    def stages(self) -> tuple[tuple[int, Size], ...]:
+        """First epoch of each size of images, counted as `first_epoch`, and the size; one unless they grow."""
+        reading = self.reading
+        found = reading.progressive.stages(reading.epochs, reading.model)
+        return tuple((self.first_epoch + epoch, size) for epoch, size in found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyJob:
@@ -149,6 +156,7 @@ class Phase:
     split: str
     first_step: int
     last_step: int
+    image_px: Size
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -185,10 +193,12 @@ def _check_augmentations(job: Job) -> None:
             f"rand_augment {augment.rand_augment} changes colours of 8-bit photographs, but the images are {kind} in "
             f"{channels} channels; try --augment.rand-augment '' with --augment.flip-vertical --augment.quarter-turns"
         )
-    if augment.quarter_turns and image_px[0] != image_px[1]:
+    sizes = [size for _, size in job.stages] if isinstance(job, PretrainJob) else [image_px]
+    oblong = next((size for size in sizes if size[0] != size[1]), None)
+    if augment.quarter_turns and oblong:
         raise UserError(
-            f"quarter_turns need square images, not {image_px[0]} x {image_px[1]} px; leave them out, or try "
-            f"--image-px {image_px[0]} {image_px[0]}"
+            f"quarter_turns need square images, not {oblong[0]} x {oblong[1]} px; leave them out, or try "
+            f"{'--image-px' if oblong == image_px else '--progressive.first-px'} {oblong[0]} {oblong[0]}"
         )
 
 
@@ -247,23 +257,34 @@ def last_step(job: Job, steps_per_epoch: int) -> int:
 
 def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[str]) -> list[Phase]:
     """Return the phases that remain after `first_step` steps; a pure function, so that driver and workers agree."""
-    total = last_step(job, steps_per_epoch)
+    total, (image_px, _) = last_step(job, steps_per_epoch), job.input
+
+    def train(start: int, stop: int, size: Size = image_px) -> Phase:
+        return Phase(kind="train", split="train", first_step=start, last_step=stop, image_px=size)
+
+    def read(split: str, step: int) -> Phase:
+        return Phase(kind="read", split=split, first_step=step, last_step=step, image_px=image_px)
+
     if isinstance(job, PretrainJob):
-        return (
-            [Phase(kind="train", split="train", first_step=first_step, last_step=total)] if first_step < total else []
-        )
-    final = Phase(kind="read", split=job.config.eval_split, first_step=total, last_step=total)
+        starts = [(epoch * steps_per_epoch, size) for epoch, size in job.stages]
+        stops = [start for start, _ in starts[1:]] + [total]
+        return [
+            train(max(start, first_step), stop, size)
+            for (start, size), stop in zip(starts, stops, strict=True)
+            if first_step < stop
+        ]
+    final = read(job.config.eval_split, total)
     if job.caches_features:
-        return [Phase(kind="read", split="train", first_step=0, last_step=0), final]
+        return [read("train", 0), final]
     found: list[Phase] = []
     start = first_step
     every = job.config.eval_every_epochs * steps_per_epoch
     for stop in (*range(every, total, every), total):
         if stop > first_step:
-            found.append(Phase(kind="train", split="train", first_step=start, last_step=stop))
+            found.append(train(start, stop))
             start = stop
         if first_step <= stop < total and "val" in splits:
-            found.append(Phase(kind="read", split="val", first_step=stop, last_step=stop))
+            found.append(read("val", stop))
     return [*found, final]
 
 
@@ -288,7 +309,7 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
             FeedSegment(
                 dataset_uri=job.config.data.uri,
                 plan=plan if train else read_plans[phase.split],
-                transform=transform if train else read_transform,
+                transform=dataclasses.replace(transform, image_px=phase.image_px) if train else read_transform,
                 first_step=phase.first_step if train else 0,
                 last_step=phase.last_step if train else read_plans[phase.split].steps_per_epoch,
             )

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mae_core.config import Size
 from mae_core.model import build_mae
 from mae_core.state import pack
+from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
-from pipelines.worker.loop import TrainState, warm_up
+from pipelines.worker.loop import LossOf, TrainState, warm_up
 from pipelines.worker.pretraining import loss_function
 from pipelines.worker.rank import Rank
 
@@ -19,7 +21,7 @@ class Calibration:
     """What was measured on one device."""
 
     micro_batch_s: float
-    """Forward and backward pass of one micro-batch."""
+    """Forward and backward pass of one micro-batch, on average over the epochs if images grow."""
     update_s: float
     """One step of the optimizer."""
     checkpoint_bytes: int
@@ -36,10 +38,30 @@ def calibrate(job: PretrainJob, dataset: IndexedDataset, seconds: float) -> Cali
         # Any components do: those of the images take time to fit.
         mae.basis.load_state_dict({name: torch.zeros_like(values) for name, values in mae.basis.state_dict().items()})
     state = TrainState.of(reading, mae, rank.parallel(mae), plan.steps_per_epoch, job.config.ema_decay)
+    mae.add_sizes(size for _, size in job.stages[:-1])
     loss_of = loss_function(job, plan.steps_per_epoch, rank)
-    in_float = job.pixels.values is not None
-    blank = MicroBatch.blank(reading.data.micro_batch, *job.input, job.config.crops_per_image, in_float=in_float)
-    batch = blank.to(rank.device)
+    starts = [epoch - job.first_epoch for epoch, _ in job.stages]
+    micro_batch_s = update_s = 0.0
+    for (_, size), start, stop in zip(job.stages, starts, [*starts[1:], reading.epochs], strict=True):
+        share = (stop - start) / reading.epochs
+        passing_s, updating_s = _measured(job, state, rank, size, plan, seconds / len(starts), loss_of)
+        micro_batch_s, update_s = micro_batch_s + share * passing_s, update_s + share * updating_s
+    snapshot = state.snapshot()
+    encoder_bytes = sum(p.numel() * p.element_size() for p in mae.encoder.parameters())
+    return Calibration(
+        micro_batch_s=micro_batch_s,
+        update_s=update_s,
+        checkpoint_bytes=sum(t.numel() * t.element_size() for part in snapshot.values() for t in part.values()),
+        export_bytes=len(pack(snapshot["model"])) + encoder_bytes,
+    )
+
+
+def _measured(
+    job: PretrainJob, state: TrainState, rank: Rank, size: Size, plan: EpochPlan, seconds: float, loss_of: LossOf
+) -> tuple[float, float]:
+    """Measure steps of images of this size; return the seconds of a micro-batch and of an update."""
+    crops, channels, in_float = job.config.crops_per_image, job.config.model.channels, job.pixels.values is not None
+    batch = MicroBatch.blank(plan.micro_batch, size, channels, crops, in_float=in_float).to(rank.device)
     warm_up(state, batch, loss_of)
     _settle(rank)
     micro_batches = updates = 0
@@ -57,14 +79,7 @@ def calibrate(job: PretrainJob, dataset: IndexedDataset, seconds: float) -> Cali
         _settle(rank)
         updates, passing_s = updates + 1, passing_s + passed_s - started_s
         updating_s += time.perf_counter() - passed_s
-    snapshot = state.snapshot()
-    encoder_bytes = sum(p.numel() * p.element_size() for p in mae.encoder.parameters())
-    return Calibration(
-        micro_batch_s=passing_s / micro_batches,
-        update_s=updating_s / updates,
-        checkpoint_bytes=sum(t.numel() * t.element_size() for part in snapshot.values() for t in part.values()),
-        export_bytes=len(pack(snapshot["model"])) + encoder_bytes,
-    )
+    return passing_s / micro_batches, updating_s / updates
 
 
 def _settle(rank: Rank) -> None:

@@ -1,6 +1,8 @@
 """Pretraining on one rank."""
 
+import dataclasses
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +36,8 @@ from pipelines.worker.gpu_meter import GpuMeter
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, Stopped, due_of
+
+log = logging.getLogger(__name__)
 
 _NUM_IMAGES_DRAWN = 8
 _NUM_IMAGES_FITTED = 2048
@@ -72,16 +76,27 @@ def run(
         first_epoch=first_epoch,
         start_lr=job.extended.end_lr if job.extended else 0.0,
     )
+    mae.add_sizes(size for _, size in job.stages[:-1])
+    if len(job.stages) > 1:
+        sizes = ", ".join(f"{size[0]} x {size[1]} px from epoch {epoch}" for epoch, size in job.stages)
+        rank.log(log, "images grow: %s", sizes)
     exported = mae if state.ema is None else state.ema
     assert isinstance(exported, MaskedAutoencoder)
     loss_of = loss_function(job, plan.steps_per_epoch, rank)
-    gpu = GpuMeter.of(config.model, config.views_per_image, rank)
+    gpu = GpuMeter.of(job, plan.steps_per_epoch, rank)
     in_float = job.pixels.values is not None
-    blank = MicroBatch.blank(reading.data.micro_batch, *job.input, config.crops_per_image, in_float=in_float)
+    blanks = [
+        MicroBatch.blank(
+            reading.data.micro_batch, size, config.model.channels, config.crops_per_image, in_float=in_float
+        ).to(rank.device)
+        for _, size in job.stages
+    ]
     with rank.stage("compiling" if job.compute.compile else "warming up"):
         if rank.device.type == "cuda":
-            check_fits(job, state, blank.to(rank.device), loss_of, folder, rank)
-        warm_up(state, blank.to(rank.device), loss_of)
+            check_fits(job, state, blanks[-1], loss_of, folder, rank)
+        # Every size is compiled now, and none in the middle of the run.
+        for blank in blanks:
+            warm_up(state, blank, loss_of)
 
     def save_picture(step: int) -> None:
         _save_picture(job, dataset, exported, folder, step)
@@ -166,13 +181,15 @@ def _set_basis(
 def loss_function(job: PretrainJob, steps_per_epoch: int, rank: Rank) -> LossOf:
     """Return the function that computes the loss of a micro-batch, with masks keyed by seed, epoch and sample."""
     config = job.config
+    models = {size: dataclasses.replace(config.model, image_px=size) for _, size in job.stages}
 
     def loss_of(model: nn.Module, batch: MicroBatch, step: int, index: int) -> Tensor:
         images, epoch = pixels_to_input(batch.images, job.pixels), step // steps_per_epoch
         prob = config.augment.drop_bands
         seen = drop_bands(images, prob, seed=config.seed, epoch=epoch, sample_ids=batch.ids) if prob else None
+        height_px, width_px = batch.images.shape[1:3]
         mask = training_masks(
-            config.model,
+            models[height_px, width_px],
             seed=config.seed,
             epoch=epoch,
             sample_ids=batch.ids,

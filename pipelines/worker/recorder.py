@@ -225,7 +225,7 @@ class Recorder:
             point["steps_skipped"] = self._num_skipped
         self.last |= point
         if self._rank.is_main:
-            measured = self._gpu.read(point["images_per_s"]) if self._gpu else {}
+            measured = self._gpu.read(point["images_per_s"], step) if self._gpu else {}
             shares = {f"goodput/{kind}": share for kind, share in self._clock.shares().items()}
             self.spool.add(step, point | measured | shares)
 

@@ -109,6 +109,24 @@ def test_the_budget_ends_the_run_and_the_schedule(tiles, monkeypatch) -> None:
     assert rates[-1] < 0.05 * max(rates)
 
 
+def test_images_grow_with_the_spent_share_of_the_budget(tiles, monkeypatch) -> None:
+    uri, manifest = tiles
+    values = {k: v for k, v in PRETRAIN.items() if k != "kind"}
+    data, model = {**PRETRAIN["data"], "uri": uri}, {**PRETRAIN["model"], "arch": "vit_pico_patch2"}
+    progressive = {"first_px": [4, 4], "sizes": 3, "full_from": 0.7}
+    config = from_dict(PretrainConfig, {**values, "data": data, "model": model, "progressive": progressive})
+    job = PretrainJob(folder="", config=config, pixels=pixels_of(manifest, 3))
+    sides: list[int] = []
+    real = recipes.pixels_to_input
+    monkeypatch.setattr(recipes, "pixels_to_input", lambda x, pixels: sides.append(x.shape[1]) or real(x, pixels))
+    ticks = itertools.count()
+    recipes.pretrain_for(job, manifest, 300.0, lambda: float(next(ticks)))
+    assert sides == sorted(sides)
+    assert set(sides) == {4, 6, 8}
+    # Windows of two or one of a hundred steps, of which 35, 35 and 30 are due.
+    assert all(abs(sides.count(side) / len(sides) - share) < 0.04 for side, share in ((4, 0.35), (6, 0.35), (8, 0.3)))
+
+
 def test_a_probe_of_varying_images_is_refused(study, tmp_path: Path) -> None:
     (tmp_path / "varying.yaml").write_text(yaml.safe_dump({**PROBE, "augment": {"flip": True}}))
     with pytest.raises(ValueError, match="not a linear probe without random augmentation"):

@@ -9,12 +9,13 @@ import pytest
 from mae_core.config import OptimConfig
 from mae_core.errors import UserError
 from pipelines.cli import parse
-from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
+from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, ProgressiveConfig
 from pipelines.drivers import pretrain as driver
 from pipelines.drivers.estimate import calculated, estimate
 from pipelines.drivers.pretrain import published_pretrain_job
 from pipelines.runs.estimates import Estimate, compare, num_kept, store
 from pipelines.runs.jobs import PretrainJob
+from pipelines.worker import calibrating
 from pipelines.worker.calibrating import Calibration, calibrate
 from tests.finished import finished_run
 from tests.pipelines.drivers.small import MODEL
@@ -79,6 +80,25 @@ def test_a_calibration_runs_the_presets_model_and_counts_its_checkpoint(tiles, t
 
     weights = sum(p.numel() * 4 for p in build_mae(COLOUR, seed=0).parameters() if p.requires_grad)
     assert 3 * weights <= found.checkpoint_bytes < 3.3 * weights, "weights and two moments, float32"
+
+
+def test_a_calibration_weighs_the_sizes_of_growing_images_by_their_epochs(
+    tiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progressive = ProgressiveConfig(first_px=(14, 14), sizes=2, full_from=0.75)
+    job = planned(tiles, tmp_path, progressive=progressive).job
+    assert isinstance(job, PretrainJob)
+    sizes = []
+
+    def measured(job, state, rank, size, plan, seconds, loss_of) -> tuple[float, float]:
+        sizes.append((size, seconds))
+        return float(size[0]), 1.0
+
+    monkeypatch.setattr(calibrating, "_measured", measured)
+    found = calibrate(job, planned(tiles, tmp_path).dataset, seconds=3.0)
+    assert sizes == [((14, 14), 1.5), ((28, 28), 1.5)]
+    assert found.micro_batch_s == pytest.approx(0.75 * 14 + 0.25 * 28)
+    assert found.update_s == pytest.approx(1)
 
 
 def test_an_estimate_is_stored_and_the_run_compares_it_in_one_line(

@@ -55,12 +55,15 @@ def segment_of(uri: str, manifest: Manifest, num_workers: int, *, train: bool, s
 
 
 def segments_of(uri: str, manifest: Manifest, num_workers: int) -> list[FeedSegment]:
-    """Training from the middle of an epoch through two more, an evaluation between, and a short rest of two crops."""
+    """Training from the middle of an epoch through two more, an evaluation between, and a short rest of two crops.
+
+    The rest has larger images, as those of pretraining that grow.
+    """
     rest = segment_of(uri, manifest, num_workers, train=True, steps=(25, 27))
     return [
         segment_of(uri, manifest, num_workers, train=True, steps=(4, 25)),
         segment_of(uri, manifest, num_workers, train=False, steps=(0, 0)),
-        replace(rest, transform=replace(rest.transform, crops=2)),
+        replace(rest, transform=replace(rest.transform, crops=2, image_px=(32, 36))),
     ]
 
 

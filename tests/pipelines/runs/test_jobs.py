@@ -9,10 +9,11 @@ import pytest
 from mae_core.config import AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig
 from mae_core.normalization import Normalization
 from mae_core.schedule import peak_lr
-from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig
+from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig, ProgressiveConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split
 from pipelines.runs.jobs import (
     ClassifyJob,
+    Extended,
     PretrainJob,
     index_dataset,
     phases,
@@ -72,6 +73,31 @@ def test_pretraining_is_one_stretch() -> None:
     assert spans(pretrain_job(), 0) == [("train", "train", 0, 40)]
     assert spans(pretrain_job(), 13) == [("train", "train", 13, 40)]
     assert spans(pretrain_job(), 40) == []
+
+
+def test_pretraining_of_growing_images_is_a_stretch_for_each_size_wherever_it_starts() -> None:
+    progressive = ProgressiveConfig(first_px=(112, 112), sizes=2, full_from=0.5)
+    job = pretrain_job(progressive=progressive)
+
+    def sizes(job: PretrainJob, first_step: int) -> list[tuple[int, int, int]]:
+        return [(p.first_step, p.last_step, p.image_px[0]) for p in phases(job, 10, first_step, BOTH)]
+
+    assert sizes(job, 0) == [(0, 20, 112), (20, 40, 224)]
+    assert sizes(job, 19) == [(19, 20, 112), (20, 40, 224)]
+    assert sizes(job, 20) == [(20, 40, 224)]
+    assert sizes(job, 33) == [(33, 40, 224)]
+    assert sizes(job, 40) == []
+    # An extension that states it grows again, over its own epochs.
+    longer = dataclasses.replace(job, extended=Extended(run="a", epochs=6, end_lr=0.0))
+    assert sizes(longer, 60) == [(60, 80, 112), (80, 100, 224)]
+
+
+def test_quarter_turns_need_square_images_in_every_epoch() -> None:
+    turned = {"augment": AugmentConfig(quarter_turns=True)}
+    oblong = ProgressiveConfig(first_px=(112, 128))
+    index_dataset(pretrain_job(**turned), manifest())
+    with pytest.raises(ValueError, match=r"not 112 x 128 px.*--progressive\.first-px 112 112"):
+        index_dataset(pretrain_job(epochs=8, progressive=oblong, **turned), manifest())
 
 
 def test_a_classifier_is_evaluated_now_and_then_and_at_the_end() -> None:

@@ -11,7 +11,15 @@ from torch import Tensor
 from mae_core import load_mae
 from mae_core.config import ModelConfig, OptimConfig
 from mae_core.state import model_tensors, pack, unpack
-from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, FixedCompute, PretrainConfig, TrackingConfig
+from pipelines.config import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    FixedCompute,
+    PretrainConfig,
+    ProgressiveConfig,
+    TrackingConfig,
+)
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim
 from pipelines.drivers.extend import extension_of, read_finished_run
@@ -169,6 +177,52 @@ def test_an_extension_at_a_constant_rate_equals_one_longer_run(tiles: tuple[str,
             if step > kept:
                 longer.checkpoints.discard(step)
         assert run_on(published.job, published.dataset) == whole, f"resumed after step {kept}"
+
+
+def test_images_that_grow_resume_bit_for_bit_and_a_constant_size_is_no_schedule(
+    tiles: tuple[str, Manifest], tmp_path: Path
+) -> None:
+    uri, manifest = tiles
+    plain = PretrainConfig(
+        output=str(tmp_path),
+        epochs=4,
+        data=DataConfig(uri=uri, batch=16, micro_batch=8, window=32),
+        model=ModelConfig(
+            arch="vit_pico_patch2", image_px=(8, 8), decoder_depth=1, decoder_width=16, decoder_heads=2,
+            decoder_attention="cross", predicted_share=0.5,
+        ),
+        optim=OptimConfig(base_lr=1e-2, warmup_epochs=1.0),
+        checkpoint=CheckpointConfig(keep=99, every_epochs=1 / 3),
+        tracking=TrackingConfig(pictures_every_epochs=4),
+    )  # fmt: skip
+
+    def trained(name: str, **fields: Any) -> tuple[PretrainJob, IndexedDataset, dict[str, str]]:
+        published = published_pretrain_job(dataclasses.replace(plain, **fields), name, manifest)
+        assert isinstance(published.job, PretrainJob)
+        claim(published.job, "pretrain", manifest)
+        return published.job, published.dataset, run_on(published.job, published.dataset)
+
+    *_, alone = trained("alone")
+    *_, constant = trained("constant", progressive=ProgressiveConfig(first_px=(8, 8)))
+    job, dataset, whole = trained("growing", progressive=ProgressiveConfig(first_px=(4, 4), sizes=3, full_from=0.7))
+    assert constant == alone
+    assert [(s.first_step, s.transform.image_px) for s in segments(job, dataset, 0)] == [
+        (0, (4, 4)),
+        (6, (6, 6)),
+        (9, (8, 8)),
+    ]
+    assert whole.keys() == alone.keys()
+    assert whole["model.safetensors"] != alone["model.safetensors"]
+    mae, _ = load_mae(tmp_path / "growing" / "export")
+    assert mae.config == plain.model
+
+    store = RunFolder(job.folder).checkpoints
+    assert store.steps() == list(range(1, 13))
+    for step in (9, 8, 6, 3, 2):  # where sizes change, at the end of an epoch, and in the middle of two
+        for later in store.steps():
+            if later > step:
+                store.discard(later)
+        assert run_on(job, dataset) == whole, f"resumed after step {step}"
 
 
 def test_muon_an_average_and_complementary_masks_resume_bit_for_bit_and_the_average_is_exported(
