@@ -37,8 +37,9 @@ class SourceConfig:
 
     labels: str = "auto"
     """folder: the first folder below a split is the class; none; column:NAME of a table or list; json:KEY of the .json
-    beside an image; member:SUFFIX, such as member:cls.txt beside an image; file:labels.csv with names and labels; auto:
-    what the kind of source stores by convention, else the folders if all images lie one folder deep."""
+    beside an image; member:SUFFIX, such as member:cls.txt beside an image; file:labels.csv with names and labels, or
+    file:labels.csv:COLUMN; auto: what the kind of source stores by convention, else the folders if all images lie one
+    folder deep."""
     multi_label: bool = field(default=False, metadata=ADDED)
     """An image may have several classes, or none: a list in a column or a JSON array, or names in a text, separated by
     | or ;. Otherwise lists are refused."""
@@ -70,7 +71,14 @@ class SourceConfig:
     @property
     def label_name(self) -> str:
         """Name of the column, key, member or file with the labels; empty for the other kinds."""
-        return self.labels.partition(":")[2]
+        name = self.labels.partition(":")[2]
+        return name.rpartition(":")[0] if self.label_column else name
+
+    @property
+    def label_column(self) -> str:
+        """Column of the file with the labels, in file:labels.csv:COLUMN; empty if it names none."""
+        file, _, column = self.labels.partition(":")[2].rpartition(":")
+        return column if self.label_kind == "file" and "." in file and "/" not in column else ""
 
 
 @dataclass(frozen=True, kw_only=True)

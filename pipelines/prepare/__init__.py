@@ -7,7 +7,7 @@ preparation can be resumed: the same command processes only the slices and piece
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, wri
 from pipelines.interrupts import stopping_at
 from pipelines.prepare.assembly import assemble, total_values
 from pipelines.prepare.dropping import drop_rows
-from pipelines.prepare.duplicates import duplicates
+from pipelines.prepare.duplicates import duplicates, relabelled
 from pipelines.prepare.exclusions import Exclusions
 from pipelines.prepare.holdout import bundled, with_held_out
 from pipelines.prepare.kinds import NUM_EXAMINED, PLAIN, PixelKind, kind_of
@@ -40,6 +40,7 @@ from pipelines.prepare.slices import (
 from pipelines.prepare.values import refuse_empty, refuse_fraction
 from pipelines.prepare.workfolder import WorkFolder
 from pipelines.sources import Place, Source, open_source
+from pipelines.sources.passed_over import printable
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
 from pipelines.storage.retries import StoreUnavailableError
@@ -67,6 +68,8 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     with ExitStack() as stack:
         entries, tally = _listed(origin, exclusions, config, stack)
         exclusions.check(tally.num_entries, source)
+        if not tally.num_entries:
+            raise UserError(f"no image in {source}: its {origin.kind} are empty; give files that hold images")
         origin.passed_over.report(source)
         origin.passed_over.refuse_many(source, tally.num_entries, config.max_skipped)
         check_splits(tally, source)
@@ -97,13 +100,22 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
         if config.drop_duplicates:
             job.second_pass(found)
     num_duplicates = sum(map(len, found.values()))
+    pairs = relabelled(found, lambda number: work.slice(number).labels) if classes else []
+    if pairs:
+        (number, position), (kept, kept_position) = pairs[0]
+        log.warning(
+            "%d of %d duplicates have another label than the equal image that is kept, such as %s and %s, which stays",
+            len(pairs), num_duplicates, printable(work.slice(number).entries[position].name),
+            printable(work.slice(kept).entries[kept_position].name),
+        )  # fmt: skip
     manifest = assemble(work.summaries(again=True), classes, identity, tally.num_entries, num_duplicates, config)
     if manifest.num_quarantined:
         log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
     for note, count in manifest.notes.items():
         log.info("%d of %d images: %s", count, manifest.num_found, note)
     _warn_of_splits(manifest, config)
-    manifest = dataclasses.replace(manifest, label_sets=label_sets)
+    notes = manifest.notes | ({"duplicate of an image with another label": len(pairs)} if pairs else {})
+    manifest = dataclasses.replace(manifest, label_sets=label_sets, notes=notes)
     written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
     work.remove()
     return written
@@ -245,7 +257,7 @@ class _Job:
             self._target.delete_tree()
             raise
 
-    def second_pass(self, skip: dict[int, frozenset[int]]) -> None:
+    def second_pass(self, skip: Mapping[int, Collection[int]]) -> None:
         """Rewrite every slice that holds duplicates, omitting those at positions `skip`."""
         done = self._work.done(again=True)
         todo = [{"number": n, "skip": sorted(skip[n])} for n in sorted(skip) if n not in done]

@@ -1,6 +1,6 @@
 """Find images with equal bytes. Their splits and positions alone decide which one is kept."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,8 @@ from pipelines.sources import SPLITS
 
 # Number of digests compared at a time, so that memory does not grow with the dataset.
 IMAGES_PER_PASS = 8_000_000
+Place = tuple[int, int]
+"""Number of a slice, and position in it."""
 # Of equal images, the one in the first of these splits is kept, so that no test image was trained on.
 _RANKS = np.full(256, len(SPLITS), dtype=np.uint8)
 _RANKS[[SPLITS.index(name) for name in ("test", "val", "train")]] = range(3)
@@ -17,21 +19,41 @@ _RANKS[[SPLITS.index(name) for name in ("test", "val", "train")]] = range(3)
 
 def duplicates(
     summaries: Callable[[], Iterable[SliceSummary]], num_images: int, images_per_pass: int = IMAGES_PER_PASS
-) -> dict[int, frozenset[int]]:
+) -> dict[int, dict[int, Place]]:
     """Return, by slice, the positions of images whose bytes also occur in a preferred split or earlier in the listing.
 
-    `summaries` yields those of all slices by ascending number; it is called once per pass. Each pass compares a range
-    of digests.
+    With each comes the place of the image that is kept in its stead. `summaries` yields those of all slices by
+    ascending number; it is called once per pass. Each pass compares a range of digests.
     """
     num_passes = max(1, -(-num_images // images_per_pass))
-    found: dict[int, set[int]] = {}
+    found: dict[int, dict[int, Place]] = {}
     for number in range(num_passes):
-        for slice_number, position in _repeated(summaries(), number, num_passes):
-            found.setdefault(slice_number, set()).add(position)
-    return {number: frozenset(positions) for number, positions in found.items()}
+        for (slice_number, position), kept in _repeated(summaries(), number, num_passes):
+            found.setdefault(slice_number, {})[position] = kept
+    return found
 
 
-def _repeated(summaries: Iterable[SliceSummary], number: int, num_passes: int) -> Iterator[tuple[int, int]]:
+def relabelled(
+    found: Mapping[int, Mapping[int, Place]], labels_of: Callable[[int], list[int]]
+) -> list[tuple[Place, Place]]:
+    """Return the duplicates that have another label than the image that is kept, each with that image.
+
+    `labels_of` returns the labels of a slice, -1 for none; an unlabelled duplicate says nothing else.
+    """
+    wanted: dict[int, set[int]] = {}
+    for number, positions in found.items():
+        for position, (kept, kept_position) in positions.items():
+            wanted.setdefault(number, set()).add(position)
+            wanted.setdefault(kept, set()).add(kept_position)
+    label: dict[Place, int] = {}
+    for number in sorted(wanted):
+        labels = labels_of(number)
+        label |= {(number, position): labels[position] for position in wanted[number]}
+    pairs = [((n, position), kept) for n in sorted(found) for position, kept in sorted(found[n].items())]
+    return [(place, kept) for place, kept in pairs if label[place] not in (-1, label[kept])]
+
+
+def _repeated(summaries: Iterable[SliceSummary], number: int, num_passes: int) -> Iterator[tuple[Place, Place]]:
     parts = [_selected(summary, number, num_passes) for summary in summaries]
     if not parts:
         return
@@ -40,7 +62,13 @@ def _repeated(summaries: Iterable[SliceSummary], number: int, num_passes: int) -
     order = np.lexsort((ranks, digests[:, 1], digests[:, 0]))
     same = np.zeros(len(order), dtype=bool)
     same[1:] = (digests[order][1:] == digests[order][:-1]).all(axis=1)
-    yield from zip(slices[order[same]].tolist(), positions[order[same]].tolist())
+    # Of a run of equal digests the first is kept.
+    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+    kept = order[starts[same]]
+    yield from zip(
+        zip(slices[order[same]].tolist(), positions[order[same]].tolist()),
+        zip(slices[kept].tolist(), positions[kept].tolist()),
+    )
 
 
 def _selected(summary: SliceSummary, number: int, num_passes: int) -> tuple[NDArray[np.generic], ...]:

@@ -58,7 +58,7 @@ def write_slice(
             assert isinstance(content, bytes), "what was examined was read"
             sha256 = hashlib.sha256(content).digest()
             split = _split_of(part, sha256, config)
-            summary.note(split, sha256[:DIGEST_BYTES])
+            summary.note(split, content_digest(content, sha256))
             if position in skip:
                 continue
             for row in rows:
@@ -73,6 +73,28 @@ def write_slice(
     quarantine.write(out, part.quarantine)
     summary.reasons = quarantine.reasons
     return summary
+
+
+def content_digest(content: bytes, sha256: bytes) -> bytes:
+    """Return what equal images have in common: a prefix of the sha256, for gzip of what follows its header.
+
+    The header has the time of packing and the file's name (RFC 1952, section 2.3).
+    """
+    start = _gzip_start(content) if content[:3] == b"\x1f\x8b\x08" else 0
+    return (hashlib.sha256(memoryview(content)[start:]).digest() if start else sha256)[:DIGEST_BYTES]
+
+
+def _gzip_start(content: bytes) -> int:
+    """Return where the compressed data of the first member begins; 0 if the header is damaged."""
+    flags, at = content[3], 10
+    if flags & 4:
+        at += 2 + int.from_bytes(content[at : at + 2], "little")
+    for flag in (8, 16):
+        if flags & flag:
+            at = content.find(b"\0", at) + 1
+            if not at:
+                return 0
+    return at + (2 if flags & 2 else 0)
 
 
 def _split_of(part: Slice, sha256: bytes, config: PrepareConfig) -> str:

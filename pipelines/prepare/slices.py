@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from pipelines.sources.reading import MAX_IMAGE_BYTES
 log = logging.getLogger(__name__)
 
 _MAX_NUMBERED_CLASSES = 1_000_000
+# What programs write where a label is missing; each could be a name too, as "None" of a finding.
+_LIKE_MISSING = frozenset(("n/a", "na", "#n/a", "nan", "<na>", "null", "?", "unlabeled", "unlabelled"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +163,9 @@ def numbers_of_labels(tally: Tally, classes: list[str], config: SourceConfig) ->
 def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceConfig) -> None:
     """Log which labels are used, or why none are and how to name them."""
     others = source.candidates.advice
-    _warn_of_twins(classes)
+    _warn_of_names(classes)
     if classes:
+        _warn_of_untrained(tally)
         origin = config.labels if config.label_name else "stored" if source.has_explicit_labels else "folders"
         named = numbers_of_labels(tally, classes, config)[0]
         num = sum(
@@ -175,13 +179,44 @@ def log_labels(tally: Tally, source: Source, classes: list[str], config: SourceC
         log.warning("the images are unlabelled: %s%s", _why_unlabelled(tally, source), f"; {others}" if others else "")
 
 
-def _warn_of_twins(classes: list[str]) -> None:
-    """Log classes that look alike: names in other letter case, or of letters that Unicode composes in two ways."""
+def _warn_of_names(classes: list[str]) -> None:
+    """Log classes that are probably none of their own: twins of others, words for a missing label, and several in one.
+
+    Twins differ in letter case, in how Unicode composes their letters, or in zeros before a number.
+    """
     seen: dict[str, str] = {}
+    missing, several, known = [], [], set(classes)
     for name in classes:
-        twin = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        twin = seen.setdefault(plain.lstrip("0") or "0" if plain.isdecimal() else plain, name)
         if twin != name:
             log.warning("classes %r and %r are two; rename one if they are the same", printable(twin), printable(name))
+        if plain in _LIKE_MISSING or name == "None":
+            missing.append(printable(name))
+        parts = [part.strip() for part in re.split(r"[|;]", name)]
+        if len(parts) > 1 and not known.isdisjoint(parts):
+            several.append(printable(name))
+    if missing:
+        log.warning("class %r is one like others; if it means a missing label, leave that empty", missing[0])
+    if several:
+        log.warning(
+            "%d classes such as %r look like several in one; --multi-label takes them apart", len(several), several[0]
+        )
+
+
+def _warn_of_untrained(tally: Tally) -> None:
+    """Log classes that have images in val or test and none to train on."""
+    trained = [folder for name, folder in tally.folders.items() if name in ("", "train")]
+    if not any(folder.labels for folder in trained):
+        return
+    known = {name for folder in trained for label in folder.labels for name in members(label)}
+    for split, folder in tally.folders.items():
+        unknown = sorted({name for label in folder.labels for name in members(label)} - known)
+        if unknown:
+            log.warning(
+                "%d classes of split %s, such as %r, have no image to train on", len(unknown), split,
+                printable(unknown[0]),
+            )  # fmt: skip
 
 
 def _why_unlabelled(tally: Tally, source: Source) -> str:

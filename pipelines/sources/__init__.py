@@ -82,6 +82,8 @@ def open_source(uri: str, config: SourceConfig | None = None, group_column: str 
     storage = open_storage(uri)
     if not storage.exists():
         raise FileNotFoundError(f"{storage.uri} does not exist; give a folder of images, tar or Parquet files")
+    if storage.is_local and not storage.is_folder(""):
+        raise UserError(f"{storage.uri} is a file, and no .csv list, tar or table of images; give its folder")
     if storage.is_folder(lance_tables.VERSIONS):
         folder, file = _split(storage)
         found = [ListedFile(file, 0, lance_tables.version_of(folder, file))]

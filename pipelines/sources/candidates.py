@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
+from pipelines.sources.entry import SPLIT_WORDS
 from pipelines.sources.labels import LABEL_MEMBERS, is_likely, label_keys
 from pipelines.sources.passed_over import printable
 
@@ -49,15 +50,19 @@ class Candidates:
     def look(self, name: str, suffix: str, content: bytes) -> bool:
         """Look for labels in the content of a small file, or in the start of a table; return whether there are any."""
         self._looks += 1
-        num_before = len(self.found)
         if suffix == "json":
-            for key in label_keys(content):
+            keys = label_keys(content)
+            for key in keys:
                 self.add(f"json:{key}", f"key of {name} and others")
-        else:
-            header = next(csv.reader(io.StringIO(content.decode(errors="replace")), delimiter=delimiter(suffix)), [])
-            if any(is_likely(column) for column in header):
-                self.add(f"file:{name}", f"table with columns {', '.join(header[:8])}")
-        return len(self.found) > num_before
+            return bool(keys)
+        header = next(csv.reader(io.StringIO(content.decode(errors="replace")), delimiter=delimiter(suffix)), [])
+        if not any(is_likely(column) for column in header):
+            return False
+        top, _, below = name.partition("/")
+        # One of each split is named without the folder.
+        file = below if top.lower() in SPLIT_WORDS else name
+        self.add(f"file:{file}", f"table with columns {', '.join(header[:8])}")
+        return True
 
     def note_member(self, suffix: str, name: str) -> None:
         """Note a file beside an image whose suffix is that of labels."""
@@ -70,6 +75,11 @@ class Candidates:
         shown = [f"--labels {option} ({what})" for option, what in list(self.found.items())[:3]]
         return "labels that may be meant: " + ", ".join(shown) if shown else ""
 
+    def none_by(self, labels: str, uri: str) -> UserError:
+        """Return the error for labels that no image has, with those that may be meant."""
+        others = f"; {self.advice}" if self.found else "; check the name, or use --labels none"
+        return UserError(f"no image of {uri} has a label by --labels {labels}{others}")
+
 
 def delimiter(suffix: str) -> str:
     """Return what separates the fields of a text table with this suffix."""
@@ -81,3 +91,15 @@ def refuse_labels(config: SourceConfig, kind: str, allowed: Sequence[str]) -> No
     if config.label_kind not in allowed:
         shown = [f"{name}:..." if name in ("column", "json", "member", "file") else name for name in allowed]
         raise UserError(f"labels {config.labels} is not for {kind}; use one of {', '.join(shown)}")
+
+
+def check_header(header: Sequence[str], uri: str) -> None:
+    """Raise UserError if the first line of a text table is not of unique names, separated as its suffix says."""
+    names = [name.strip().lower() for name in header]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise UserError(f"the first line of {uri} has the column {twice!r} twice; rename one")
+    other = next((mark for mark in ";\t," if len(header) == 1 and mark in header[0]), "")
+    if other:
+        raise UserError(
+            f"the fields of {uri} are separated by {other!r}; separate them by commas in a .csv, and by tabs in a .tsv"
+        )

@@ -1,9 +1,9 @@
 """Image files in folders of any depth: one folder per class, optionally within train/, val/ and test/."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 
 from mae_core.errors import UserError
@@ -13,17 +13,13 @@ from pipelines.sources.candidates import Candidates, refuse_labels
 from pipelines.sources.entry import SPLIT_WORDS, Entry, by_folder
 from pipelines.sources.label_file import LabelFile
 from pipelines.sources.labels import class_in_json, class_of_member
-from pipelines.sources.masks import MaskFolders, Twins, masked_stem, stem_of
+from pipelines.sources.masks import MaskFolders, Twins, picture_stems, stem_of
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
-from pipelines.sources.splits import refuse_inner_split
+from pipelines.sources.splits import LIKE_A_SPLIT, refuse_inner_split
 from pipelines.storage import Storage, stays_inside
 from pipelines.storage.listing import ListedFile
 
-# Folders such as train2017 and test_set, which are no split by the rule and hardly a class.
-_LIKE_A_SPLIT = re.compile(
-    rf"({'|'.join(SPLIT_WORDS)})[-_ ]?(?:set|split|data|images?|imgs?|\d+|[-_ ])+", re.IGNORECASE
-)
 _ANY_SUFFIX = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
 _THREADS = 16
 _CHUNK = 256
@@ -52,7 +48,7 @@ class Folder:
         self.passed_over, self.candidates = passed, candidates
         self._storage, self._files, self._config = storage, files, config
         self._label_file = LabelFile(storage, config) if config.label_kind == "file" else None
-        self._mask_folders, self._twins = MaskFolders(), Twins(storage)
+        self._mask_folders, self._twins = MaskFolders(self._exists), Twins(storage)
         self._lookups: dict[str, list[bool]] = {}
 
     def entries(self) -> Iterator[Entry]:
@@ -76,10 +72,10 @@ class Folder:
             num_taken += 1
             if not self._config.image_member:
                 self._twins.note(path)
+            self._mask_folders.note(path)
             # Neighbours in a listing lie in the same folder, which is checked once.
             if (folder := path.rpartition("/")[0]) != checked:
                 checked = folder
-                self._mask_folders.note(path)
                 self._refuse_unclear_split(path)
             split, label, is_flat = by_folder(path)
             yield Entry(path, path, -1, -1, -1, size, split, label, is_flat, version, fault)
@@ -92,29 +88,33 @@ class Folder:
         if member not in ("", "any") and not path.lower().endswith(member.lower()):
             self.passed_over.add(f"images that do not end in {member}", path, beside=True)
             return False
-        stem = masked_stem(path) if not member and stays_inside(path) else ""
-        if stem and self._has_image(stem, path[len(stem) :].lower()):
+        stems = picture_stems(path) if not member and stays_inside(path) else []
+        if stems and self._has_image(path, stems):
             self.passed_over.add("masks beside images (--image-member any takes them)", path, beside=True)
             return False
         return True
 
-    def _has_image(self, stem: str, end: str) -> bool:
-        """Return whether the image of a mask is there.
+    def _has_image(self, path: str, stems: Sequence[str]) -> bool:
+        """Return whether the image of a mask is there, by the first of these names in any format, or another in its.
 
         In a store, where that costs requests, names with the same end are taken to be alike once many were.
         """
-        known = self._lookups.setdefault(end, [])
+        end = path[len(stem_of(path)) :]
+        known = self._lookups.setdefault(path[len(stems[0]) :].lower() if path.startswith(stems[0]) else end, [])
         if not self._storage.is_local and len(known) >= _MAX_LOOKUPS and len(set(known)) == 1:
             return known[0]
-        found = any(self._storage.exists(stem + suffix) for suffix in _ANY_SUFFIX)
+        found = self._exists(stems[0]) or any(self._storage.exists(stem + end) for stem in stems[1:])
         if len(known) < _MAX_LOOKUPS:
             known.append(found)
         return found
 
+    def _exists(self, stem: str) -> bool:
+        return stays_inside(stem) and any(self._storage.exists(stem + suffix) for suffix in _ANY_SUFFIX)
+
     def _refuse_unclear_split(self, path: str) -> None:
         top, slash, _ = path.partition("/")
         refuse_inner_split(path, self._storage.uri)
-        if slash and self._config.labels != "folder" and (found := _LIKE_A_SPLIT.fullmatch(top)):
+        if slash and self._config.labels != "folder" and (found := LIKE_A_SPLIT.fullmatch(top)):
             raise UserError(
                 f"{self._storage.uri} has a folder {top}/, which is no split and looks like one; name it "
                 f"{SPLIT_WORDS[found[1].lower()]}/, move it away, or use --labels folder if it is a class"
@@ -136,15 +136,17 @@ class Folder:
                     num_labelled += bool(label)
                     yield _labelled(entry, label, entry.split)
         if not num_labelled:
-            raise UserError(f"no image of {self._storage.uri} has a label by --labels {self._config.labels}")
+            raise self.candidates.none_by(self._config.labels, self._storage.uri)
 
     def _sidecar(self, entry: Entry) -> str:
         """Return the label in the file beside an image; empty if there is none."""
         name = self._config.label_name
-        path = f"{stem_of(entry.path)}.{'json' if self._config.label_kind == 'json' else name}"
-        try:
-            content = self._storage.read(path, _MAX_SIDECAR_BYTES)
-        except FileNotFoundError:
+        end = "json" if self._config.label_kind == "json" else name.lstrip(".")
+        for path in (f"{stem_of(entry.path)}.{end}", f"{entry.path}.{end}"):
+            with suppress(FileNotFoundError):
+                content = self._storage.read(path, _MAX_SIDECAR_BYTES)
+                break
+        else:
             return ""
         where, multi_label = self._storage.join(path), self._config.multi_label
         if self._config.label_kind == "json":

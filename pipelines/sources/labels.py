@@ -1,6 +1,7 @@
 """Labels as sources store them, as class names: text, JSON values, and Arrow columns. Nothing is ever unpickled."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -20,6 +21,7 @@ _LIKELY = re.compile(
     r"(?:^|[_\-. /])(?:labels?|class(?:es)?|cls|targets?|categor(?:y|ies)|species|diagnosis|dx|breed|y)"
     r"(?:$|[_\-. /0-9])"
 )
+_COUNTING = re.compile(r"0|[1-9][0-9]{0,17}")
 _WHOLE = re.compile(r"(-?\d+)\.0*")
 _MAX_LABEL_BYTES = 1024
 # Between the classes of a set, and before the first; an empty set is an image that has none of the classes.
@@ -34,13 +36,13 @@ def class_of(value: Any, where: str, remedy: str, *, multi_label: bool = False) 
     """
     if multi_label and isinstance(value, list):
         return set_of(class_of(element, where, remedy) for element in value)
-    if value is None or (isinstance(value, float) and value != value):  # NaN
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
         return ""
     if isinstance(value, str):
         return class_of_text(value, multi_label=True) if multi_label else value.strip()
     if isinstance(value, bool | int):
         return set_of([str(value)]) if multi_label else str(value)
-    if isinstance(value, float | Decimal) and value == int(value):
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         return set_of([str(int(value))]) if multi_label else str(int(value))
     if isinstance(value, float | Decimal):
         raise UserError(f"{where} has label {value}, but a class is a name or a whole number; {remedy}")
@@ -73,6 +75,13 @@ def class_of_text(text: str, *, multi_label: bool = False) -> str:
     return whole[1] if whole else found
 
 
+def class_of_cell(value: Any, where: str, remedy: str, *, multi_label: bool = False) -> str:
+    """Return the class that a cell of a text table or a JSON value means; empty for a missing one."""
+    if isinstance(value, str):
+        return class_of_text(value, multi_label=multi_label)
+    return class_of(value, where, remedy, multi_label=multi_label)
+
+
 def class_of_member(content: bytes, where: str, *, multi_label: bool = False) -> str:
     """Return the class in a small text file. Raises UserError if it is none."""
     try:
@@ -91,7 +100,7 @@ def class_in_json(content: bytes, key: str, where: str, *, multi_label: bool = F
     """Return the class under a key, which dots may lead into; empty if it is missing. Raises UserError."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where} is not JSON; copy it again, or choose other --labels") from None
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -103,7 +112,7 @@ def label_keys(content: bytes) -> list[str]:
     """Return the keys of a JSON object that may hold a class."""
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     scalars = [k for k, v in values.items() if isinstance(v, str | int | float)] if isinstance(values, dict) else []
     return [key for key in scalars if is_likely(key)]
@@ -145,15 +154,22 @@ def classes_of_column(
     With the `names` that the Hub's schema has, integers are positions in them, and -1 is missing. Raises UserError for
     what is no class.
     """
-    kind = column.type.value_type if is_list(column.type) or pat.is_dictionary(column.type) else column.type
-    found = []
+    found, is_named = [], is_text(column.type)
     for value in column.to_pylist():
         label = class_of(value, where, remedy, multi_label=multi_label)
-        if names and label and not (pat.is_string(kind) or pat.is_large_string(kind)):
-            named = [_named(int(number), names, where) for number in members(label)]
+        if names and label:
+            named = [_checked(one, names, where) if is_named else _named(int(one), names, where)
+                     for one in members(label)]  # fmt: skip
             label = set_of(named) if multi_label else named[0]
         found.append(label)
     return found
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column, or the elements of its lists, are strings rather than numbers."""
+    if is_list(kind) or pat.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return pat.is_string(kind) or pat.is_large_string(kind) or kind == pa.string_view()
 
 
 def _named(number: int, names: Sequence[str], where: str) -> str:
@@ -162,19 +178,24 @@ def _named(number: int, names: Sequence[str], where: str) -> str:
     return "" if number < 0 else names[number]
 
 
+def _checked(name: str, names: Sequence[str], where: str) -> str:
+    if name not in names:
+        raise UserError(
+            f"{where} has label {name!r}, which is none of the {len(names)} class names of its schema; fix its schema"
+        )
+    return name
+
+
 def numbers_or_names(labels: set[str], max_numbers: int) -> list[str]:
     """Return the classes in order: names sorted; if all are numbers, every number from 0, so that none changes.
 
-    -1 is no class beside other numbers, unless the only one is 1.
+    -1 is no class, unless it and 1 are the only ones. Digits that begin with a zero, as in 007, are names.
     """
-    if all(re.fullmatch(r"-?\d+", label) and label.isascii() for label in labels):
-        signed = {int(label) for label in labels}
-        if signed == {-1, 1}:
-            return ["-1", "1"]
-        numbers = {label for label in labels if label != UNLABELLED_NUMBER}
-        if not numbers:
-            return []
-        distinct = {int(label) for label in numbers}
-        if min(distinct) >= 0 and max(distinct) < max_numbers and len(distinct) == len(numbers):
-            return [str(label) for label in range(max(distinct) + 1)]
-    return sorted(labels)
+    if labels == {UNLABELLED_NUMBER, "1"}:
+        return [UNLABELLED_NUMBER, "1"]
+    found = labels - {UNLABELLED_NUMBER}
+    if found and all(_COUNTING.fullmatch(label) for label in found):
+        most = max(map(int, found))
+        if most < max_numbers:
+            return [str(label) for label in range(most + 1)]
+    return sorted(found)

@@ -9,7 +9,8 @@ from pipelines.images.decode import SUFFIXES
 from pipelines.sources import lance_tables, lmdb_tables, mds_tables
 from pipelines.sources.candidates import Candidates
 from pipelines.sources.content import images_among
-from pipelines.sources.masks import stem_of
+from pipelines.sources.entry import SPLIT_WORDS
+from pipelines.sources.masks import folders_of_pictures, stem_of
 from pipelines.sources.passed_over import PassedOver, is_document, kind_of_name
 from pipelines.sources.rows import PARQUET, kind_of_rows
 from pipelines.storage import ListedFile, Storage, stays_inside
@@ -123,7 +124,10 @@ class Listing:
 
     def _is_part(self, found: ListedFile) -> bool:
         """Return whether the file is read although it holds no images: a table of labels, or an index of MDS."""
-        if self._config.label_kind == "file" and found.path == self._config.label_name:
+        top, _, below = found.path.partition("/")
+        if self._config.label_kind == "file" and self._config.label_name in (
+            found.path, below if top.lower() in SPLIT_WORDS else None
+        ):  # fmt: skip
             return True
         is_index = found.path.rpartition("/")[2] == mds_tables.INDEX and not found.fault
         return is_index and b'"mds"' in self._storage.read_range(found.path, 0, _HEAD_BYTES)
@@ -143,7 +147,10 @@ class Listing:
         self.passed_over.add(kind_of_name(path), path, beside=is_beside)
 
     def _is_beside(self, path: str, suffix: str) -> bool:
-        """Return whether an image, or a tar file, has the same name but for the suffix."""
+        """Return whether an image, or a tar file, has the same name but for the suffix.
+
+        It may lie in a folder images/ beside the file's labels/.
+        """
         known = self._lookups.setdefault(suffix, [])
         if not stays_inside(path):
             return False
@@ -152,7 +159,8 @@ class Listing:
         folder, _, name = path.rpartition("/")
         stems = {name.partition(".")[0], name.rpartition(".")[0], name.partition(".")[0].removesuffix("_stats")} - {""}
         ends = (*SUFFIXES, *(s.upper() for s in SUFFIXES), ".tar")
-        names = (f"{folder}/{stem}{end}" if folder else f"{stem}{end}" for stem in stems for end in ends)
+        folders = [f"{folder}/" if folder else "", *folders_of_pictures(folder)]
+        names = (f"{place}{stem}{end}" for place in folders for stem in stems for end in ends)
         known.append(any(map(self._storage.exists, names)))
         return known[-1]
 

@@ -8,14 +8,14 @@ import pyarrow.types as pat
 
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
-from pipelines.sources.candidates import Candidates, refuse_labels
+from pipelines.sources.candidates import Candidates, check_header, refuse_labels
+from pipelines.sources.columns import label_column
 from pipelines.sources.entry import SPLIT_WORDS, Entry
 from pipelines.sources.labels import class_of, class_of_text, is_likely
 from pipelines.sources.parquet import open_table
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
 from pipelines.sources.splits import ListedSplits
-from pipelines.sources.tables import label_column
 from pipelines.storage import Storage
 
 _URI_COLUMNS = ("uri", "url", "path", "file", "filename", "file_name", "image")
@@ -39,6 +39,7 @@ class CsvList:
         self._by_path = ListedSplits(self._uri)
         self._multi_label = config.multi_label
         header = next(self._rows(), (0, []))[1]
+        check_header(header, self._uri)
         self._columns = _columns(header, self._uri, config, group_column)
         self._width = len(header)
         self.has_explicit_labels = "label" in self._columns
@@ -176,8 +177,8 @@ def _columns(header: Sequence[str], uri: str, config: SourceConfig, group_column
             raise UserError(f"the first line of {uri} has no column {asked[key]!r}, but {', '.join(header)}")
     if "uri" not in columns:
         raise UserError(
-            f"the first line of {uri} names no column of images; make it uri,label or path,label, or give "
-            "--image-column"
+            f"the first line of {uri} names no column of images, but {', '.join(header)}; make it uri,label or "
+            "path,label, or give --image-column"
         )
     return columns
 

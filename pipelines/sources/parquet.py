@@ -31,6 +31,12 @@ class ParquetTable:
         # A small file can claim billions of empty rows, each of which would become an entry.
         if image is None or metadata.num_rows > max(_MAX_EMPTY_ROWS, self._num_bytes):
             raise UserError(f"{self._uri} is damaged (row group {group}); copy it again")
+        stats = image.statistics if column.endswith(".bytes") else None
+        if metadata.num_rows and stats and stats.has_null_count and stats.null_count == metadata.num_rows:
+            raise UserError(
+                f"column {column} of {self._uri} is empty: the file names its images instead of holding them; give a "
+                "list of their paths, or write the file with the images (datasets: embed_table_storage)"
+            )
         return range(metadata.num_rows), image.total_uncompressed_size // max(1, metadata.num_rows)
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
-from pipelines.sources.masks import masked_stem, stem_of
+from pipelines.sources.masks import picture_stems, stem_of
 from pipelines.sources.passed_over import PassedOver
 
 # The names of members: img.jpg, seg.png, jpg; not 05.01_3.jpg, of which a date is part.
@@ -40,8 +40,9 @@ class Samples:
             return [True] * len(images), passed
         if member:
             return self._members(images, member, passed), passed
-        stems = {stem_of(name) for name in images} if any(map(masked_stem, images)) else set()
-        taken = [not (stems and masked_stem(name) in stems) for name in images]
+        pictures = [picture_stems(name, in_tar=True) for name in images]
+        stems = {stem_of(name) for name in images} if any(pictures) else set()
+        taken = [stems.isdisjoint(names) for names in pictures]
         for name, is_taken in zip(images, taken):
             if not is_taken:
                 passed.add("masks beside images (--image-member any takes them)", f"{self._uri}/{name}", beside=True)

@@ -2,12 +2,17 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from mae_core.errors import UserError
+from pipelines.config import SourceConfig
 from pipelines.sources.entry import SPLIT_WORDS
+from pipelines.sources.labels import is_likely
 
 log = logging.getLogger(__name__)
+
+LIKE_A_SPLIT = re.compile(rf"({'|'.join(SPLIT_WORDS)})[-_ ]?(?:set|split|data|images?|imgs?|\d+|[-_ ])+", re.IGNORECASE)
+"""Names such as train2017 and test_set, which are no split by the rule and hardly a class."""
 
 # What follows the split in the names of shards: numbers, `of`, and the digest of the Hub's files.
 _COUNTED = re.compile(r"\d+|of|lance|lmdb|mds|tfrecords?|[0-9a-f]{8,}|\{\d+\.*\d*\}")
@@ -45,6 +50,21 @@ def splits_by_name(paths: Iterable[str], where: str) -> dict[str, str]:
         "%s: the word in names such as %s is not taken as split %s; a folder %s/ is", where, path, *words[:1] * 2
     )
     return known
+
+
+def refuse_partitions(paths: Iterable[str], where: str, columns: Container[str], config: SourceConfig) -> None:
+    """Raise UserError for files in folders such as label=cat, which mean a column that the files do not have.
+
+    A folder such as split=test names a split.
+    """
+    for path in paths:
+        for part in path.split("/")[:-1]:
+            name, _, value = part.partition("=")
+            if value and name not in columns and is_likely(name) and config.labels != "none":
+                raise UserError(
+                    f"{path} of {where} lies in {part}/, whose name is the value of a column that the file lacks; "
+                    "write the files with this column, or use --labels none"
+                )
 
 
 def refuse_inner_split(path: str, where: str) -> None:
@@ -91,7 +111,7 @@ def _last_words(path: str) -> list[str]:
     """Return the splits that folders and the file name with their last word."""
     found = []
     for part in _parts(path):
-        words = [word for word in re.split(r"[-_.]", part) if word]
+        words = [word for word in re.split(r"[-_.=]", part) if word]
         while len(words) > 1 and _COUNTED.fullmatch(words[-1]):
             words.pop()
         if words and words[-1] in SPLIT_WORDS:
@@ -100,7 +120,14 @@ def _last_words(path: str) -> list[str]:
 
 
 def _words_within(path: str) -> list[str]:
-    return [SPLIT_WORDS[w] for part in _parts(path) for w in re.split(r"[-_.]", part) if w in SPLIT_WORDS]
+    found = [word for part in _parts(path) for word in re.split(r"[-_.=]", part)]
+    return [SPLIT_WORDS[word] for word in map(_bare, found) if word in SPLIT_WORDS]
+
+
+def _bare(word: str) -> str:
+    """Return the word for a split without what is often written onto it, as in train2017 and testset."""
+    found = LIKE_A_SPLIT.fullmatch(word)
+    return found[1].lower() if found else word
 
 
 def _parts(path: str) -> list[str]:

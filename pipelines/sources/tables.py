@@ -3,7 +3,6 @@
 Only binary, integer and string columns are read, by their Arrow types; nothing is ever unpickled.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,17 +12,29 @@ import pyarrow.types as pat
 from mae_core.errors import UserError
 from pipelines.config import SourceConfig
 from pipelines.sources.candidates import Candidates, refuse_labels
+from pipelines.sources.columns import (
+    bytes_of,
+    column_of,
+    field_of,
+    image_column,
+    is_bytes,
+    label_column,
+    likely_fields,
+    names_of,
+    split_column,
+    top_of,
+)
+from pipelines.sources.content import HEAD_BYTES, is_image
 from pipelines.sources.entry import SPLIT_WORDS, Entry
-from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, is_list, takes
+from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, is_text, takes
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
 from pipelines.sources.rows import PARQUET, open_rows
-from pipelines.sources.splits import splits_by_name
+from pipelines.sources.splits import refuse_partitions, splits_by_name
 from pipelines.sources.table_files import TableFile
 from pipelines.storage import Storage
 from pipelines.storage.listing import ListedFile
 
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content", "image/encoded", "image_raw")
 _INDEX_THREADS = 4
 _REMEDY = "name another by --labels column:NAME, or use --labels none"
 
@@ -50,27 +61,36 @@ class Tables:
         with open_rows(kind_of_rows, storage, files[0].path, files[0].version) as file:
             schema = file.schema
         self.passed_over, self.candidates = passed, Candidates()
-        self.place = Place(storage, image_column=_image_column(schema, uri, config), kind_of_rows=kind_of_rows)
-        self._label_column = label_column(schema, uri, config, self.place.image_column.split(".")[0])
-        self.classes = _names(schema, self._label_column)
+        self.place = Place(storage, image_column=image_column(schema, uri, config), kind_of_rows=kind_of_rows)
+        self._image_top = top_of(schema, self.place.image_column)
+        self._label_column = label_column(schema, uri, config, self._image_top, nested=True)
+        label = field_of(schema, self._label_column)
+        self._label_is_text = label is not None and is_text(label.type)
+        self.classes = names_of(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
-        self._split_column = _split_column(schema, config, uri)
-        self._splits = splits_by_name((found.path for found in files), storage.uri)
-        used = {self.place.image_column.split(".")[0], self._label_column, self._split_column, group_column}
+        self._split_column = split_column(schema, config, uri)
+        paths = [found.path for found in files]
+        refuse_partitions(paths, storage.uri, schema.names, config)
+        self._splits = splits_by_name(paths, storage.uri)
+        used = {self._image_top, top_of(schema, self._label_column), self._split_column, group_column}
         self._note_unused(schema, used, config)
+        self._config = config
 
     def _note_unused(self, schema: pa.Schema, used: set[str], config: SourceConfig) -> None:
         """Note columns that may hold labels or other images."""
         for name in schema.names:
             if name in used:
                 continue
-            if _names(schema, name):
-                self.candidates.add(f"column:{name}", f"{len(_names(schema, name))} class names")
+            if names_of(schema, name):
+                self.candidates.add(f"column:{name}", f"{len(names_of(schema, name))} class names")
             elif takes(schema.field(name).type) and (is_likely(name) or pat.is_dictionary(schema.field(name).type)):
                 self.candidates.add(f"column:{name}", str(schema.field(name).type))
-            elif _bytes_of(schema.field(name)):
+            elif bytes_of(schema.field(name)):
                 self.passed_over.add("columns of images that are not taken (--image-column)", name, beside=True)
                 continue
+            elif inner := likely_fields(schema.field(name)):
+                for path in inner:
+                    self.candidates.add(f"column:{path}", "field of a column")
             else:
                 continue
             if config.labels == "auto":
@@ -87,19 +107,50 @@ class Tables:
         path = found.path
         with open_rows(self.place.kind_of_rows, self._storage, path, found.version) as file:
             schema = file.schema
-            top = [self.place.image_column.split(".")[0], *self._columns]
-            missing = [column for column in top if column not in schema.names]
+            missing = [column for column in (self._image_top, *self._columns) if not field_of(schema, column)]
             if missing:
                 raise UserError(
                     f"{self._storage.join(path)} has no column {missing[0]!r}, unlike {self._files[0].path}; "
                     "prepare files of one kind at a time"
                 )
-            if self._label_column and _names(schema, self._label_column) != self.classes:
-                raise UserError(
-                    f"{self._storage.join(path)} has other class names than {self._files[0].path}, so that the same "
-                    "number means two classes; prepare them one at a time"
-                )
+            self._refuse_other_labels(file, path)
             return self._entries(file, found), file.passed_over
+
+    def _refuse_other_labels(self, file: TableFile, path: str) -> None:
+        """Raise UserError if the labels of a file mean something else than those of the first, or only it has some."""
+        schema, uri, first = file.schema, self._storage.join(path), self._files[0].path
+        if not self._label_column:
+            if (found := label_column(schema, uri, self._config, self._image_top)) and path != first:
+                raise UserError(
+                    f"{uri} has labels in its column {found}, and {first} has no such column; prepare them one at a "
+                    f"time, add the column there (null where a label is missing), or use --labels none"
+                )
+            if path == first:
+                self._refuse_bytes_as_labels(file, uri)
+        elif names_of(schema, self._label_column) != self.classes:
+            raise UserError(
+                f"{uri} has other class names than {first}, so that the same number means two classes; prepare them "
+                "one at a time"
+            )
+        elif (field := field_of(schema, self._label_column)) and is_text(field.type) != self._label_is_text:
+            raise UserError(
+                f"column {self._label_column} of {uri} is of type {field.type}, and that of {first} is not, so that a "
+                "class would have a name in one and a number in the other; make them alike, or use --labels none"
+            )
+
+    def _refuse_bytes_as_labels(self, file: TableFile, uri: str) -> None:
+        """Raise UserError for a column of binary by the name of labels, if it holds texts instead of images."""
+        for name in (known for known in LABEL_NAMES if known in file.schema.names and self._config.labels == "auto"):
+            if name == self._image_top or not is_bytes(file.schema.field(name).type) or not file.num_groups:
+                continue
+            first = file.rows(0, self.place.image_column)[0][:1]
+            for content in file.contents(0, first, name) if first else ():
+                if isinstance(content, bytes) and not is_image(content[:HEAD_BYTES]):
+                    raise UserError(
+                        f"column {name} of {uri} is of type {file.schema.field(name).type} and holds no images: if it "
+                        "has classes, cast it to string; else name the labels by --labels column:NAME, or use --labels "
+                        "none"
+                    )
 
     @property
     def _columns(self) -> list[str]:
@@ -126,11 +177,11 @@ class Tables:
         labels = bundles = [""] * num_rows
         splits = [self._splits.get(path, "")] * num_rows
         if self._columns:
-            table = file.read(group, self._columns)
+            table = file.read(group, [top_of(file.schema, column) for column in self._columns])
             uri = self._storage.join(path)
             if self._label_column:
                 labels = classes_of_column(
-                    table[self._label_column], self.classes, uri, _REMEDY, multi_label=self._multi_label
+                    column_of(table, self._label_column), self.classes, uri, _REMEDY, multi_label=self._multi_label
                 )
             if self._split_column:
                 splits = [self._split(value, path) for value in table[self._split_column].to_pylist()]
@@ -152,85 +203,3 @@ class Tables:
                 f"has {value!r}; rename the file or the column"
             )
         return split
-
-
-def label_column(schema: pa.Schema, uri: str, config: SourceConfig, image: str) -> str:
-    """Return the name of the column with the classes; empty if there is none or none is wanted.
-
-    Without a name that is the first of the usual names, else the only one to which the Hub's schema gives class names.
-    Raises UserError for a column that is missing or cannot hold a class, with those that can.
-    """
-    if config.label_kind == "none":
-        return ""
-    others = [name for name in schema.names if name not in (image, config.image_column)]
-    name = config.label_name if config.label_kind == "column" else ""
-    if not name:
-        usual = [known for known in LABEL_NAMES if known in others and not _bytes_of(schema.field(known))]
-        named = [column for column in others if _names(schema, column)]
-        name = usual[0] if usual else named[0] if len(named) == 1 else ""
-    if not name:
-        return ""
-    multi = config.multi_label
-    can = [column for column in others if takes(schema.field(column).type, multi_label=multi)]
-    remedy = (
-        f"name one of {', '.join(can)} by --labels column:NAME, or use --labels none" if can else "use --labels none"
-    )
-    if name not in schema.names:
-        raise UserError(f"{uri} has no column {name!r}; {remedy}")
-    kind = schema.field(name).type
-    if not takes(kind, multi_label=multi):
-        what = "lists" if is_list(kind) else str(kind)
-        several = " unless --multi-label is given" if what == "lists" else ""
-        raise UserError(f"column {name} of {uri} has {what}, but an image has one class{several}; {remedy}")
-    return name
-
-
-def _split_column(schema: pa.Schema, config: SourceConfig, uri: str) -> str:
-    """Return the column with the splits: the one that is named, or one of strings called `split`; else empty."""
-    name = config.split_column
-    if name and name not in schema.names:
-        raise UserError(f"{uri} has no column {name!r}; its columns are {', '.join(schema.names)}")
-    if name or "split" not in schema.names:
-        return name
-    kind = schema.field("split").type
-    kind = kind.value_type if pat.is_dictionary(kind) else kind
-    return "split" if pat.is_string(kind) or pat.is_large_string(kind) else ""
-
-
-def _image_column(schema: pa.Schema, uri: str, config: SourceConfig) -> str:
-    """Return the path of the column with the image bytes, such as `image` or `image.bytes`."""
-    binary = {name: path for name in schema.names if (path := _bytes_of(schema.field(name)))}
-    if wanted := config.image_column.removesuffix(".bytes"):
-        if wanted not in binary:
-            raise UserError(
-                f"{uri} has no column {wanted!r} of images; those of type binary or struct<bytes, path> are "
-                f"{', '.join(binary) or 'none'}"
-            )
-        return binary[wanted]
-    named = [path for name, path in binary.items() if name in _IMAGE_COLUMNS]
-    if len(named or binary) != 1:
-        raise UserError(
-            f"{uri} has no unambiguous column of images (columns: {', '.join(schema.names)}); "
-            "name one `image`, of type binary or struct<bytes, path>, or choose it by --image-column"
-        )
-    return named[0] if named else next(iter(binary.values()))
-
-
-def _bytes_of(field: pa.Field) -> str:
-    if pat.is_binary(field.type) or pat.is_large_binary(field.type):
-        return field.name
-    if pat.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-        inner = field.type.field("bytes").type
-        return f"{field.name}.bytes" if pat.is_binary(inner) or pat.is_large_binary(inner) else ""
-    return ""
-
-
-def _names(schema: pa.Schema, column: str) -> list[str]:
-    """Return the class names that Hugging Face's datasets stores in the schema, if any."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        feature = features[column]
-        names = feature.get("feature", feature)["names"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

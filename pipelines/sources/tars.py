@@ -19,7 +19,7 @@ from pipelines.sources.content import HEAD_BYTES, is_image, is_never_read
 from pipelines.sources.entry import Entry, by_folder
 from pipelines.sources.label_file import LabelFile
 from pipelines.sources.labels import LABEL_MEMBERS, class_in_json, class_of_member
-from pipelines.sources.masks import MaskFolders
+from pipelines.sources.masks import MaskFolders, stem_of
 from pipelines.sources.passed_over import PassedOver, kind_of_name
 from pipelines.sources.reading import Place
 from pipelines.sources.samples import Samples, key_of, suffix_of
@@ -31,6 +31,8 @@ _INDEX_THREADS = 4
 # In tars of small images, one request of this size covers many headers.
 _READ_AHEAD_BYTES = 2**20
 _MAX_LABEL_BYTES = 2**20
+# x.json beside x.jpg, or x.jpg.json.
+_JSON_MEMBERS = ("json", *(f"{end}.json" for end in ("jpg", "jpeg", "png", "webp", "tif", "tiff")))
 _MAX_EXTENSION_BYTES = 2**20
 _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
@@ -54,7 +56,7 @@ class Tars:
         self._storage, self._files, self._config = storage, files, config
         self._splits = splits_by_name((found.path for found in files), storage.uri)
         self._label_file = LabelFile(storage, config) if config.label_kind == "file" else None
-        self._mask_folders = MaskFolders()
+        self._mask_folders = MaskFolders(lambda stem: False)
 
     def entries(self) -> Iterator[Entry]:
         is_any_labelled, by_folder_alone = False, ""
@@ -64,6 +66,8 @@ class Tars:
                     self.has_explicit_labels |= bool(index.labels)
                     self.passed_over.merge(index.passed_over)
                     self.candidates.merge(index.candidates)
+                    if self._config.image_member != "any":
+                        index.refuse_mask_folders(self._storage.join(index.found.path))
                     for image in index.images:
                         entry = self._entry(index, image)
                         is_any_labelled |= bool(entry.label)
@@ -77,7 +81,7 @@ class Tars:
                 f"{by_folder_alone} has none; label all, or use --labels folder or none"
             )
         elif self.allows_missing and not is_any_labelled:
-            raise UserError(f"no image of {self._storage.uri} has a label by --labels {self._config.labels}")
+            raise self.candidates.none_by(self._config.labels, self._storage.uri)
         if self._config.image_member != "any":
             self._mask_folders.refuse_pairs(self._storage.uri)
 
@@ -98,7 +102,9 @@ class Tars:
                 if self._is_label(suffix):
                     label = self._label(tar, member, suffix, uri)
                     labels.setdefault(suffix, []).append((name, label))
-                elif candidates.wants(suffix) and member.isreg() and member.size <= _MAX_LABEL_BYTES:
+                elif (
+                    suffix == "json" and candidates.wants(suffix) and member.isreg() and member.size <= _MAX_LABEL_BYTES
+                ):
                     candidates.look(f"{found.path}/{name}", suffix, _content(tar, member))
         chosen, passed = samples.choose([image.name.removeprefix("./") for image in images])
         taken = [image for image, is_taken in zip(images, chosen) if is_taken]
@@ -125,7 +131,7 @@ class Tars:
     @property
     def _label_suffixes(self) -> Sequence[str]:
         kind, name = self._config.label_kind, self._config.label_name
-        return {"auto": LABEL_MEMBERS, "member": (name.lower().lstrip("."),), "json": ("json",)}.get(kind, ())
+        return {"auto": LABEL_MEMBERS, "member": (name.lower().lstrip("."),), "json": _JSON_MEMBERS}.get(kind, ())
 
     def _is_label(self, suffix: str) -> bool:
         return suffix in self._label_suffixes
@@ -211,6 +217,21 @@ class _Index(NamedTuple):
     """Labels by key."""
     passed_over: PassedOver
     candidates: Candidates
+
+    def refuse_mask_folders(self, uri: str) -> None:
+        """Raise UserError if the file has a folder of masks beside their images, or within these."""
+        names = [image.name.removeprefix("./") for image in self.images]
+        stems: set[str] = set()
+
+        def exists(stem: str) -> bool:
+            if not stems:
+                stems.update(map(stem_of, names))
+            return stem in stems
+
+        folders = MaskFolders(exists)
+        for name in names:
+            folders.note(name)
+        folders.refuse_pairs(uri)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

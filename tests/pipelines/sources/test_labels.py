@@ -40,6 +40,9 @@ def labels_of(manifest: Manifest, rows: dict[str, list[dict]], split: str = "tra
         (pa.array([7, 0] * 3, pa.uint8()), [str(i) for i in range(8)], ["7", "0"] * 3),
         (pa.array([-1, 1] * 3), ["-1", "1"], ["-1", "1"] * 3),
         (pa.array([-1, 1, 0] * 2), ["0", "1"], [None, "1", "0"] * 2),
+        (pa.array([-1, 2_000_000, 5] * 2), ["2000000", "5"], [None, "2000000", "5"] * 2),
+        (pa.array(["-1", "cat", "dog"] * 2), ["cat", "dog"], [None, "cat", "dog"] * 2),
+        (pa.array(["001", "010", "002"] * 2), ["001", "002", "010"], ["001", "010", "002"] * 2),
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
@@ -62,6 +65,8 @@ def test_a_column_of_any_type_gives_its_classes(
             "column label of .* has lists, but an image has one class unless .*--labels none",
         ),
         (pa.array([0.5, 1.0] * 3), "has label 0.5, but a class is a name or a whole number"),
+        (pa.array([float("inf"), 1.0] * 3), "has label inf, but a class is a name or a whole number"),
+        (pa.array([b"cat", b"dog"] * 3), "column label of .* is of type binary and holds no images: if it has classes"),
         (pa.array([{"a": 1}] * 6), r"column label of .* has struct<a: int64>, but an image has one class"),
         (pa.array([b"cat"] * 6, pa.binary(3)), "column label of .* has fixed_size_binary"),
     ],
@@ -105,6 +110,69 @@ def test_files_whose_numbers_mean_other_classes_are_refused(png: Png, prepared: 
         table(tmp_path / f"s/{number}.parquet", {"image": [png(number)], "label": [0]}, {"label": names})
     with pytest.raises(ValueError, match=r"1.parquet has other class names than 0.parquet"):
         prepared(tmp_path / "s")
+
+
+def test_a_name_that_the_schema_lacks_is_refused(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    columns = {"image": [png(0), png(1)], "label": ["a", "c"]}
+    source = table(tmp_path / "s/a.parquet", columns, {"label": ["a", "b"]})
+    with pytest.raises(ValueError, match="has label 'c', which is none of the 2 class names of its schema"):
+        prepared(source)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({}, {"label": [0, 1]}, "1.parquet has labels in its column label, and 0.parquet has no such column"),
+        ({"label": [0, 1]}, {}, "1.parquet has no column 'label', unlike 0.parquet"),
+        ({"label": [0, 1]}, {"label": ["a", "b"]}, "1.parquet is of type string, and that of 0.parquet is not"),
+    ],
+)
+def test_files_that_label_their_images_differently_are_refused(
+    first: dict, second: dict, words: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    for number, columns in enumerate((first, second)):
+        table(tmp_path / f"s/{number}.parquet", {"image": [png(2 * number), png(2 * number + 1)], **columns})
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "s")
+    assert prepared(tmp_path / "s", labels="none")[0].num_ok == 4
+
+
+def test_a_column_of_masks_by_the_name_of_labels_is_passed_over(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    columns = {"image": structs([png(0), png(1)]), "label": structs([png(2), png(3)])}
+    manifest, _ = prepared(table(tmp_path / "s/a.parquet", columns))
+    assert (manifest.classes, manifest.num_ok) == ([], 2)
+    assert manifest.passed_over == {"columns of images that are not taken (--image-column)": 1}
+
+
+@pytest.mark.parametrize("kind", [pa.binary_view(), pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())])
+@pytest.mark.parametrize("name", ["image", "image.bytes"])
+def test_a_column_of_bytes_of_any_type_and_name_has_the_images(
+    kind: pa.DataType, name: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    images = [png(i) for i in range(4)]
+    column = pa.array(images).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(images, kind)
+    manifest, rows = prepared(table(tmp_path / "s/a.parquet", {name: column, "label": [0, 1, 0, 1]}))
+    assert labels_of(manifest, rows) == {image: str(i % 2) for i, image in enumerate(images)}
+
+
+def test_a_label_may_be_a_field_of_a_column(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    columns = {"jpg": [png(0), png(1)], "json": [{"label": "x", "url": "u"}, {"label": "y", "url": "v"}]}
+    source = table(tmp_path / "s/a.parquet", columns)
+    assert prepared(source)[0].label_candidates == ["column:json.label"]
+    manifest, rows = prepared(source, out="b", labels="column:json.label")
+    assert labels_of(manifest, rows) == {png(0): "x", png(1): "y"}
+    with pytest.raises(ValueError, match=r"has no column 'json\.caption'"):
+        prepared(source, labels="column:json.caption")
+
+
+def test_folders_that_name_a_column_are_refused_or_name_a_split(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        table(tmp_path / f"s/label={name}/a.parquet", {"image": [png(number)]})
+        table(tmp_path / f"t/split={('train', 'test')[number]}/a.parquet", {"image": [png(number)]})
+    with pytest.raises(ValueError, match=r"lies in label=\w+/, whose name is the value of a column that the file"):
+        prepared(tmp_path / "s")
+    assert prepared(tmp_path / "s", labels="none")[0].num_ok == 2
+    assert set(prepared(tmp_path / "t", out="u")[1]) == {"train", "test"}
 
 
 def test_of_two_label_columns_none_is_taken_without_being_named(
@@ -202,6 +270,12 @@ def test_a_file_has_the_labels_of_a_folder_and_of_a_tar(
         ("age,height\n1,2\n", "has columns age, height, of which none is clearly image and label"),
         ("image,label,split\na.png,x,holdout\n", "has split 'holdout'; it must be train, val or test"),
         ("image,label\n1.png,x\n", "names 1.png, which could be .* or .*; give paths below the source"),
+        ("image,label\na.png\n", "line 2 of .* has 1 fields where the header has 2"),
+        ("image,label\na.png,x,y\n", "line 2 of .* has 3 fields where the header has 2"),
+        ("image;label\na.png;x\n", "fields of .* are separated by ';'; separate them by commas in a .csv"),
+        ("image,label,Label\na.png,x,y\n", "has the column 'label' twice; rename one"),
+        ("image,dx,dx_type\na.png,x,y\n", "has the columns dx, dx_type, .* as in --labels file:l.csv:dx"),
+        ("image,age\na.png,x\n" + "y" * 140_000 + ",z\n", r"is not CSV \(field larger"),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit_is_refused(
@@ -210,6 +284,51 @@ def test_a_file_of_labels_that_does_not_fit_is_refused(
     images = {"a.png": png(0), "b.png": png(1), "x/1.png": png(2), "y/1.png": png(3)}
     with pytest.raises(ValueError, match=words):
         prepared(fill(tmp_path / "s", {**images, "l.csv": text.encode()}), labels="file:l.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("l.jsonl", '{"image": "a.png", "label": [0, 1]}', "line 1 of .* has a label that is a list, but an image has"),
+        ("l.jsonl", '{"image": "a.png", "label": 0.5}', "line 1 of .* has label 0.5, but a class is a name"),
+        ("l.jsonl", '["a.png", "x"]', "line 1 of .* is no JSON object, such as"),
+        ("l.jsonl", "[" * 100_000, "line 1 of .* is not JSON"),
+        ("l.json", "{}", r"is no table that is read; save it as CSV, TSV or JSON lines \(.jsonl\)"),
+        ("gone.csv", "", r"there is no l.csv in .*, and no .*/l.csv; check the path"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused(
+    name: str, text: str, words: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "s", {"a.png": png(0), name: text.encode()})
+    with pytest.raises(ValueError, match=words):
+        prepared(source, labels=f"file:{name.replace('gone', 'l')}")
+
+
+def test_a_column_of_a_file_of_labels_is_chosen_by_name(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    text = b"image,dx,dx_type,age\na.png,mel,histo,40\nb.png,nv,follow,50\n"
+    source = fill(tmp_path / "s", {"a.png": png(0), "b.png": png(1), "l.csv": text})
+    for column, classes in (("dx", ["mel", "nv"]), ("dx_type", ["follow", "histo"]), ("age", ["40", "50"])):
+        manifest, rows = prepared(source, out=column, labels=f"file:l.csv:{column}")
+        assert [name for name in manifest.classes if name in classes] == classes
+        assert set(labels_of(manifest, rows).values()) == set(classes)
+    with pytest.raises(ValueError, match=r"has columns image, dx, dx_type, age, of which none is sex"):
+        prepared(source, labels="file:l.csv:sex")
+
+
+def test_each_split_may_have_its_own_file_of_labels(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    files = {"train/0.png": png(0), "train/x/1.png": png(1), "test/0.png": png(2), "test/2.png": png(3)}
+    files |= {"train/metadata.csv": b"file_name,label\n0.png,a\nx/1.png,b\n"}
+    files |= {"test/metadata.csv": b"file_name,label\n0.png,b\n2.png,\n"}
+    source = fill(tmp_path / "s", files)
+    assert prepared(source, max_skipped=0)[0].label_candidates == ["file:metadata.csv"]
+    manifest, rows = prepared(source, out="all", labels="file:metadata.csv")
+    assert labels_of(manifest, rows) == {png(0): "a", png(1): "b"}
+    assert labels_of(manifest, rows, "test") == {png(2): "b", png(3): None}
+    assert manifest.passed_over == {}
+    manifest, rows = prepared(source, out="one", labels="file:train/metadata.csv")
+    assert labels_of(manifest, rows) == {png(0): "a", png(1): "b"}
+    assert set(labels_of(manifest, rows, "test").values()) == {None}
 
 
 def test_a_file_of_labels_beside_images_is_said_to_be_unused(
@@ -247,9 +366,31 @@ def test_labels_in_files_beside_the_images_are_used_if_named(
     assert numbers("member:txt") == ["a caption"] * 4
     with pytest.raises(ValueError, match=r"key tags of .*json has a label that is a list, but an image has one class"):
         numbers("json:tags")
+    assert numbers("member:.label") == ["0", "1", "0", "1"]
     for missing in ("json:nothing", "member:nothing"):
-        with pytest.raises(ValueError, match=f"no image of .* has a label by --labels {missing}"):
+        words = f"no image of .* has a label by --labels {missing}; labels that may be meant: --labels"
+        with pytest.raises(ValueError, match=words):
             numbers(missing)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_json_may_have_the_whole_name_of_its_image(kind: str, png: Png, prepared: Callable, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(4):
+        members |= {f"{i}.png": png(i), f"{i}.png.json": json.dumps({"label": i % 2}).encode()}
+    source = fill(tmp_path / "s", members) if kind == "folder" else pack(tmp_path / "s/a.tar", members.items())
+    manifest, rows = prepared(source, labels="json:label")
+    assert labels_of(manifest, rows) == {png(i): str(i % 2) for i in range(4)}
+
+
+@pytest.mark.parametrize("value", ["1e999", "[" * 100_000])
+def test_json_that_no_class_can_be_read_from_is_refused(
+    value: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    source = fill(tmp_path / "s", {"0.png": png(0), "0.json": f'{{"label": {value}}}'.encode()})
+    assert prepared(source)[0].classes == []
+    with pytest.raises(ValueError, match=r"has label inf, but a class is|0.json is not JSON"):
+        prepared(source, out="b", labels="json:label")
 
 
 @pytest.mark.parametrize(
@@ -305,6 +446,37 @@ def test_classes_that_look_alike_are_said(
     assert len(manifest.classes) == 4
     assert "'Cat' and 'cat' are two" in caplog.text
     assert caplog.text.count(" are two; rename one") == 2
+
+
+def test_labels_that_are_probably_none_or_several_are_said(
+    png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = ["N/A", "edema", "mass|edema", "1", "01", "mass"]
+    text = "uri,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels))
+    images = {f"{i}.png": png(i) for i in range(6)}
+    manifest, _ = prepared(fill(tmp_path / "s", {**images, "l.csv": text.encode()}) / "l.csv")
+    assert manifest.classes == sorted(labels)
+    assert "class 'N/A' is one like others; if it means a missing label, leave that empty" in caplog.text
+    assert "1 classes such as 'mass|edema' look like several in one; --multi-label takes them apart" in caplog.text
+    assert "classes '01' and '1' are two; rename one if they are the same" in caplog.text
+
+
+def test_a_class_without_an_image_to_train_on_is_said(
+    png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["train/a/0.png", "train/b/1.png", "val/c/2.png", "val/b/3.png"]
+    prepared(fill(tmp_path / "s", {name: png(i) for i, name in enumerate(names)}))
+    assert "1 classes of split val, such as 'c', have no image to train on" in caplog.text
+
+
+def test_equal_images_with_different_labels_are_said(
+    png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"train/a/0.png": png(0), "train/b/1.png": png(1), "train/b/2.png": png(1), "test/b/3.png": png(0)}
+    manifest, _ = prepared(fill(tmp_path / "s", files))
+    assert (manifest.num_duplicates, manifest.notes) == (2, {"duplicate of an image with another label": 1})
+    assert "1 of 2 duplicates have another label than the equal image that is kept" in caplog.text
+    assert "such as train/a/0.png and test/b/3.png, which stays" in caplog.text
 
 
 def test_a_byte_order_mark_is_no_part_of_a_label(png: Png, prepared: Callable, tmp_path: Path) -> None:

@@ -195,6 +195,58 @@ def test_a_mask_beside_its_image_is_not_taken(
     assert prepared(source, out="any", image_member="any")[0].num_ok == 3
 
 
+PAIRED = [
+    (["p_flair.nii.gz", "p_t1.nii.gz"], "p_seg.nii.gz"),
+    (["imaging.nii.gz"], "segmentation.nii.gz"),
+    (["image.png"], "mask.png"),
+    (["b (1).png"], "b (1)_mask_1.png"),
+    (["1.jpg"], "mask_1.png"),
+    (["image_1.png"], "label_1.png"),
+]
+
+
+@pytest.mark.parametrize(("images", "mask"), PAIRED)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_mask_is_known_by_the_usual_names_of_pictures(
+    images: list[str], mask: str, kind: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    names = [*(f"c/{name}" for name in images), "d/with_mask_1.png", "d/without_mask_1.png", "d/label_free.png"]
+    contents = {name: png(i) for i, name in enumerate(names)} | {f"c/{mask}": png(99)}
+    source = fill(tmp_path / "s", contents) if kind == "folder" else pack(tmp_path / "s/a.tar", contents.items())
+    manifest, rows = prepared(source)
+    assert {row["source"].removeprefix("a.tar/") for row in rows["train"]} == set(names)
+    assert manifest.passed_over == {"masks beside images (--image-member any takes them)": 1}
+
+
+FOLDERS = [("original/", "masks/"), ("", "masks/"), ("img/", "img_mask/"), ("scans/", "Ground Truth/"), ("a/", "a_gt/")]
+
+
+@pytest.mark.parametrize(("images", "masks"), FOLDERS)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_folders_of_masks_are_known_by_the_names_of_their_files(
+    images: str, masks: str, kind: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    def packed(names: list[str], out: str) -> Path:
+        contents = {name: png(i) for i, name in enumerate(names)}
+        return fill(tmp_path / out, contents) if kind == "folder" else pack(tmp_path / out / "a.tar", contents.items())
+
+    pairs = packed([f"{folder}{i}.{end}" for folder, end in ((images, "jpg"), (masks, "png")) for i in range(3)], "s")
+    with pytest.raises(ValueError, match=f"has {images or './'} and beside it {masks}, whose files look like masks of"):
+        prepared(pairs)
+    assert prepared(pairs, image_member="any")[0].num_ok == 6
+    apart = packed([f"{images}{i}.jpg" for i in range(3)] + [f"{masks}{i}.png" for i in range(3, 6)], "t")
+    if images != "img/":
+        assert prepared(apart, out="apart")[0].num_ok == 6
+
+
+def test_files_in_a_folder_beside_that_of_their_images_do_not_end_the_command(
+    png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    files = {f"train/images/{i}.png": png(i) for i in range(3)} | {f"train/labels/{i}.txt": b"0 .5" for i in range(3)}
+    manifest, _ = prepared(fill(tmp_path / "s", files), max_skipped=0)
+    assert (manifest.num_ok, manifest.passed_over) == (3, {"no image (*.txt)": 3})
+
+
 def test_only_images_whose_names_have_the_end_are_taken(png: Png, prepared: Callable, tmp_path: Path) -> None:
     contents = {f"{i}_{band}.png": png(10 * i + n) for i in range(3) for n, band in enumerate(("rgb", "depth"))}
     manifest, rows = prepared(fill(tmp_path / "s", contents), image_member="_rgb.png")
@@ -221,7 +273,9 @@ def test_folders_of_images_and_masks_are_no_classes(
     assert prepared(source, image_member="any")[0].num_ok == 6
 
 
-def test_pairs_of_one_name_are_refused_unless_one_is_chosen(png: Png, prepared: Callable, tmp_path: Path) -> None:
+def test_pairs_of_one_name_are_refused_unless_one_is_chosen(
+    png: Png, prepared: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     contents = {f"{i}{end}": png(10 * i + n) for i in range(3) for n, end in enumerate((".jpg", ".png"))}
     source = fill(tmp_path / "s", contents)
     words = (
@@ -234,6 +288,8 @@ def test_pairs_of_one_name_are_refused_unless_one_is_chosen(png: Png, prepared: 
     assert prepared(source, out="any", image_member="any")[0].num_ok == 6
     photographs = fill(tmp_path / "p", {"0.jpg": png(0), "0.png": png(1), "1.png": png(2), "2.png": png(3)})
     assert prepared(photographs, out="few")[0].num_ok == 4
+    assert "has pairs such as 0.jpg and 0.png" in caplog.text
+    assert "(1 of 3 images without loss are one of a pair)" in caplog.text
 
 
 def test_a_file_that_may_not_be_read_is_passed_over(png: Png, prepared: Callable, tmp_path: Path) -> None:

@@ -243,6 +243,12 @@ def parquet(tmp_path: Path, columns: dict[str, list]) -> Path:
     return tmp_path / "s/a.parquet"
 
 
+def paths_alone() -> pa.Array:
+    """Return a column as the Hub's library writes it without the images."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": None, "path": f"/data/{i}.png"} for i in range(2)], kind)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -253,13 +259,23 @@ def parquet(tmp_path: Path, columns: dict[str, list]) -> Path:
         (lambda t, png: a_tar(t, png, b"1", b"\xff\xfe"), "a.tar: 1.cls contains no class"),
         (lambda t, png: a_tar(t, png, b"1", b"2"), "has a label and .* has none; label all"),
         (lambda t, png: a_tar(t, png).rename(t / "s/a.tar.gz"), "compressed archive, .* unpack it"),
+        (lambda t, png: pack(t / "s/a.tar", {}), "no image in .*: its tar files are empty"),
+        (lambda t, png: parquet(t, {"image": pa.array([], pa.binary())}), "no image in .* with images are empty"),
+        (lambda t, png: parquet(t, {"image": [{"bytes": None, "path": "a.png"}]}), "is of type struct<bytes: null"),
+        (lambda t, png: parquet(t, {"image": paths_alone()}), "column image.bytes of .* is empty: the file names its"),
+        (lambda t, png: fill(t, {"l.tsv": b"path\ta\n"}) / "l.tsv", "l.tsv is a file, and no .csv list, .*its folder"),
+        (lambda t, png: fill(t, {"l.csv": b"uri;label\na;1\n"}) / "l.csv", "are separated by ';'; separate them by"),
+        (lambda t, png: fill(t, {"l.csv": b"uri,label,label\n"}) / "l.csv", "has the column 'label' twice; rename one"),
         (lambda t, png: cut_short(parquet(t, {"image": [png(1)]})), "a.parquet is not an intact Parquet file"),
         (lambda t, png: parquet(t, {"x": [1], "y": [2]}), r"no unambiguous column of images \(columns: x, y\)"),
         (
             lambda t, png: parquet(t, {"p": [b""], "q": [b""]}),
             r"no unambiguous column of images .*; name one `image`",
         ),
-        (lambda t, png: fill(t, {"l.csv": b"name,age\na,1\n"}) / "l.csv", "names no column of images; make it uri"),
+        (
+            lambda t, png: fill(t, {"l.csv": b"name,age\na,1\n"}) / "l.csv",
+            "names no column of images, but name, age; make it uri",
+        ),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\na.png\n"}) / "l.csv", "line 2 of .* has 1 fields where"),
         (lambda t, png: fill(t, {"l.csv": b"uri,label\n,cat\n"}) / "l.csv", "line 2 of .* names no image"),
         (lambda t, png: fill(t, {"l.csv": b"uri,split\na.png,fold\n"}) / "l.csv", "has split 'fold'; it must be train"),

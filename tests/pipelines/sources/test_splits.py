@@ -55,6 +55,8 @@ def test_a_word_names_the_split_in_every_kind_of_source(
         (["latest-0.tar", "contest.tar", "attrain.tar"], ["", "", ""]),
         (["test-tube-0.tar", "test-tube-1.tar"], ["", ""]),
         (["a.tar", "test.tar"], ["", "test"]),
+        (["train2017.tar", "val2017.tar"], ["train", "val"]),
+        (["split=train/0.parquet", "split=test/0.parquet"], ["train", "test"]),
     ],
 )
 def test_a_file_names_its_split_with_its_last_word(paths: list[str], expected: list[str]) -> None:
@@ -66,6 +68,7 @@ def test_a_file_names_its_split_with_its_last_word(paths: list[str], expected: l
     [
         (["test-tube-0.tar", "beaker-0.tar"], "test-tube-0.tar of s may be of split test or only have the word"),
         (["train-0.tar", "test-clean-0.tar", "x.tar"], "test-clean-0.tar of s may be of split test"),
+        (["images.tar", "testset.tar"], "testset.tar of s may be of split test"),
         (["test/train-0.tar"], "names the splits test and train; rename it"),
     ],
 )
