@@ -47,6 +47,9 @@ from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
+# Of 1: less than masks of 0 and 15 of 255 have, and far less than photographs.
+_MIN_STD, _MAX_DARK_MEAN = 0.03, 0.06
+
 Task: TypeAlias = Callable[[dict[str, Any]], dict[str, int]]
 
 
@@ -114,6 +117,7 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     for note, count in manifest.notes.items():
         log.info("%d of %d images: %s", count, manifest.num_found, note)
     _warn_of_splits(manifest, config)
+    _warn_of_darkness(manifest)
     notes = manifest.notes | ({"duplicate of an image with another label": len(pairs)} if pairs else {})
     manifest = dataclasses.replace(manifest, label_sets=label_sets, notes=notes)
     written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
@@ -145,6 +149,16 @@ def _warn_of_splits(manifest: Manifest, config: PrepareConfig) -> None:
             "split val is empty: of %d images, no hash of the content chose one with val_fraction %g; to measure on "
             "val, prepare into another folder with --hold-out stratified or a higher --val-fraction",
             num, config.val_fraction,
+        )  # fmt: skip
+
+
+def _warn_of_darkness(manifest: Manifest) -> None:
+    """Log that 8-bit images use a small part of 0 to 255, as masks of 0 and 1 do, or 4 bits in 8."""
+    if not manifest.values and max(manifest.std) < _MIN_STD and max(manifest.mean) < _MAX_DARK_MEAN:
+        log.warning(
+            "the images are nearly black: their mean is %.1f of 255, with a standard deviation of %.1f; if they are "
+            "masks, or have fewer than 8 bits, choose other images or add --range min-max",
+            255 * max(manifest.mean), 255 * max(manifest.std),
         )  # fmt: skip
 
 

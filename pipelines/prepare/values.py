@@ -23,6 +23,7 @@ PERCENTILES = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9)
 _FLOAT_SHIFT = np.uint32(14)
 _NUM_LEVELS = {"uint8": 2**8, "uint16": 2**16, "int16": 2**16, "float32": 2**18}
 _FRACTION = 0.5
+_TINY = float(np.finfo(np.float32).tiny)
 Mask = NDArray[np.bool_]
 Limits = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -113,13 +114,15 @@ def refuse_fraction(total: ValueSums, source: str, config: PrepareConfig) -> Non
     for sums in total.channels():
         together.merge(sums)
     low, high = (together.percentile(share, levels) for share in (0.1, 99.9))
+    # A level of fractions has the value in its middle, and the one of 0 is not quite 0.
+    low, high = (0.0 if abs(value) < _TINY else value for value in (low, high))
     full = FULL[total.dtype]
     is_outside = together.minimum < full[0] or together.maximum > full[1]
     share = (high - low) / (full[1] - full[0])
     if is_outside or share < _FRACTION:
         said = "beyond" if is_outside else f"{max(share, 0.001):.1%} of"
         raise UserError(
-            f"the {total.dtype} values of {source} run from {together.minimum:g} to {together.maximum:g} "
+            f"the values of {source}, read as {total.dtype}, run from {together.minimum:g} to {together.maximum:g} "
             f"(0.1 to 99.9 % of them from {low:g} to {high:g}), {said} {full[0]:g} to {full[1]:g}; say which become "
             f"0 and 1: --range percentiles 0.1 99.9, --range window {(low + high) / 2:g} {max(high - low, 1):g}, "
             "--range min-max, or --range full if this is meant"

@@ -111,7 +111,7 @@ def _header(image: Image.Image, max_pixels: int, may_turn: bool, tiff: TiffHeade
     # Cameras write MPO, a JPEG followed by further pictures. The first one is the photograph.
     # Further pages of a cloud-optimised GeoTIFF are overviews.
     if image.format != "MPO" and tiff is None and getattr(image, "is_animated", False):
-        raise Refused("animated or several pages")
+        raise Refused("animated or several pages: of GIF, PNG and WebP none is chosen; save the frames as images")
     if image.mode not in _MODES:
         raise Refused(f"unsupported pixels: mode {image.mode}")
     # Pillow turns a TIFF upright by itself, and its size is that of the upright image.

@@ -14,6 +14,7 @@ from mae_core.values import to_unit
 from pipelines.config import PrepareConfig
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.images.decode import read_values
+from pipelines.images.encode import as_png
 from pipelines.prepare import prepare
 from pipelines.prepare.values import ValueSums, described, levels_of
 from pipelines.storage import open_storage
@@ -52,7 +53,9 @@ TWELVE = [scene(1, seed, largest=4095) for seed in range(6)]
 def test_twelve_bits_in_sixteen_need_a_range(tmp_path: Path, encoded: Any) -> None:
     # Readers are chosen by content, not by suffix.
     files = {f"{i}.tif": encoded(values) for i, values in enumerate(TWELVE)}
-    with pytest.raises(UserError, match=r"the uint16 values of .* run from 0 to 4095 .*6\.\d% of 0 to 65535.*--range"):
+    with pytest.raises(
+        UserError, match=r"the values of .*, read as uint16, run from 0 to 4095 .*6\.\d% of 0 to 65535.*--range"
+    ):
         prepared(tmp_path, files)
     assert not list((tmp_path / "out").rglob("*.parquet")), "the command with --range starts anew"
     uri, manifest = prepared(tmp_path, files, range=("window", "2048", "4096"))
@@ -68,6 +71,44 @@ def test_twelve_bits_in_sixteen_need_a_range(tmp_path: Path, encoded: Any) -> No
     together = np.stack(TWELVE).ravel()
     for share, found in manifest.values.percentiles.items():
         assert found == [np.percentile(together, float(share), method="inverted_cdf")]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "float64"])
+def test_values_of_other_types_are_read_as_fractions_and_said_to_be(tmp_path: Path, dtype: str) -> None:
+    images = [values.astype(dtype) * (0.5 if dtype == "float64" else 1) for values in TWELVE]
+    files = {f"{i}.tif": tiff(values[:, :, 0]) for i, values in enumerate(images)}
+    most = images[0].max()
+    with pytest.raises(
+        UserError, match=rf"the values of .*, read as float32, run from 0 to {most:g} \(0.1 to 99.9 % of"
+    ):
+        prepared(tmp_path, files)
+    uri, manifest = prepared(tmp_path, files, range=("min-max",))
+    assert manifest.values is not None
+    assert (manifest.values.minimum, manifest.values.maximum) == ([0.0], [most])
+    for name, values in zip(sorted(stored := rows_of(uri)), images, strict=True):
+        np.testing.assert_array_equal(stored[name], values)
+
+
+def test_upright_film_stored_with_white_as_zero_is_upright(tmp_path: Path) -> None:
+    images = {f"{i}.tif": values[:, :, 0] for i, values in enumerate(scene(1, seed) for seed in range(3))}
+    files = {name: tiff(65535 - values, photometric="miniswhite") for name, values in images.items()}
+    uri, manifest = prepared(tmp_path, files)
+    assert manifest.notes == {"white is zero, inverted": 3}
+    for name, values in rows_of(uri).items():
+        np.testing.assert_array_equal(values[:, :, 0], images[name])
+
+
+def test_images_that_are_nearly_black_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    masks = {f"{i}.png": as_png((scene(1, i) > 30000).astype(np.uint8)).content for i in range(3)}
+    uri, manifest = prepared(tmp_path / "plain", masks)
+    assert (manifest.values, manifest.num_ok) == (None, 3)
+    assert "the images are nearly black: their mean is 0." in caplog.text
+    caplog.clear()
+    uri, manifest = prepared(tmp_path / "ranged", masks, range=("min-max",))
+    assert set(np.unique(list(rows_of(uri).values()))) == {0, 1}
+    assert 0.3 < manifest.mean[0] < 0.7
+    prepared(tmp_path / "light", {f"{i}.png": as_png((scene(1, i) >> 8).astype(np.uint8)).content for i in range(3)})
+    assert "nearly black" not in caplog.text
 
 
 def test_full_range_needs_no_option(tmp_path: Path) -> None:
