@@ -11,13 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.sources.passed_over import PassedOver
-from pipelines.sources.table_files import Content, content_of, damaged, folder_of, missing
+from pipelines.sources.table_files import Content, content_of, damaged, missing
 from pipelines.storage import Storage
 
 FOLDER = re.compile(r"(.+?\.lance)/(?:_versions|_transactions|_deletions|_indices|data)/.*", re.IGNORECASE)
 """A file within a dataset; the first group is the dataset's path."""
 VERSIONS = "_versions"
 _BATCH_ROWS = 16
+# Credentials and endpoint are those of the environment, for Lance as for others.
+_STORE_OPTIONS = {"allow_http": "true"}
 
 
 class LanceTable:
@@ -75,13 +77,14 @@ def version_of(storage: Storage, path: str) -> str:
 
 @contextmanager
 def open_rows(storage: Storage, path: str, version: str) -> Iterator[LanceTable]:
-    folder = folder_of(storage, path, "Lance datasets")
+    folder = storage.join(path)
     try:
         import lance
     except ImportError:
         raise missing(folder, "a Lance dataset", "pylance") from None
     try:
-        table = LanceTable(lance.dataset(folder, version=int(version) if version else None))
+        options = None if storage.is_local else _STORE_OPTIONS
+        table = LanceTable(lance.dataset(folder, version=int(version) if version else None, storage_options=options))
         yield table
     except (OSError, RuntimeError, KeyError, pa.ArrowException) as error:
         raise damaged(folder, "Lance dataset", error) from None

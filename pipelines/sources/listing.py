@@ -50,7 +50,7 @@ class Listing:
             archives.append((found, kind))
         if not archives:
             self._refuse_empty()
-        archives = self._without_tables_of_tars(archives)
+        archives = self._without_copies(self._without_tables_of_tars(archives))
         found, kind = archives[0]
         return kind, self._only(found, kind, iter(archives))
 
@@ -70,6 +70,16 @@ class Listing:
         for found, kind in archives:
             if kind == PARQUET and stem_of(found.path) in tars:
                 self.passed_over.add("tables beside tar files", found.path, beside=True)
+            else:
+                kept.append((found, kind))
+        return kept
+
+    def _without_copies(self, archives: list[tuple[ListedFile, str]]) -> list[tuple[ListedFile, str]]:
+        """Pass over a compressed shard of MDS beside the same one unpacked."""
+        there, kept = {found.path for found, _ in archives}, []
+        for found, kind in archives:
+            if mds_tables.COMPRESSED.fullmatch(found.path.lower()) and found.path.rpartition(".")[0] in there:
+                self.passed_over.add("compressed copies of shards", found.path, beside=True)
             else:
                 kept.append((found, kind))
         return kept

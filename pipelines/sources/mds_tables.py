@@ -1,11 +1,13 @@
 """MosaicML's MDS by the reader of mosaicml-streaming. A shard is one file and one group; `index.json` describes it.
 
+The library reads files of this machine that are not compressed: others are copied or unpacked while they are open.
 Columns of type pkl, which would be unpickled, are never decoded.
 """
 
 import io
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,16 +19,23 @@ import pyarrow as pa
 
 from mae_core.errors import UserError
 from pipelines.sources.passed_over import PassedOver
-from pipelines.sources.table_files import Content, content_of, damaged, folder_of, missing
+from pipelines.sources.table_files import Content, content_of, damaged, is_damage, missing
 from pipelines.storage import Storage
 
 NAME = re.compile(r".*\.mds(?:\.(?:br|bz2|gz|snappy|zstd))?")
 INDEX = "index.json"
+COMPRESSED = re.compile(r".*\.mds\.(br|bz2|gz|snappy|zstd)")
 INSTALL = "--no-deps mosaicml-streaming brotli catalogue cramjam python-snappy xxhash zstd"
 # Its requirements exclude NumPy 2.2 and transformers 5, which other parts of this project use.
 _ENCODED = ("jpeg", "png", "bytes")
 _INT = re.compile(r"u?int\d*|str_int")
 _FLOAT = re.compile(r"float\d+|str_float")
+_CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "zstd": "zstd"}
+_CHUNK_BYTES = 2**20
+# A copy of 64 bytes takes three.
+_MAX_SNAPPY_RATIO = 22
+# Offsets in a shard have 32 bits.
+_MAX_SHARD_BYTES = 2**32
 # Modes whose pixels are all that PIL's encoding needs; a palette is not among what it stores.
 _MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 
@@ -120,55 +129,93 @@ def _from_pil(cell: bytes) -> Content:
 
 @contextmanager
 def open_rows(storage: Storage, path: str, version: str) -> Iterator[MdsTable]:
-    full = Path(folder_of(storage, path, "MDS shards"))
+    uri = storage.join(path)
     try:
         from streaming.base.format.mds.reader import MDSReader  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise missing(str(full), "a shard of MosaicML's MDS", "mosaicml-streaming", INSTALL) from None
-    about = _about(full)
-    if full.name != about["raw_data"]["basename"]:
-        raise UserError(
-            f"{full} is compressed, which cannot be read in place; decompress it to "
-            f"{about['raw_data']['basename']} (zstd -d, for example)"
-        )
-    num_bytes = full.stat().st_size
-    if num_bytes != about["raw_data"]["bytes"]:
-        raise damaged(str(full), "MDS shard", f"{num_bytes} bytes, but {INDEX} says {about['raw_data']['bytes']}")
+        raise missing(uri, "a shard of MosaicML's MDS", "mosaicml-streaming", INSTALL) from None
+    about = _about(storage, path)
     try:
-        if not 0 <= about["samples"] <= num_bytes // 4:
+        num_bytes = int(about["raw_data"]["bytes"])
+        if not 0 <= about["samples"] <= num_bytes // 4 <= _MAX_SHARD_BYTES // 4:
             raise ValueError(f"{about['samples']} samples in {num_bytes} bytes")
-        reader = MDSReader.from_json(str(full.parent), "", about)
-        yield MdsTable(reader, str(full), num_bytes)
-    except (IndexError, KeyError, TypeError, OSError) as error:
-        raise damaged(str(full), "MDS shard", error) from None
+        with _raw_file(storage, path, num_bytes) as file:
+            raw = {**about["raw_data"], "basename": file.name}
+            reader = MDSReader.from_json(str(file.parent), "", {**about, "raw_data": raw, "zip_data": None})
+            yield MdsTable(reader, uri, num_bytes)
+    except (IndexError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        if not is_damage(error):
+            raise
+        raise damaged(uri, "MDS shard", error) from None
     except ValueError as error:
         if type(error) is ValueError:
-            raise damaged(str(full), "MDS shard", error) from None
+            raise damaged(uri, "MDS shard", error) from None
         raise
 
 
-def _about(shard: Path) -> dict[str, Any]:
+@contextmanager
+def _raw_file(storage: Storage, path: str, num_bytes: int) -> Iterator[Path]:
+    """Give the shard as a file of this machine that is not compressed: a copy while the block runs, unless it is one.
+
+    Raises ValueError if it does not have the size that its index says.
+    """
+    ending = COMPRESSED.fullmatch(path.lower())
+    if storage.is_local and not ending:
+        if (found := storage.stat(path).num_bytes) != num_bytes:
+            raise ValueError(f"{found} bytes, but {INDEX} says {num_bytes}")
+        yield Path(storage.join(path))
+        return
+    with tempfile.TemporaryDirectory(prefix="mae-mds-") as folder:
+        file = Path(folder) / "shard.mds"
+        with storage.open_input(path) as source, file.open("wb") as target:
+            for chunk in _chunks(source, ending[1] if ending else "", num_bytes):
+                target.write(chunk)
+        if (found := file.stat().st_size) != num_bytes:
+            raise ValueError(f"{found} bytes or more, but {INDEX} says {num_bytes}")
+        yield file
+
+
+def _chunks(source: Any, ending: str, num_bytes: int) -> Iterator[bytes]:
+    """Yield the content, at most one chunk more than `num_bytes`, whatever a compressed file unpacks to."""
+    if ending == "snappy":
+        content = source.read(num_bytes + _CHUNK_BYTES)
+        if num_bytes > _MAX_SNAPPY_RATIO * len(content):
+            raise ValueError(f"{len(content)} bytes of snappy cannot hold {num_bytes}")
+        yield pa.decompress(content, decompressed_size=num_bytes, codec="snappy", asbytes=True)
+        return
+    stream = pa.CompressedInputStream(source, _CODECS[ending]) if ending else source
+    done = 0
+    while done <= num_bytes and (chunk := stream.read(_CHUNK_BYTES)):
+        done += len(chunk)
+        yield chunk
+
+
+def _about(storage: Storage, path: str) -> dict[str, Any]:
     """Return what the index says of a shard. Raises UserError if it is missing, or does not."""
-    index = shard.with_name(INDEX)
+    folder, slash, name = path.rpartition("/")
+    index = folder + slash + INDEX
     try:
-        shards = _shards(index, index.stat().st_mtime_ns)
+        shards = _shards(storage, index, storage.stat(index).version)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(str(index), "index of MDS", error) from None
-    if shard.name not in shards:
-        raise UserError(f"{index} does not name {shard.name}; remove the shard, or copy its index again")
-    return shards[shard.name]
+        if isinstance(error, UserError) or not (is_damage(error) or isinstance(error, FileNotFoundError)):
+            raise
+        raise damaged(storage.join(index), "index of MDS", error) from None
+    if name not in shards:
+        raise UserError(f"{storage.join(index)} does not name {name}; remove the shard, or copy its index again")
+    return shards[name]
 
 
 @lru_cache(maxsize=64)
-def _shards(index: Path, version: int) -> dict[str, dict[str, Any]]:
+def _shards(storage: Storage, index: str, version: str) -> dict[str, dict[str, Any]]:
     """Return what an index says of each shard, by the names of the file and of its compressed form.
 
     Raises UserError if a shard is missing, whose samples would be missing too.
     """
-    found = {}
-    for about in json.loads(index.read_bytes())["shards"]:
+    folder, found = index[: -len(INDEX)], {}
+    there = {path[len(folder) :] for path, _ in storage.list(folder.rstrip("/"))}
+    for about in json.loads(storage.read(index))["shards"]:
         names = [str(about[key]["basename"]) for key in ("raw_data", "zip_data") if about.get(key)]
-        if not any(index.with_name(Path(name).name).exists() for name in names):
-            raise UserError(f"{index} names {names[0]}, which is missing; copy it again")
+        if not any(Path(name).name in there for name in names):
+            raise UserError(f"{storage.join(index)} names {names[0]}, which is missing; copy it again")
         found |= dict.fromkeys(names, about)
     return found

@@ -9,7 +9,7 @@ import pyarrow.types as pat
 
 from mae_core.errors import UserError
 from pipelines.sources.passed_over import PassedOver
-from pipelines.sources.table_files import Content, content_of
+from pipelines.sources.table_files import Content, content_of, is_damage
 from pipelines.storage import Storage
 
 _BATCH_ROWS = 16
@@ -74,17 +74,7 @@ def open_table(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
         ):
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
         reason = str(error).splitlines()[0].strip().rstrip(":")
         raise UserError(f"{storage.join(path)} is not an intact Parquet file ({reason}); copy it again") from None
-
-
-def _is_damage(error: Exception) -> bool:
-    """Return whether the error means damaged Parquet.
-
-    Arrow also raises OSError for Parquet that it cannot parse: then it has no errno and does not come from a store.
-    """
-    if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
-        return type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
-    return True

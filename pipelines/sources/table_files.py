@@ -67,3 +67,13 @@ def damaged(uri: str, what: str, error: Exception | str) -> UserError:
     """Return the error for a file that its library cannot read, which may raise anything."""
     reason = str(error).partition("\n")[0].strip().rstrip(".:") or type(error).__name__
     return UserError(f"{uri} is not an intact {what} ({reason[:200]}); copy it again")
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether the error means a damaged file.
+
+    Arrow also raises OSError for a file that it cannot parse: then it has no errno and does not come from a store.
+    """
+    if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
+        return type(error) is OSError and error.errno is None and "AWS Error" not in str(error)
+    return True

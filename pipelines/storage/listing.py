@@ -22,4 +22,4 @@ class ListedFile(NamedTuple):
 def check_size(num_bytes: int, max_bytes: int | None) -> None:
     """Raise UserError if a file is larger than `max_bytes`."""
     if max_bytes is not None and num_bytes > max_bytes:
-        raise UserError(f"too many bytes: {num_bytes} is more than {max_bytes}")
+        raise UserError(f"too many bytes: {num_bytes} is more than {max_bytes}; cut it into smaller files")

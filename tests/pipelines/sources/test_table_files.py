@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mae_core.errors import UserError
 from pipelines.sources import open_source
+from pipelines.storage import open_storage
 from tests.pipelines.sources.test_listing import assert_law
 
 Png = Callable[[int], bytes]
@@ -28,13 +30,13 @@ def write_lance(path: Path, columns: dict[str, Any]) -> None:
     lance.write_dataset(pa.table(columns), str(path) + ".lance", max_rows_per_file=5)
 
 
-def write_mds(path: Path, columns: dict[str, Any]) -> None:
+def write_mds(path: Path, columns: dict[str, Any], **options: Any) -> None:
     pytest.importorskip("streaming", reason="no extra has mosaicml-streaming, whose pins exclude others: see docs")
     from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     of_type = {bytes: "bytes", int: "int", str: "str"}
     encodings = {name: of_type[type(values[0])] for name, values in columns.items()}
-    with MDSWriter(out=str(path), columns=encodings, size_limit=1500) as writer:
+    with MDSWriter(out=str(path), columns=encodings, size_limit=1500, **options) as writer:
         for row in range(len(columns["image"])):
             writer.write({name: values[row] for name, values in columns.items()})
 
@@ -181,6 +183,56 @@ def test_mds_is_read_by_what_its_encodings_mean(png: Png, prepared: Callable, tm
         prepared(tmp_path / "s", out="palette", image_column="palette", max_bad=1, max_skipped=1)
     with pytest.raises(UserError, match=r"column code .* has struct"):
         prepared(tmp_path / "s", out="code", image_column="png", labels="column:code", max_skipped=1)
+
+
+@pytest.mark.parametrize("codec", ["br", "bz2", "gz", "snappy", "zstd"])
+def test_compressed_shards_of_mds_are_read_as_the_others(
+    codec: str, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    images, labels = [png(number) for number in range(NUM)], [number % 3 for number in range(NUM)]
+    write_mds(tmp_path / "s/train", {"image": images, "label": labels}, compression=codec)
+    shards = sorted((tmp_path / "s/train").glob(f"*.mds.{codec}"))
+    assert len(shards) > 1, "every shard is compressed"
+    manifest, rows = prepared(tmp_path / "s")
+    assert [(row["image"], row["label"]) for row in rows["train"]] == list(zip(images, labels))
+    assert not list(Path(tempfile.gettempdir()).glob("mae-mds-*"))
+    # Unpacked beside itself, a shard is read once.
+    from streaming.base.compression import decompress  # pyright: ignore[reportMissingImports]
+
+    unpacked = shards[0].with_suffix("")
+    unpacked.write_bytes(decompress(codec, shards[0].read_bytes()))
+    manifest, _ = prepared(tmp_path / "s", out="both")
+    assert (manifest.num_ok, manifest.passed_over) == (NUM, {"compressed copies of shards": 1})
+    unpacked.unlink()
+    index = json.loads((tmp_path / "s/train/index.json").read_bytes())
+    for claimed in (index["shards"][0]["raw_data"]["bytes"] - 1, 2**31, 2**40):
+        index["shards"][0]["raw_data"]["bytes"] = claimed
+        (tmp_path / "s/train/index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=r"shard.00000.mds.* is not an intact MDS shard"):
+            list(open_source(str(tmp_path / "s")).entries())
+    shards[0].write_bytes(b"not packed")
+    with pytest.raises(UserError, match=r"shard.00000.mds.* is not an intact MDS shard"):
+        list(open_source(str(tmp_path / "s")).entries())
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", ["Lance", "MDS", "MDS of zstd", "TFRecord", "LMDB"])
+def test_tables_in_a_bucket_are_read_or_refused_by_name(
+    kind: str, png: Png, prepared: Callable, tmp_path: Path, s3: str
+) -> None:
+    images, labels = [png(number) for number in range(NUM)], [number % 3 for number in range(NUM)]
+    (tmp_path / "s").mkdir()
+    options = {"compression": "zstd"} if kind.endswith("zstd") else {}
+    WRITERS[kind.partition(" ")[0]](tmp_path / "s/train", {"image": images, "label": labels}, **options)
+    bucket = open_storage(f"{s3}/tables-{kind.replace(' ', '-')}")
+    for path in filter(Path.is_file, (tmp_path / "s").rglob("*")):
+        bucket.write(path.relative_to(tmp_path / "s").as_posix(), path.read_bytes())
+    if kind == "LMDB":
+        with pytest.raises(UserError, match=r"LMDB files are read from a folder of this machine; copy them to one"):
+            prepared(bucket.uri)
+        return
+    _, rows = prepared(bucket.uri)
+    assert [(row["image"], row["label"]) for row in rows["train"]] == list(zip(images, labels))
 
 
 def test_a_missing_shard_of_mds_is_named_and_names_stay_inside(png: Png, tmp_path: Path) -> None:
