@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
@@ -134,7 +135,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         # (findings/ray_data_statistics_die_with_a_placement_group.sh).
         defaults.set("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         defaults.set("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Ray's C++ handler of fatal signals takes SIGTERM too: it would print a stack and abort.
+        # In Ray's processes; `_without_signal_handler` does it for this one.
         defaults.set("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         quiet_ray()
         # Spot instances give 30 s of notice; Train polls every 5 s by default.
@@ -162,8 +163,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
             # priority on a busy machine workers take longer (seen on a sweep at niceness 19).
             defaults.set("RAY_worker_register_timeout_seconds", "600")
             os.environ[_EMBEDDED] = "1"
-            before = set(psutil.Process().children())
-            _init(
+            started = _init(
                 _STARTS,
                 # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
                 address="local",
@@ -174,7 +174,6 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
                 logging_config=ray.LoggingConfig(log_level="ERROR"),
                 object_store_memory=_object_store_bytes(),
             )
-            started = set(psutil.Process().children()) - before
         try:
             yield
         finally:
@@ -213,29 +212,55 @@ def _declared(compute: ComputeConfig | None, groups: int) -> dict[str, Any]:
     }
 
 
-def _init(starts: int = 1, **arguments: Any) -> None:
-    """Initialize Ray, in at most `starts` attempts. Raises CommandFailed if it does not respond."""
+def _init(starts: int = 1, **arguments: Any) -> set[psutil.Process]:
+    """Initialize Ray, in at most `starts` attempts; return the processes that it has started.
+
+    Raises CommandFailed if it does not respond, and Interrupted after a signal; none of its processes is left then.
+    """
+    before = set(psutil.Process().children())
+
+    def started() -> set[psutil.Process]:
+        return set(psutil.Process().children()) - before
+
     for attempt in range(1, starts + 1):
         try:
             doing = f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"
-            with stage(doing), _own_sessions(), _own_root_logger():
+            with stage(doing), _own_sessions(), _own_root_logger(), _without_signal_handler():
                 ray.init(**arguments)
+                handle_signals_again()
         except SystemExit:  # raised by the handler that ray.init installs
-            ray.shutdown()
-            raise interrupted_by(signal.SIGTERM) from None
+            handle_signals_again()
+            interrupted = interrupted_by(signal.SIGTERM)
+            _shut_down(started())
+            raise interrupted from None
         except KeyboardInterrupt:
-            ray.shutdown()
+            handle_signals_again()
+            _shut_down(started())
             raise
         except Exception as error:  # ray.init also raises bare Exceptions
             cause = " ".join(str(error).split())
+            _shut_down(started())
             if attempt == starts:
                 place = ray_address() or "on this machine"
                 raise CommandFailed(f"Ray {place} did not answer ({cause}); run `mae doctor`, then rerun") from error
             log.warning("Ray did not start (%s); trying again", cause)
-            ray.shutdown()
         else:
-            handle_signals_again()
-            return
+            return started()
+    raise AssertionError("an attempt returns or raises")
+
+
+@contextmanager
+def _without_signal_handler() -> Iterator[None]:
+    """Start Ray in the block without its C++ handler of fatal signals, which takes SIGTERM too.
+
+    It would print a stack and abort. Ray has read the variable of the environment when it was imported.
+    """
+    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
 
 
 @contextmanager

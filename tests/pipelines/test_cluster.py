@@ -1,16 +1,20 @@
 """An embedded Ray that does not start at once, and what it leaves behind."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.cluster import ray_session
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
-from tests.waiting import COMMAND_DEADLINE_S
+from tests.waiting import COMMAND_DEADLINE_S, KILLED_DEADLINE_S, wait_until
 
 
 @pytest.fixture
@@ -82,6 +86,70 @@ def test_an_embedded_ray_leaves_neither_a_process_nor_another_root_logger() -> N
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process has not ended; nobody may have asked yet how it did."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+START = """
+import json, sys, threading
+from pathlib import Path
+import psutil, ray._private.node, ray._private.worker
+from pipelines import cli
+from pipelines.cli.commands import COMMANDS, Command
+from pipelines.cluster import ray_session
+
+def reached():
+    family = [process.pid for process in psutil.Process().children(recursive=True)]
+    Path("family").write_text(json.dumps(family))
+    Path("reached").touch()
+    threading.Event().wait()
+
+def run(call):
+    with ray_session(None):
+        return {}
+
+def start_processes(node, start=ray._private.node.Node.start_ray_processes):
+    start(node)
+    reached()
+
+if sys.argv[1] == "processes":
+    ray._private.node.Node.start_ray_processes = start_processes
+else:
+    ray._private.worker._post_init_hooks.append(reached)
+COMMANDS["doctor"] = Command(help="Starts Ray.", config=None, run=run, resumes=True)
+cli.main(["doctor"])
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, "connected"), (signal.SIGINT, "processes")])
+def test_a_signal_while_ray_starts_ends_the_command_in_order(
+    number: signal.Signals, moment: str, tmp_path: Path
+) -> None:
+    """Both when Ray has started its processes and when it is connected to them, where its own handler aborted."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    words = [sys.executable, "-c", START, moment]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    reached = tmp_path / "reached"
+    wait_until(reached.exists, "the moment", COMMAND_DEADLINE_S, alive=lambda: process.poll() is None)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=COMMAND_DEADLINE_S)
+    assert process.returncode == 128 + number
+    # A busy machine takes long enough for a line such as "starting Ray, 20 s so far".
+    assert [line for line in said.splitlines() if not line.startswith("starting Ray")] == [
+        f"mae: {number.name}: stopping in order; a second one ends at once",
+        "mae: stopped; to resume: mae doctor",
+    ]
+    family = json.loads((tmp_path / "family").read_text())
+    assert len(family) > 3
+    wait_until(lambda: not any(map(is_alive, family)), "the end of Ray's processes", KILLED_DEADLINE_S)
 
 
 def test_a_cluster_that_does_not_answer_is_asked_once_and_named(
