@@ -151,10 +151,14 @@ def _rivals(best: Measured, points: Sequence[Measured], measure: Measure) -> str
     top = best.of(measure)
     if top.num < 2:
         return ""
-    rivals = sum(measured.of(measure).high >= top.low for measured in points if measured is not best)
+    others = [measured for measured in points if measured.point != best.point]
+    rivals = sum(measured.of(measure).high >= top.low for measured in others)
     if not rivals:
         return "Its interval lies above that of every other point."
-    return f"The intervals of {rivals} of the other {len(points) - 1} points overlap with its own."
+    if len(others) == 1:
+        return "The interval of the other point overlaps with its own."
+    share = f"{rivals} of the other {len(others)}" if rivals < len(others) else f"all {len(others)} other"
+    return f"The intervals of {share} points overlap with its own."
 
 
 def _charts(study: Study) -> str:

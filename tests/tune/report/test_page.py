@@ -115,6 +115,26 @@ def test_the_answer_names_the_best_point_and_what_training_from_scratch_reaches(
     assert "80.50 ± 6.35 %" in text
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "sentence"),
+    [
+        ((70, 60, 50), "Its interval lies above that of every other point."),
+        ((70, 69.5, 50), "The intervals of 1 of the other 2 points overlap with its own."),
+        ((70, 69.5, 69), "The intervals of all 2 other points overlap with its own."),
+        ((70, 69.5), "The interval of the other point overlaps with its own."),
+    ],
+)
+def test_the_answer_says_which_points_the_seeds_do_not_tell_from_the_best(
+    accuracies: tuple[float, ...], sentence: str
+) -> None:
+    entries = [
+        _entry({RATIO: 0.5, DEPTH: depth}, seed, finetune=accuracy + 0.5 * seed, probe=50.0, loss=0.5)
+        for depth, accuracy in enumerate(accuracies)
+        for seed in range(3)
+    ]
+    assert sentence in page(study_of(entries, tests={})).decode()
+
+
 def test_one_seed_is_called_one_and_failures_and_missing_trials_are_listed() -> None:
     entries = entries_of(seeds=1)
     entries[0] = entries[0] | {"error": "loss is nan", "finetune": None, "probe": None, "loss": None}
