@@ -34,6 +34,7 @@ _RAY_STARTS = 10
 _REQUEST_S = 10.0
 _PASSED_ON = ("RAY_", "MLFLOW_", "AWS_", "PG")
 _MARK = "MAE_CLUSTER_SERVICE"
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD of include/linux/sched.h
 
 
 class Service:
@@ -375,10 +376,27 @@ def marked_processes(mark: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            running = (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            if running and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+            if mark.encode() in environment_of(folder).split(b"\0"):
                 found.append(int(folder.name))
     return found
+
+
+def environment_of(folder: Path) -> bytes:
+    """Return the environment of the running process of this folder of /proc, in the kernel's form.
+
+    A process that is just executing its program gets it in a moment: between the end of the old program, for which
+    `subprocess.Popen` waits, and the start of the new one, Linux has an empty `environ`, whose address in `stat` is 0.
+    So have kernel threads and zombies, which never get one.
+    """
+    while True:
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        state, flags, address = fields[0], int(fields[6]), int(fields[47])
+        if state in "ZX" or flags & _KERNEL_THREAD:
+            return b""
+        if address:
+            return (folder / "environ").read_bytes()
+        (folder / "environ").open("rb").close()  # another user's process, whose address reads as 0, refuses this
+        time.sleep(0.001)
 
 
 def end_all(mark: str) -> None:
