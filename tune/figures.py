@@ -20,19 +20,21 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GRAY = "#666666"
 _FONT_PT, _LABEL_WIDTH_PT, _LABEL_HEIGHT_PT, _MARKER_PT = 8.5, 25.0, 10.5, 10.0
 _CLUMP_PT, _SIDE_PT = 12.0, 20.0
+_BAR_GAP_PT = 3.0
 _LIFTS_PT = (10.0, 12.0, 14.0, 17.0, 20.0, 23.0, 26.0, 29.0, 32.0)
 _SMALLEST_PAD = 0.6
 """Minimum margin above and below in percent, so that a flat line looks flat."""
 
 
 def masking_ratio_figure(
-    points: Sequence[Point], path: Path, baselines: Mapping[str, float | None] | None = None
+    points: Sequence[Point], path: Path, baselines: Mapping[str, float | None] | None = None, note: str = ""
 ) -> None:
     """Draw fine-tuning above linear probing, against mask ratio, with one line per decoder depth.
 
     A point has `ratio`, `decoder_depth`, `finetune` and `probe` (top-1 in percent; None if the trial did not measure
-    it) and optionally `finetune_error` and `probe_error`, half of an interval. `baselines` may give `finetune` (from
-    scratch) and `probe` (a random encoder), drawn as dashed lines. Raises UserError if there is no point.
+    it) and optionally an interval, `finetune_low` to `finetune_high` and `probe_low` to `probe_high`. `baselines` may
+    give the same of training from scratch (`finetune`) and of a random encoder (`probe`): a dashed line in a band.
+    `note` stands below and says what the intervals are. Raises UserError if there is no point.
     """
     from matplotlib.figure import Figure
 
@@ -43,8 +45,8 @@ def masking_ratio_figure(
     panels: list[Axes] = list(figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0])
     depths = sorted({p["decoder_depth"] for p in points if any(p.get(m) is not None for m in measures)})
     for axes, measure in zip(panels, measures):
-        _draw(axes, points, measure, depths, (baselines or {}).get(measure))
-    _mark_ratios(panels[-1], sorted({100 * p["ratio"] for p in points}))
+        _draw(axes, points, measure, depths, baselines or {})
+    _mark_ratios(panels[-1], sorted({100 * p["ratio"] for p in points}), note)
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
     named = [f"decoder of {depth} block{'s' if depth > 1 else ''}" for depth in depths]
     figure.legend(
@@ -56,26 +58,34 @@ def masking_ratio_figure(
     figure.savefig(path)
 
 
-def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baseline: float | None) -> None:
-    """Draw lines, spread and baseline of one measure."""
-    low, high = _range(points, measure, baseline)
+def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[int], baselines: Point) -> None:
+    """Draw lines, intervals and baseline of one measure."""
+    from matplotlib.transforms import ScaledTranslation
+
+    ends = [end for p in (*points, baselines) for end in _interval(p, measure)]
+    lowest, highest = min(ends), max(ends)
+    baseline = baselines.get(measure)
     for i, depth in enumerate(depths):
         line = _line(points, measure, depth)
         x, y = [100 * p["ratio"] for p in line], [p[measure] for p in line]
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
         name = f"decoder of {depth} block{'s' if depth > 1 else ''}"
         axes.plot(x, y, color=color, marker=marker, markersize=5.5, linewidth=1.8, label=name)
-        spread = [p.get(f"{measure}_error") or 0.0 for p in line]
-        if any(spread):
-            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=color, elinewidth=1, capsize=3, alpha=0.6)
+        # Beside each other, so that one depth's interval does not hide another's.
+        shift = ScaledTranslation((i - (len(depths) - 1) / 2) * _BAR_GAP_PT / 72, 0, axes.figure.dpi_scale_trans)
+        for at, (low, high) in zip(x, (_interval(p, measure) for p in line)):
+            if low < high:
+                style: dict[str, Any] = {"color": color, "alpha": 0.6, "transform": axes.transData + shift}
+                axes.plot([at, at], [low, high], marker="_", markersize=6, linewidth=1, **style)
     if baseline is not None:
+        axes.axhspan(*_interval(baselines, measure), color=_GRAY, alpha=0.12, linewidth=0, zorder=0)
         axes.axhline(baseline, color=_GRAY, linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
         # To the right of the panel, where no line can cross it.
         at = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
         text = f"{_BASELINES[measure]}\n{baseline:.1f}"
         axes.annotate(text, (1, baseline), ha="left", va="center", fontsize=_FONT_PT, color=_GRAY, **at)
-    pad = max(0.28 * (high - low), _SMALLEST_PAD)
-    axes.set_ylim(low - pad, high + pad)
+    pad = max(0.28 * (highest - lowest), _SMALLEST_PAD)
+    axes.set_ylim(lowest - pad, highest + pad)
     axes.set_title(_TITLES[measure], fontsize=11, loc="left")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -83,13 +93,13 @@ def _draw(axes: "Axes", points: Sequence[Point], measure: Measure, depths: list[
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _mark_ratios(axes: "Axes", ratios: list[float]) -> None:
+def _mark_ratios(axes: "Axes", ratios: list[float], note: str) -> None:
     """Place a tick at every measured ratio on the shared axis, if there is room."""
     width = max(ratios[-1] - ratios[0], 10.0)
     axes.set_xlim(ratios[0] - 0.09 * width, ratios[-1] + 0.09 * width)
     if min([b - a for a, b in itertools.pairwise(ratios)], default=width) > width / 24:
         axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-    axes.set_xlabel("masking ratio (%)")
+    axes.set_xlabel("\n".join(["masking ratio (%)", *([note] if note else [])]))
 
 
 def _write_values(
@@ -163,8 +173,7 @@ def _line(points: Sequence[Point], measure: Measure, depth: int) -> list[Point]:
     )
 
 
-def _range(points: Sequence[Point], measure: Measure, baseline: float | None) -> tuple[float, float]:
-    """Return the lowest and highest value that the panel shows."""
-    measured = [(p[measure], p.get(f"{measure}_error") or 0.0) for p in points if p.get(measure) is not None]
-    extra = [] if baseline is None else [baseline]
-    return min([v - s for v, s in measured] + extra), max([v + s for v, s in measured] + extra)
+def _interval(point: Point, measure: Measure) -> tuple[float, ...]:
+    """Return both ends of the interval, which are the value itself if there is none; empty without a value."""
+    value = point.get(measure)
+    return () if value is None else (point.get(f"{measure}_low", value), point.get(f"{measure}_high", value))

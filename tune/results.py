@@ -15,7 +15,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of several values, and its 95 % confidence interval by Student's t; both ends are the mean of one value."""
+    """A mean of `num` values with both ends of its 95 % confidence interval, which are the mean if there is none."""
 
     mean: float
     low: float
@@ -27,8 +27,19 @@ class Interval:
         return f"{self.mean:.2f}{spread}"
 
 
+def interval_of_images(accuracy: float, num_images: int) -> Interval:
+    """Return an accuracy in percent with the 95 % interval of Wilson that its number of images leaves it.
+
+    It says how far another set of as many images may differ, not another training.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(round(accuracy / 100 * num_images), num_images).proportion_ci(0.95, "wilson")
+    return Interval(accuracy, 100 * found.low, 100 * found.high, 1)
+
+
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of the values with its interval, which needs two values at least."""
+    """Return the mean of the values with its interval by Student's t, which needs two values at least."""
     mean, num = statistics.fmean(values), len(values)
     if num < 2:
         return Interval(mean, mean, mean, num)
@@ -49,10 +60,35 @@ class Measured:
         """Return top-1 on val in percent."""
         return interval([entry[measure] for entry in self.entries])
 
+    def drawn(self, measure: Measure, *, over_seeds: bool) -> Interval:
+        """Return top-1 on val in percent, with the interval over seeds or that of one seed over the images of val.
+
+        Trials before 2026-11-29 did not record the number of images: they have none over images.
+        """
+        num_images = 0 if over_seeds else self.entries[0].get("num_val", {}).get(measure, 0)
+        found = self.of(measure)
+        return interval_of_images(found.mean, num_images) if num_images else found
+
     @property
     def minutes(self) -> float:
         """Mean duration of a trial."""
         return statistics.fmean(entry["duration_s"] for entry in self.entries) / 60
+
+
+def has_seeds(measured: Sequence[Measured]) -> bool:
+    """Return whether a point has more than one seed, so that intervals are drawn over seeds."""
+    return any(len(one.entries) > 1 for one in measured)
+
+
+def what_intervals_are(measured: Sequence[Measured]) -> str:
+    """Return a sentence that says what the drawn intervals of these points are; empty if there is none."""
+    if has_seeds(measured):
+        return "Bars are 95 % intervals over seeds."
+    nums = sorted({num for one in measured for entry in one.entries for num in entry.get("num_val", {}).values()})
+    if not nums:
+        return ""
+    shown = " or ".join(f"{num:,}" for num in nums)
+    return f"Bars are 95 % intervals of accuracies on {shown} images of val; each point is one seed."
 
 
 def is_baseline(entry: Entry) -> bool:
@@ -117,7 +153,7 @@ def importance(points: Sequence[Measured], measure: Measure) -> dict[str, float]
     }
     shares = {field: 100 * square / total for field, square in between.items()}
     within = 100 * _squares(trials, lambda point: json.dumps(point, sort_keys=True)) / total
-    if any(len(measured.entries) > 1 for measured in points):
+    if has_seeds(points):
         shares["seed"] = within
     if len(between) > 1:
         shares["together"] = max(0.0, 100 - within - sum(100 * square / total for square in between.values()))

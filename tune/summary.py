@@ -11,7 +11,16 @@ import yaml
 
 from pipelines.config import KINDS, PretrainConfig, to_dict
 from tune.figures import masking_ratio_figure
-from tune.results import Entry, Measured, has_result, interval, is_baseline, measured_baselines, measured_points
+from tune.results import (
+    Entry,
+    Measured,
+    has_result,
+    has_seeds,
+    is_baseline,
+    measured_baselines,
+    measured_points,
+    what_intervals_are,
+)
 from tune.space import describe, value_text
 from tune.trial import MEASURES, Measure, Trial, is_stopped
 
@@ -26,15 +35,16 @@ def table(entries: Sequence[Entry], best_key: str) -> str:
     """
     names = short_names(list(entries[0]["point"]))
     points, baselines = measured_points(entries), measured_baselines(entries)
-    has_seeds = any(len(measured.entries) > 1 for measured in (*points, *baselines))
-    head = ["", *names.values(), "visible", *(["seeds"] if has_seeds else []), "probe", "fine-tuned", "loss", "minutes"]
+    with_seeds = has_seeds([*points, *baselines])
+    seeds = ["seeds"] if with_seeds else []
+    head = ["", *names.values(), "visible", *seeds, "probe", "fine-tuned", "loss", "minutes"]
     rows = [head]
     for measured in (*points, *baselines):
         first = measured.entries[0]
         mark = "*" if any(entry["key"] == best_key for entry in measured.entries) else ""
         visible = "scratch" if is_baseline(first) else f"{first['visible']}/{first['patches']}"
         cells = [mark, *(value_text(measured.point.get(field, "")) for field in names), visible]
-        cells += [str(len(measured.entries))] if has_seeds else []
+        cells += [str(len(measured.entries))] if with_seeds else []
         cells += [str(measured.of(measure)) for measure in MEASURES]
         losses = [entry["loss"] for entry in measured.entries if entry["loss"] is not None]
         rows.append([*cells, f"{statistics.fmean(losses):.4f}" if losses else "", f"{measured.minutes:.1f}"])
@@ -45,7 +55,7 @@ def table(entries: Sequence[Entry], best_key: str) -> str:
             words = ["stopped", where] if where else ["failed", "failed"]
             visible = f"{entry['visible']}/{entry['patches']}"
             cells = ["", *(value_text(entry["point"][field]) for field in names), visible]
-            rows.append([*cells, *(["0"] if has_seeds else []), *words, "", ""])
+            rows.append([*cells, *(["0"] if with_seeds else []), *words, "", ""])
             finished.append(entry["point"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Align the mark left and every value right, so that digits line up.
@@ -109,19 +119,26 @@ def figure_of(trials: Sequence[Trial], entries: Sequence[Entry]) -> bytes:
             groups.setdefault((model.mask.ratio, model.decoder_depth), []).append(entry)
     if not groups:
         return b""
-    points = []
-    for (ratio, depth), members in groups.items():
-        point: dict[str, Any] = {"ratio": ratio, "decoder_depth": depth}
-        for measure in MEASURES:
-            over_seeds = interval([entry[measure] for entry in members])
-            point |= {measure: over_seeds.mean, f"{measure}_error": over_seeds.high - over_seeds.mean}
-        points.append(point)
+    measured = {key: Measured(point=members[0]["point"], entries=tuple(members)) for key, members in groups.items()}
+    over_seeds, note = has_seeds([*measured.values()]), what_intervals_are([*measured.values()])
+    points = [
+        {"ratio": ratio, "decoder_depth": depth, **_drawn(one, over_seeds)} for (ratio, depth), one in measured.items()
+    ]
     baselines = measured_baselines(entries)
-    dashed = {measure: baselines[0].of(measure).mean for measure in MEASURES} if len(baselines) == 1 else None
+    dashed = _drawn(baselines[0], over_seeds) if len(baselines) == 1 else None
     with TemporaryDirectory(prefix="mae-figure-") as scratch:
         path = Path(scratch) / "masking_ratio.png"
-        masking_ratio_figure(points, path, dashed)
+        masking_ratio_figure(points, path, dashed, note)
         return path.read_bytes()
+
+
+def _drawn(measured: Measured, over_seeds: bool) -> dict[str, float]:
+    """Return both accuracies with the ends of their intervals, as the figure takes them."""
+    found: dict[str, float] = {}
+    for measure in MEASURES:
+        one = measured.drawn(measure, over_seeds=over_seeds)
+        found |= {measure: one.mean, f"{measure}_low": one.low, f"{measure}_high": one.high}
+    return found
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:

@@ -99,6 +99,12 @@ class Trial:
         entry = self.entry()
         return entry is not None and is_stopped(entry)
 
+    def _num_val(self, name: Measure) -> int:
+        """Return the number of images on which a classifier of the trial is measured."""
+        job = self.probe if name == "probe" else self.finetune
+        manifest, split = self.datasets[name].manifest, job.config.eval_split
+        return manifest.split(split).num_rows - manifest.num_unlabelled.get(split, 0)
+
     def record(self, error: str = "", wall_s: float = 0.0, stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Record in the ledger how the trial ended; return the entry.
 
@@ -119,6 +125,7 @@ class Trial:
             "patches": model.num_patches if model else None,
             "probe": results.get("probe", {}).get("top1"),
             "finetune": results.get("finetune", {}).get("top1"),
+            "num_val": {name: self._num_val(name) for name in MEASURES},
             "loss": results.get("pretrain", {}).get("loss"),
             "duration_s": round(sum(result.get("duration_s", 0.0) for result in results.values()), 1),
             "wall_s": round(wall_s, 1),

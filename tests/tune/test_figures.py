@@ -51,6 +51,20 @@ def test_every_value_and_baseline_is_written(tmp_path, drawn):
     assert texts(lower) == ["77.0", "80.8", "random\nencoder\n74.0"]
 
 
+def test_intervals_are_drawn_and_said(tmp_path, drawn):
+    ends = {"finetune_low": 70.0, "finetune_high": 79.0}
+    baseline = {"finetune": 60.0, "finetune_low": 40.0, "finetune_high": 64.0}
+    points = [point(0.5, 4, 75.0, None, **ends), point(0.75, 4, 76.0, None)]
+    masking_ratio_figure(points, tmp_path / "a.png", baseline, "Bars are intervals.")
+    (axes,) = drawn[0].axes
+    bars = [line.get_ydata() for line in axes.lines if line.get_marker() == "_"]
+    assert np.array_equal(bars, [[70.0, 79.0]])
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == (40.0, 64.0)
+    assert axes.get_ylim()[0] < 40.0
+    assert axes.get_xlabel().splitlines() == ["masking ratio (%)", "Bars are intervals."]
+
+
 def test_a_measure_that_no_trial_has_gets_no_panel(tmp_path, drawn):
     masking_ratio_figure([point(0.5, 4, None, 77.0), point(0.75, 1, None, None)], tmp_path / "a.png")
     assert [axes.get_title(loc="left") for axes in drawn[0].axes] == ["linear probing"]
@@ -77,7 +91,7 @@ def test_no_text_covers_another_or_a_marker(data, tmp_path_factory):
     depths = data.draw(st.sampled_from([(4,), (1, 4), (1, 2, 8)]))
     spread = data.draw(st.sampled_from([0.05, 1.0, 20.0]))
     values = st.floats(70 - spread, 70 + spread)
-    points = [point(r, d, data.draw(values), data.draw(values), finetune_std=0.1) for r in ratios for d in depths]
+    points = [point(r, d, data.draw(values), data.draw(values)) for r in ratios for d in depths]
     baselines = data.draw(st.sampled_from([None, {"finetune": 69.0, "probe": 60.0}]))
     with pytest.MonkeyPatch.context() as patch:
         figures: list[Figure] = []

@@ -14,6 +14,7 @@ from tune.results import (
     measured_baselines,
     measured_points,
     varied_fields,
+    what_intervals_are,
 )
 
 
@@ -82,3 +83,24 @@ def test_what_only_two_fields_explain_together_is_told_apart() -> None:
 
 def test_trials_that_agree_leave_nothing_to_explain() -> None:
     assert importance(measured_points([entry({"a": a}, 70.0) for a in (1, 2)]), "finetune") == {}
+
+
+def test_one_seed_has_the_interval_of_its_images() -> None:
+    """Wilson's interval of 320 in 600, computed by hand from its formula."""
+    entries = [entry({"x": 1}, 53.333, 53.333, num_val={"probe": 600, "finetune": 600})]
+    (measured,) = measured_points(entries)
+    found = measured.drawn("finetune", over_seeds=False)
+    assert (found.low, found.high) == pytest.approx((49.333, 57.291), abs=0.01)
+    assert measured.drawn("finetune", over_seeds=True) == interval([53.333])
+    assert what_intervals_are([measured]).startswith("Bars are 95 % intervals of accuracies on 600 images of val")
+    assert str(measured.of("finetune")) == "53.33"
+    old = measured_points([entry({"x": 1}, 53.333, 53.333)])
+    assert old[0].drawn("finetune", over_seeds=False) == interval([53.333])
+    assert what_intervals_are(old) == ""
+
+
+def test_several_seeds_have_the_interval_over_them() -> None:
+    entries = [entry({"x": 1}, 60.0, 50.0 + s, s, num_val={"probe": 600, "finetune": 600}) for s in range(3)]
+    (measured,) = measured_points(entries)
+    assert measured.drawn("probe", over_seeds=True) == interval([50.0, 51.0, 52.0])
+    assert what_intervals_are([measured]) == "Bars are 95 % intervals over seeds."

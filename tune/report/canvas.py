@@ -88,7 +88,7 @@ def legend_above(axes: "Axes") -> None:
 def mark(canvas: Canvas, x: float, one: Interval, color: str, marker: str, tip: str, shift_pt: float = 0.0) -> None:
     """Draw a mean and its interval, `shift_pt` to the right of its place."""
     at: dict[str, Any] = {"transform": canvas.shifted(shift_pt), "color": color}
-    if one.num > 1:
+    if one.low < one.high:
         canvas.axes.plot([x, x], [one.low, one.high], "-", linewidth=1.3, alpha=0.75, **at)
         canvas.axes.plot([x, x], [one.low, one.high], "_", markersize=7, alpha=0.75, **at)
     canvas.axes.plot([x], [one.mean], marker, markersize=6, gid=canvas.tip(tip), zorder=4, **at)

@@ -19,7 +19,7 @@ from tune.report.canvas import (
     new_canvas,
     separate_labels,
 )
-from tune.results import Measured, baseline_of, importance, varied_fields
+from tune.results import Measured, baseline_of, has_seeds, importance, varied_fields, what_intervals_are
 from tune.space import value_text
 from tune.summary import RATIO, short_names
 from tune.trial import LABEL_FIELDS, MEASURES, Measure
@@ -49,7 +49,7 @@ def charts_of(points: Sequence[Measured], baselines: Sequence[Measured]) -> list
     if len(fields) > 1:
         found += [_heat(points, fields, measure) for measure in reversed(MEASURES)]
     found.append(_cost(points, baselines, fields))
-    if len(fields) > 1 or any(len(measured.entries) > 1 for measured in points):
+    if len(fields) > 1 or has_seeds(points):
         found += [chart for chart in [_importance(points)] if chart]
     return found
 
@@ -81,12 +81,12 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
     """Draw accuracy against one field, a line per combination of the others, with intervals and the dashed baseline."""
     canvas, (x, others) = new_canvas(), _axis_fields(fields)
     axes, place = canvas.axes, _positions(points, x)
-    lines = _series(points, others)
+    lines, over_seeds = _series(points, others), has_seeds(points)
     for i, (name, line) in enumerate(lines.items()):
         color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
         line = sorted(line, key=lambda measured: place[value_label(x, measured.point[x])])
         at = [place[value_label(x, measured.point[x])] for measured in line]
-        found = [measured.of(measure) for measured in line]
+        found = [measured.drawn(measure, over_seeds=over_seeds) for measured in line]
         # Beside each other, so that one line's interval does not hide another's.
         shift_pt = _SERIES_GAP_PT * (i - (len(lines) - 1) / 2)
         axes.plot(
@@ -104,9 +104,8 @@ def _curves(points: Sequence[Measured], baselines: Sequence[Measured], fields: l
         legend_above(axes)
     separate_labels(canvas)
     title = f"{MEASURE_NAMES[measure].capitalize()} against {short_label(x)}"
-    spread = "Bars are 95 % intervals over seeds. " if any(len(m.entries) > 1 for m in points) else ""
     dashed = f"The dashed line is {_baseline_words(measure)}." if baselines else ""
-    return finish(canvas, f"curves-{measure}", title, f"{spread}{dashed}".strip())
+    return finish(canvas, f"curves-{measure}", title, f"{what_intervals_are(points)} {dashed}".strip())
 
 
 def _series(points: Sequence[Measured], fields: Sequence[str]) -> dict[str, list[Measured]]:
@@ -131,19 +130,24 @@ def _draw_baselines(
     place: dict[str, float],
 ) -> None:
     """Draw a dashed line: one level, or a value per label share if that is the horizontal axis."""
+    over_seeds = has_seeds(points)
     if x in LABEL_FIELDS:
         at = {value_label(x, m.point[x]): baseline_of(m.point, baselines) for m in points}
-        line = sorted((place[label], found.of(measure)) for label, found in at.items() if found is not None)
+        line = sorted(
+            (place[label], found.drawn(measure, over_seeds=over_seeds))
+            for label, found in at.items()
+            if found is not None
+        )
         levels = [one for _, one in line]
         canvas.axes.plot([p for p, _ in line], [one.mean for one in levels], color=MUTED, linestyle=(0, (5, 4)))
         for position, one in line:
             mark(canvas, position, one, MUTED, "x", f"{BASELINE_NAMES[measure]}: {one} %")
         return
     for baseline in baselines:
-        one = baseline.of(measure)
+        one = baseline.drawn(measure, over_seeds=over_seeds)
         tip = canvas.tip(f"{BASELINE_NAMES[measure]}: {one} %")
         canvas.axes.axhline(one.mean, color=MUTED, linestyle=(0, (5, 4)), linewidth=1.3, gid=tip, zorder=1)
-        if one.num > 1:
+        if one.low < one.high:
             canvas.axes.axhspan(one.low, one.high, color=MUTED, alpha=0.13, linewidth=0, zorder=0)
         text = f"{BASELINE_NAMES[measure]} {one.mean:.1f}"
         at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 3), "textcoords": "offset points"}
