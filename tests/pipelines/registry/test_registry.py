@@ -710,7 +710,8 @@ def test_on_a_server_that_dies_and_comes_back_every_point_is_there_once(server, 
 
 
 @pytest.mark.slow
-def test_a_driver_killed_while_delivering_to_a_server_that_dies_leaves_no_gap_and_no_double(server, tmp_path):
+@pytest.mark.parametrize("away_s", [2, pytest.param(60, marks=pytest.mark.long)])
+def test_a_driver_killed_while_delivering_to_a_server_that_dies_leaves_no_gap_and_no_double(server, tmp_path, away_s):
     """Kill the driver and then the server, both while they write; the next driver delivers the rest in order."""
     storage, num_steps = open_storage(tmp_path / "run"), 12_000
     spool = MetricSpool(storage)
@@ -739,7 +740,7 @@ def test_a_driver_killed_while_delivering_to_a_server_that_dies_leaves_no_gap_an
         spool = MetricSpool(storage)
         spool.add(num_steps + 1, {"train/loss": 0.0})
         spool.close()
-        let_pass(2)
+        let_pass(away_s)
         server.start()
     next_run.finish()
     assert history(tracking, next_run.id, "train/loss") == list(range(1, num_steps + 2))
