@@ -11,6 +11,7 @@ from pipelines.config import SourceConfig
 from pipelines.sources.candidates import Candidates, check_header, refuse_labels
 from pipelines.sources.columns import label_column
 from pipelines.sources.entry import SPLIT_WORDS, Entry
+from pipelines.sources.groups import group_of, refuse_absent_group
 from pipelines.sources.labels import class_of, class_of_text, is_likely
 from pipelines.sources.parquet import open_table
 from pipelines.sources.passed_over import PassedOver
@@ -102,6 +103,7 @@ class ParquetList:
         with open_table(storage, paths[0]) as file:
             names, uri = file.schema_arrow.names, _uri_column(file, config)
             label = label_column(file.schema_arrow, storage.join(paths[0]), config, uri)
+            refuse_absent_group(file.schema_arrow, storage.join(paths[0]), group_column)
         split = config.split_column or ("split" if "split" in names else "")
         found = {"uri": uri, "label": label, "split": split, "bundle": group_column}
         self._columns = {key: column for key, column in found.items() if column}
@@ -124,6 +126,8 @@ class ParquetList:
                     found = {k: "" if row[c] is None else str(row[c]).strip() for k, c in self._columns.items()}
                     if "split" not in found:
                         found["split"] = self._by_path.of(found["uri"])
+                    if "bundle" in self._columns:
+                        found["bundle"] = group_of(row[self._columns["bundle"]], where)
                     if "label" in self._columns:
                         found["label"] = class_of(
                             row[self._columns["label"]], where, _REMEDY, multi_label=self._multi_label

@@ -26,6 +26,7 @@ from pipelines.sources.columns import (
 )
 from pipelines.sources.content import HEAD_BYTES, is_image
 from pipelines.sources.entry import SPLIT_WORDS, Entry
+from pipelines.sources.groups import group_of, refuse_absent_group
 from pipelines.sources.labels import LABEL_NAMES, classes_of_column, is_likely, is_text, takes
 from pipelines.sources.passed_over import PassedOver
 from pipelines.sources.reading import Place
@@ -69,6 +70,7 @@ class Tables:
         self.classes = names_of(schema, self._label_column)
         self.has_explicit_labels = bool(self._label_column)
         self._split_column = split_column(schema, config, uri)
+        refuse_absent_group(schema, uri, group_column)
         paths = [found.path for found in files]
         refuse_partitions(paths, storage.uri, schema.names, config)
         self._splits = splits_by_name(paths, storage.uri)
@@ -186,7 +188,8 @@ class Tables:
             if self._split_column:
                 splits = [self._split(value, path) for value in table[self._split_column].to_pylist()]
             if self._group_column:
-                bundles = ["" if value is None else str(value) for value in table[self._group_column].to_pylist()]
+                where = f"column {self._group_column} of {uri}"
+                bundles = [group_of(value, where) for value in table[self._group_column].to_pylist()]
         return labels, splits, bundles
 
     def _split(self, value: object, path: str) -> str:

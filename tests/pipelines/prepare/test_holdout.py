@@ -1,8 +1,10 @@
 """No patient is in two splits, and every class that can be is held out in part."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -94,6 +96,40 @@ def test_a_group_can_be_a_column(png: Png, prepared: Callable, tmp_path: Path) -
     found = splits_of(rows, lambda name: str(int(name.split(".")[0]) // 3))
     assert all(len(splits) == 1 for splits in found.values())
     assert len(rows["val"]) == 6
+
+
+def test_a_patient_is_one_group_whether_a_file_has_integers_or_floats(
+    png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    """A column of integers is one of floats in a file of pandas where a field is missing."""
+    for name, start, patients in (("a", 0, [0, 1, 2, 3]), ("b", 4, [0.0, 1.0, 2.0, 3.0])):
+        images = [png(start + i) for i in range(4)]
+        table(tmp_path / f"s/{name}.parquet", {"image": images, "label": [0, 0, 1, 1], "patient": patients})
+    _, rows = prepared(tmp_path / "s", group_by="column:patient", val_fraction=0.5)
+    found = splits_of(rows, lambda name: str(int(name[-9:])))
+    assert len(found) == 4
+    assert all(len(splits) == 1 for splits in found.values())
+    assert rows["val"]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["images", "list"])
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("patient", [1.0, math.nan], "has no group by --group-by column:patient"),
+        ("patient", ["p1", " "], "has no group by --group-by column:patient"),
+        ("patient", [["p1"], ["p2"]], "has a list as its group; name a column of texts or numbers"),
+        ("person", ["p1", "p2"], "has no column 'person' to group by, but .*patient"),
+    ],
+)
+def test_fields_that_name_no_group_are_refused(
+    column: str, values: list[Any], words: str, listed: bool, png: Png, prepared: Callable, tmp_path: Path
+) -> None:
+    images = {"uri": ["0.png", "1.png"]} if listed else {"image": [png(0), png(1)]}
+    table(tmp_path / "s/l.parquet", images | {"label": [0, 1], "patient": values})
+    fill(tmp_path / "s", {f"{i}.png": png(i) for i in range(2)} if listed else {})
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "s/l.parquet", group_by=f"column:{column}")
 
 
 @pytest.mark.parametrize(
