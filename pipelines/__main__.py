@@ -1,5 +1,6 @@
 """Entry point of `mae` and of `python -m pipelines`. Imports the standard library alone until the extra is found."""
 
+import shlex
 import sys
 from importlib.util import find_spec
 
@@ -31,6 +32,17 @@ PIPELINE_MODULES = (
 def main() -> None:
     """Run the command line; without the extra, name the pip command that installs it and exit with status 2."""
     handle_signals()
+    try:
+        _refuse_missing()
+        from pipelines.cli import main as run
+    except KeyboardInterrupt:
+        again = shlex.join(["mae", *sys.argv[1:]])
+        print(f"mae: stopped before it began; to start it again: {again}", file=sys.stderr)
+        sys.exit(128 + first_signal())
+    run()
+
+
+def _refuse_missing() -> None:
     missing = [name for name in PIPELINE_MODULES if find_spec(name) is None]
     if missing:
         print(
@@ -39,11 +51,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    try:
-        from pipelines.cli import main as run
-    except KeyboardInterrupt:
-        sys.exit(128 + first_signal())
-    run()
 
 
 if __name__ == "__main__":

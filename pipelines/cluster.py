@@ -17,7 +17,7 @@ from ray._private import ray_constants
 
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import handle_signals_again, interrupted_by, is_work_left
+from pipelines.interrupts import deferring_signals, handle_signals_again, interrupted_by, is_work_left
 from pipelines.machine import Machine, num_cores, this_machine
 from pipelines.stages import stage
 
@@ -187,11 +187,12 @@ def _shut_down(started: set[psutil.Process]) -> None:
 
     Ray leaves its agents to notice that the raylet is gone, which takes them 10 s, and more on a busy machine.
     """
-    family = [process for parent in started for process in (parent, *_descendants(parent))]
-    ray.shutdown()
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    with deferring_signals():
+        family = [process for parent in started for process in (parent, *_descendants(parent))]
+        ray.shutdown()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -8,6 +8,7 @@ the group's checkpoint. Imports only the standard library at the top, so that a 
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,10 @@ _first: signal.Signals | None = None
 _first_s = 0.0
 _is_handling = False
 _is_work_left = False
+_is_deferring = False
+_is_lost = False
+_status: int | None = None
+"""Exit status of the command, once it has ended."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,9 +40,12 @@ def handle_signals() -> None:
 
     A signal that is ignored stays ignored, as SIGINT of a command that a script started in the background.
     """
-    global _is_handling
+    global _is_handling, _status
     if threading.current_thread() is not threading.main_thread():
         return
+    _status = None
+    if not _is_handling:
+        _report_others(sys.unraisablehook)
     _is_handling = True
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -62,6 +70,27 @@ def die_of_sigterm() -> None:
 def first_signal() -> signal.Signals:
     """Return the signal that interrupted this process."""
     return _first or signal.SIGINT
+
+
+@contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Raise the Interrupted of a signal that arrives in the block only after it, so that the block cleans up wholly."""
+    global _is_deferring
+    before = _first
+    _is_deferring = True
+    try:
+        yield
+    finally:
+        _is_deferring = False
+    if _first is not before:
+        raise Interrupted
+
+
+def end_with(status: int) -> NoReturn:
+    """End the process with that status; a signal from now on ends it at once, since nothing is left to put in order."""
+    global _status
+    _status = status
+    sys.exit(status)
 
 
 @contextmanager
@@ -141,8 +170,40 @@ def interrupted_by(number: signal.Signals) -> Interrupted:
     return Interrupted()
 
 
+def _report_others(report: "Callable[[sys.UnraisableHookArgs], object]") -> None:
+    """Raise an Interrupted again that was raised where nothing can be, as in a destructor; `report` all other errors.
+
+    Python would print "Exception ignored in", and the command would continue.
+    """
+
+    def on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+        global _is_lost
+        if not isinstance(unraisable.exc_value, Interrupted):
+            report(unraisable)
+            return
+        _is_lost = True
+        threading.Thread(target=_signal_again, daemon=True).start()
+
+    sys.unraisablehook = on_unraisable
+
+
+def _signal_again() -> None:
+    # By then the destructor has returned, or it takes so long that it is interrupted once more.
+    time.sleep(_ONE_CAUSE_S / 10)
+    os.kill(os.getpid(), first_signal())
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _is_lost
+    if _status is not None:
+        end_at_once(_status)
+    if _is_lost:
+        _is_lost = False
+        raise Interrupted
     if _first is None:
-        raise interrupted_by(signal.Signals(number))
+        interrupted = interrupted_by(signal.Signals(number))
+        if _is_deferring:
+            return
+        raise interrupted
     if time.monotonic() - _first_s > _ONE_CAUSE_S:
         end_at_once(128 + number)

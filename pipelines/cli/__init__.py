@@ -13,7 +13,7 @@ from pipelines.cli.commands import COMMANDS, Command, Invocation
 from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import end_at_once, first_signal, handle_signals, is_work_left
+from pipelines.interrupts import end_at_once, end_with, first_signal, handle_signals, is_work_left
 
 __all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse"]
 
@@ -24,23 +24,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_work_left():
         sys.stderr.flush()
         end_at_once(status)
-    sys.exit(status)
+    end_with(status)
 
 
 def _main(argv: list[str]) -> int:
     """Run one command; return an `ExitCode`, or the exit status of the command that `mae submit` followed."""
-    from pipelines.console import print_result, set_up_logging
-    from pipelines.stages import note
-
-    set_up_logging()
-    handle_signals()
     call = None
     try:
+        from pipelines.console import print_result, set_up_logging
+        from pipelines.stages import note
+
+        set_up_logging()
+        handle_signals()
         call = parse(argv)
         note("reading the command")
         # Ray prints warnings to stdout, which is for the result only.
         with contextlib.redirect_stdout(sys.stderr):
             result = COMMANDS[call.command].run(call)
+        print_result(call.command, result, as_json=call.json)
+        sys.stdout.flush()
     except BrokenPipeError:
         return _reader_closed()
     except (UserError, OSError) as error:
@@ -59,11 +61,6 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return ExitCode.BUG
-    try:
-        print_result(call.command, result, as_json=call.json)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _reader_closed()
     failed = ExitCode.SUCCESS if result.get("ok", True) else ExitCode.RUN_FAILED
     return int(result.get("exit_status", failed))
 

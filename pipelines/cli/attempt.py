@@ -27,6 +27,8 @@ def _status_of(words: list[str]) -> int:
     try:
         main(words)
     except SystemExit as stop:
+        # Its end is yet to be noted in the ledger.
+        handle_signals()
         return int(stop.code or 0)
     raise AssertionError("main ends with SystemExit")
 

@@ -14,7 +14,7 @@ import sys, threading, time
 from pathlib import Path
 from pipelines import cli
 from pipelines.cli.commands import COMMANDS, Command
-from pipelines.interrupts import stopping_at, wait_for
+from pipelines.interrupts import deferring_signals, stopping_at, wait_for
 
 def run(call):
     {body}
@@ -39,6 +39,44 @@ WAITS_FOR_A_GROUP = """
         Path("asked").touch()
         return {grace_s}
     wait_for(work, stop)
+"""
+IN_A_DESTRUCTOR = """
+    class Slow:
+        def __del__(self):
+            Path("begun").touch()
+            time.sleep(60)
+    with stopping_at(lambda: "stopped at step 3 of 9"):
+        Slow()
+        time.sleep(600)
+"""
+CLEANS_UP = """
+    with deferring_signals():
+        Path("begun").touch()
+        while not Path("signalled").exists():
+            time.sleep(0.01)
+        Path("ended").touch()
+    time.sleep(600)
+"""
+ENDS = """
+    import atexit
+    def late():
+        Path("begun").touch()
+        time.sleep(600)
+    atexit.register(late)
+    return {}
+"""
+IMPORTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pipelines.cli":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["mae", "prepare", "my images", "out"]
+from pipelines.__main__ import main
+main()
 """
 
 
@@ -69,6 +107,39 @@ def test_a_signal_ends_a_command_with_how_far_it_got_and_the_command_that_resume
         "mae: stopped at step 3 of 9; to resume: mae doctor --json",
     ]
     assert ended(process) == (status, said)
+
+
+def test_a_signal_while_the_command_is_imported_ends_it_with_the_command_to_repeat() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines() == [
+        "mae: SIGTERM: stopping in order; a second one ends at once",
+        "mae: stopped before it began; to start it again: mae prepare 'my images' out",
+    ]
+    assert (done.returncode, done.stdout) == (143, "")
+
+
+def test_a_signal_in_a_destructor_where_python_ignores_errors_is_not_lost(tmp_path: Path) -> None:
+    process = started(tmp_path, IN_A_DESTRUCTOR)
+    process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    assert (status, said[1:]) == (143, ["mae: stopped at step 3 of 9; to resume: mae doctor --json"])
+
+
+def test_a_signal_waits_for_the_end_of_what_defers_it(tmp_path: Path) -> None:
+    process = started(tmp_path, CLEANS_UP)
+    process.send_signal(signal.SIGTERM)
+    let_pass(0.1)
+    (tmp_path / "signalled").touch()
+    status, said = ended(process)
+    assert (status, said[1:]) == (143, ["mae: stopped; to resume: mae doctor --json"])
+    assert (tmp_path / "ended").exists()
+
+
+def test_a_signal_after_the_commands_end_ends_it_at_once_with_its_own_status(tmp_path: Path) -> None:
+    process = started(tmp_path, ENDS)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=COMMAND_DEADLINE_S)
+    assert (process.returncode, out, err) == (0, "{}\n", "")
 
 
 def test_work_that_stops_within_its_grace_is_waited_for(tmp_path: Path) -> None:
