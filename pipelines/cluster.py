@@ -6,7 +6,7 @@ Owns how Ray is started, configured and stopped.
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         defaults.set("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
         started: set[psutil.Process] = set()
         if ray_address():
-            _init(logging_level=logging.WARNING)
+            connect(logging_level=logging.WARNING)
         else:
             # This machine is not preempted with notice, and the watcher would be one more process to start.
             defaults.set("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -163,7 +163,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
             # priority on a busy machine workers take longer (seen on a sweep at niceness 19).
             defaults.set("RAY_worker_register_timeout_seconds", "600")
             os.environ[_EMBEDDED] = "1"
-            started = _init(
+            started = connect(
                 _STARTS,
                 # Without it, Ray connects to a cluster that anybody has started on this machine by `ray start`.
                 address="local",
@@ -178,11 +178,11 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
             yield
         finally:
             if not is_work_left():
-                _shut_down(started)
+                shut_down(started)
             os.environ.pop(_EMBEDDED, None)
 
 
-def _shut_down(started: set[psutil.Process]) -> None:
+def shut_down(started: set[psutil.Process]) -> None:
     """Disconnect from Ray, or end it with all that these processes of it started.
 
     Ray leaves its agents to notice that the raylet is gone, which takes them 10 s, and more on a busy machine.
@@ -213,40 +213,42 @@ def _declared(compute: ComputeConfig | None, groups: int) -> dict[str, Any]:
     }
 
 
-def _init(starts: int = 1, **arguments: Any) -> set[psutil.Process]:
+def children_from_now() -> Callable[[], set[psutil.Process]]:
+    """Return a function that returns the processes that this one has started since this call."""
+    before = set(psutil.Process().children())
+    return lambda: set(psutil.Process().children()) - before
+
+
+def connect(starts: int = 1, **arguments: Any) -> set[psutil.Process]:
     """Initialize Ray, in at most `starts` attempts; return the processes that it has started.
 
     Raises CommandFailed if it does not respond, and Interrupted after a signal; none of its processes is left then.
     """
-    before = set(psutil.Process().children())
-
-    def started() -> set[psutil.Process]:
-        return set(psutil.Process().children()) - before
+    started = children_from_now()
 
     for attempt in range(1, starts + 1):
         try:
             doing = f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"
-            with stage(doing), _own_sessions(), _own_root_logger(), _without_signal_handler():
+            with stage(doing), own_sessions(), _own_root_logger(), _without_signal_handler():
                 ray.init(**arguments)
                 handle_signals_again()
+            return started()
         except SystemExit:  # raised by the handler that ray.init installs
             handle_signals_again()
             interrupted = interrupted_by(signal.SIGTERM)
-            _shut_down(started())
+            shut_down(started())
             raise interrupted from None
         except KeyboardInterrupt:
             handle_signals_again()
-            _shut_down(started())
+            shut_down(started())
             raise
         except Exception as error:  # ray.init also raises bare Exceptions
             cause = " ".join(str(error).split())
-            _shut_down(started())
+            shut_down(started())
             if attempt == starts:
                 place = ray_address() or "on this machine"
                 raise CommandFailed(f"Ray {place} did not answer ({cause}); run `mae doctor`, then rerun") from error
             log.warning("Ray did not start (%s); trying again", cause)
-        else:
-            return started()
     raise AssertionError("an attempt returns or raises")
 
 
@@ -281,7 +283,7 @@ def _own_root_logger() -> Iterator[None]:
 
 
 @contextmanager
-def _own_sessions() -> Iterator[None]:
+def own_sessions() -> Iterator[None]:
     """Give each process that Ray starts in the block a session of its own.
 
     Ctrl-C, and the SIGTERM of `timeout`, go to the command's process group. They are meant for the driver, and workers

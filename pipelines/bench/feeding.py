@@ -246,23 +246,24 @@ class Round:
 @contextmanager
 def raylets(num_nodes: int) -> Iterator[Any]:
     """Start a head without CPUs and `num_nodes` raylets with one CPU each, and connect to them."""
-    import ray
     from ray.cluster_utils import Cluster
+
+    from pipelines.cluster import children_from_now, connect, own_sessions, shut_down
 
     quiet = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     quiet |= {"RAY_enable_metrics_collection": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     with environment(quiet):
-        node = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **node})
+        node, started = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}, children_from_now()
         try:
-            for _ in range(num_nodes):
-                cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+            with own_sessions():
+                cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **node})
+                for _ in range(num_nodes):
+                    cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
             cluster.wait_for_nodes()
-            ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+            connect(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
             yield cluster
         finally:
-            ray.shutdown()
-            cluster.shutdown()
+            shut_down(started())
 
 
 def run(config: FeedBenchConfig) -> dict[str, Any]:

@@ -18,6 +18,8 @@ ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _REQUEST_TIMEOUT_S = 60.0
 _OUTAGE_LIMIT_S = 120.0
+_STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "40"}
+"""How long a job may take to end after the SIGTERM of a stop: for compute.grace_s and the end. Ray's default is 3 s."""
 _lock = threading.Lock()
 
 
@@ -80,14 +82,17 @@ class JobServer:
     ) -> str | None:
         """Submit a shell command; return its submission id, or None if the server has had a job with that id.
 
-        The server takes each id once, whoever submits it. Raises UserError if the working directory is too large.
+        The server takes each id once, whoever submits it. Unless `runtime_env` says otherwise, a stopped job is killed
+        after 40 s. Raises UserError if the working directory is too large.
         """
+        environment = dict(runtime_env or {})
+        environment["env_vars"] = _STOP_WAIT | environment.get("env_vars", {})
         try:
             with _named_errors(self.address):
                 return self._client.submit_job(
                     entrypoint=command,
                     submission_id=id,
-                    runtime_env=dict(runtime_env or {}),
+                    runtime_env=environment,
                     metadata=dict(metadata or {}),
                 )
         except RuntimeError as error:

@@ -1,6 +1,5 @@
 """A small prepared dataset, and a place for each module's runs."""
 
-import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.driving import Place
+from tests.e2e.driving import Place, prepare_here
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """270 images of the sample, prepared in this process. Read only."""
-    from pipelines import prepare
     from pipelines.config import PrepareConfig
     from pipelines.sample import unpack
 
@@ -22,11 +20,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for i, path in enumerate(sorted(unpack(folder / "sample").rglob("*.png"))[:270]):
         shutil.copy(path, folder / "images" / f"{i}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-        patch.setattr(prepare, "_run_tasks", map)
-        options = PrepareConfig(val_fraction=0.0, rows_per_shard=48, rows_per_group=16)
-        assert prepare.prepare(str(folder / "images"), str(folder / "data"), options).num_ok == 270
+    options = PrepareConfig(val_fraction=0.0, rows_per_shard=48, rows_per_group=16)
+    assert prepare_here(folder / "images", folder / "data", options).num_ok == 270
     return folder / "data"
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pytest
 import yaml
 
 from mae_core.state import unpack
+from pipelines.config import PrepareConfig
+from pipelines.dataset.manifest import Manifest
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import read_points
 from tests.digest import tensors_digest
@@ -119,6 +122,16 @@ class Place:
         return {point.step: point.value for point in points if point.key == "train/loss"}
 
 
+def prepare_here(source: Path, out: Path, options: PrepareConfig) -> Manifest:
+    """Prepare in this process, without Ray."""
+    from pipelines import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
+        patch.setattr(prepare, "_run_tasks", map)
+        return prepare.prepare(str(source), str(out), options)
+
+
 @contextlib.contextmanager
 def started(command: list[str], place: Place) -> Iterator[psutil.Process]:
     """Run the driver while the block runs; then kill it with everything it started, as the loss of a machine would."""
@@ -165,6 +178,25 @@ def runs(driver: psutil.Process) -> bool:
 def exit_status(driver: psutil.Process) -> int | None:
     """Wait until the driver ends; return its exit status."""
     return driver.wait(RUN_DEADLINE_S)
+
+
+def stop(place: Place, driver: psutil.Process, number: signal.Signals) -> str:
+    """Stop a command in order, by SIGTERM to it or by Ctrl-C in its terminal; return what it said since.
+
+    Check its exit status, that it said nothing of our libraries' insides, and that it left no process.
+    """
+    begin, family = len(place.log), driver.children(recursive=True)
+    if number == signal.SIGINT:
+        os.killpg(driver.pid, number)
+    else:
+        driver.send_signal(number)
+    status = exit_status(driver)
+    said = place.log[begin:]
+    assert status == 128 + number, said
+    for noise in ("Traceback", "Exception ignored in", "received at time", "Fatal Python error"):
+        assert noise not in said
+    assert not psutil.wait_procs(family, timeout=KILLED_DEADLINE_S)[1]
+    return said
 
 
 def ranks(of: psutil.Process) -> list[psutil.Process]:

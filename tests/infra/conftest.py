@@ -104,8 +104,15 @@ class LocalCluster:
 
     def finished_runs(self) -> list[Any]:
         """MLflow's runs that have finished, of all experiments."""
+        return [run for run in self._runs() if run["info"]["status"] == "FINISHED"]
+
+    def statuses(self) -> dict[str, str]:
+        """Status of each of MLflow's runs by name."""
+        return {run["info"]["run_name"]: run["info"]["status"] for run in self._runs()}
+
+    def _runs(self) -> list[Any]:
         found = self._mlflow("experiments/search", {"max_results": 100})["experiments"]
-        query = {"experiment_ids": [row["experiment_id"] for row in found], "filter": "attributes.status = 'FINISHED'"}
+        query = {"experiment_ids": [row["experiment_id"] for row in found]}
         return self._mlflow("runs/search", query).get("runs", [])
 
     def _mlflow(self, path: str, body: dict[str, Any]) -> Any:

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipelines.runs.folder import RunFolder
+from pipelines.runs.metrics import read_points
 from tests.waiting import JOB_DEADLINE_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -33,6 +35,16 @@ def as_user(local_cluster, script: str, *arguments: str) -> str:
     )
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
+
+
+def noise(folder: Path) -> Path:
+    """Write 40 images of two classes; return their folder."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        file = folder / "images" / "ab"[i % 2] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    return folder / "images"
 
 
 ALONE = """
@@ -79,6 +91,40 @@ for wrong in (lambda: jobs(JobsConfig(address=url, stop="none")), lambda: open_j
 listed = jobs(JobsConfig(address=url))
 result = {"log": "".join(written), "status": record.status, "exit": record.exit_status, "listed": listed["text"]}
 print(json.dumps(result))
+"""
+
+SLOW_TO_END = """
+import pathlib, signal, sys, time
+
+def end(*_):
+    time.sleep(5)
+    pathlib.Path(sys.argv[1], "ended").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1], "begun").touch()
+while True:
+    time.sleep(0.1)
+"""
+
+STOPPED = """
+import json, sys
+from pathlib import Path
+from pipelines.config import JobsConfig
+from pipelines.jobs import open_job_server
+from pipelines.jobs.submit import follow, jobs
+from tests.waiting import RUN_DEADLINE_S, wait_until
+
+url, command, folder, begun = sys.argv[1:]
+server = open_job_server(url)
+id = server.submit(command)
+
+def runs():
+    return not server.find(id).has_ended
+
+wait_until(lambda: list(Path(folder).glob(begun)), begun, RUN_DEADLINE_S, alive=runs, poll_every_s=0.1)
+said, log = jobs(JobsConfig(address=url, stop=id))["text"], []
+print(json.dumps({"said": said, "status": follow(server, id, log.append).status, "log": "".join(log)}))
 """
 
 HANDED_OVER = """
@@ -136,16 +182,52 @@ def test_a_log_is_followed_over_dropped_connections_and_each_line_appears_once(l
     assert ["lines", "SUCCEEDED"] in [line.split()[:2] for line in found["listed"].splitlines()]
 
 
+def test_a_job_that_is_stopped_has_longer_than_rays_three_seconds_to_end(local_cluster, tmp_path: Path) -> None:
+    command = shlex.join(["python", "-c", SLOW_TO_END, str(tmp_path)])
+    found = json.loads(as_user(local_cluster, STOPPED, local_cluster.dashboard, command, str(tmp_path), "begun"))
+    assert (found["said"], found["status"]) == ("stopping", "STOPPED")
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.long
+def test_a_pretraining_that_is_stopped_as_a_job_saves_its_step_and_ends_like_one_that_was_not(
+    local_cluster, tmp_path: Path
+) -> None:
+    prepared = tmp_path / "prepared"
+    assert local_cluster.submit("mae", "prepare", str(noise(tmp_path)), str(prepared)).returncode == 0
+
+    def run_of(output: str) -> tuple[str, RunFolder]:
+        words = f"mae pretrain --data.uri {prepared} --output {tmp_path / output} {NANO} --epochs 400"
+        words += " --checkpoint.every-epochs 1000 --tracking.log-every-steps 1"
+        return shlex.join(shlex.split(words)), RunFolder(str(tmp_path / output / "two-nodes"))
+
+    command, run = run_of("stopped")
+    begun = "stopped/two-nodes/metrics/*"
+    found = json.loads(as_user(local_cluster, STOPPED, local_cluster.dashboard, command, str(tmp_path), begun))
+    step = run.checkpoints.latest_step()
+    assert 0 < step < 1200, found["log"]
+    assert (found["said"], found["status"]) == ("stopping", "STOPPED")
+    assert found["log"].splitlines()[-2:] == [
+        "mae: SIGTERM: stopping in order; a second one ends at once",
+        f"mae: two-nodes stopped at step {step} of 1200; to resume: {command}",
+    ]
+    last = max(
+        point.step for path, _ in run.storage.list("metrics") for point in read_points(run.storage.read(path), path)
+    )
+    assert last == step
+    assert local_cluster.statuses()["two-nodes"] == "KILLED"
+
+    resumed, undisturbed = local_cluster.submit(*shlex.split(command)), run_of("undisturbed")
+    assert f"at step {step} with 2 workers" in resumed.stdout, resumed.stdout
+    assert local_cluster.submit(*shlex.split(undisturbed[0])).returncode == 0
+    assert run.storage.read("export/mae.safetensors") == undisturbed[1].storage.read("export/mae.safetensors")
+
+
 @pytest.mark.long
 def test_pretraining_spreads_over_two_nodes_and_its_version_becomes_a_classifier_once(
     local_cluster, tmp_path: Path
 ) -> None:
-    images, prepared, runs = tmp_path / "images", tmp_path / "prepared", tmp_path / "runs"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        file = images / "ab"[i % 2] / f"{i:03}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(file)
+    images, prepared, runs = noise(tmp_path), tmp_path / "prepared", tmp_path / "runs"
     commands = [
         f"mae prepare {images} {prepared} --hold-out stratified",
         f"mae pretrain --data.uri {prepared} --output {runs} {NANO}",
