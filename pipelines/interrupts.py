@@ -87,10 +87,18 @@ def deferring_signals() -> Iterator[None]:
 
 
 def end_with(status: int) -> NoReturn:
-    """End the process with that status; a signal from now on ends it at once, since nothing is left to put in order."""
+    """End the process with that status; a signal from now on ends it at once, since nothing is left to put in order.
+
+    After a signal Python's own end is left out: Ray's C++ part, interrupted while it started, crashes in it.
+    """
     global _status
     _status = status
-    sys.exit(status)
+    if _first is None and not _is_work_left:
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    end_at_once(status)
 
 
 @contextmanager

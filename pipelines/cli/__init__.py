@@ -13,21 +13,17 @@ from pipelines.cli.commands import COMMANDS, Command, Invocation
 from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import end_at_once, end_with, first_signal, handle_signals, is_work_left
+from pipelines.interrupts import end_with, first_signal, handle_signals
 
-__all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse"]
+__all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse", "run"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with an `ExitCode`."""
-    status = _main(list(sys.argv[1:] if argv is None else argv))
-    if is_work_left():
-        sys.stderr.flush()
-        end_at_once(status)
-    end_with(status)
+    end_with(run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _main(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run one command; return an `ExitCode`, or the exit status of the command that `mae submit` followed."""
     call = None
     try:

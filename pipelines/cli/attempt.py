@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mae_core.errors import UserError
-from pipelines.cli import main
+from pipelines.cli import run
 from pipelines.handoff.ledger import Ledger, run_attempt
-from pipelines.interrupts import first_signal, handle_signals
+from pipelines.interrupts import end_with, first_signal, handle_signals
 from pipelines.storage import open_storage
 
 
@@ -24,18 +24,13 @@ def _status_of(words: list[str]) -> int:
     if words[:1] not in (["finetune"], ["probe"]):
         # They come from the storage, which others may be able to write.
         raise UserError(f"the attempt's claim names {words[:1]}, neither finetune nor probe; remove the claim")
-    try:
-        main(words)
-    except SystemExit as stop:
-        # Its end is yet to be noted in the ledger.
-        handle_signals()
-        return int(stop.code or 0)
-    raise AssertionError("main ends with SystemExit")
+    return run(words)
 
 
 if __name__ == "__main__":
     handle_signals()
     try:
-        sys.exit(attempt(sys.argv[1:]))
+        status = attempt(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit(128 + first_signal())
+        status = 128 + first_signal()
+    end_with(status)

@@ -197,7 +197,7 @@ def test_a_pretraining_that_is_stopped_as_a_job_saves_its_step_and_ends_like_one
     assert local_cluster.submit("mae", "prepare", str(noise(tmp_path)), str(prepared)).returncode == 0
 
     def run_of(output: str) -> tuple[str, RunFolder]:
-        words = f"mae pretrain --data.uri {prepared} --output {tmp_path / output} {NANO} --epochs 400"
+        words = f"mae pretrain --data.uri {prepared} --output {tmp_path / output} {NANO} --epochs 100"
         words += " --checkpoint.every-epochs 1000 --tracking.log-every-steps 1"
         return shlex.join(shlex.split(words)), RunFolder(str(tmp_path / output / "two-nodes"))
 
@@ -205,12 +205,13 @@ def test_a_pretraining_that_is_stopped_as_a_job_saves_its_step_and_ends_like_one
     begun = "stopped/two-nodes/metrics/*"
     found = json.loads(as_user(local_cluster, STOPPED, local_cluster.dashboard, command, str(tmp_path), begun))
     step = run.checkpoints.latest_step()
-    assert 0 < step < 1200, found["log"]
+    assert 0 < step < 300, found["log"]
     assert (found["said"], found["status"]) == ("stopping", "STOPPED")
-    assert found["log"].splitlines()[-2:] == [
+    assert [line for line in found["log"].splitlines() if line.startswith("mae:")] == [
         "mae: SIGTERM: stopping in order; a second one ends at once",
-        f"mae: two-nodes stopped at step {step} of 1200; to resume: {command}",
+        f"mae: two-nodes stopped at step {step} of 300; to resume: {command}",
     ]
+    assert "Traceback" not in found["log"]
     last = max(
         point.step for path, _ in run.storage.list("metrics") for point in read_points(run.storage.read(path), path)
     )

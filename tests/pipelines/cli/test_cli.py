@@ -121,14 +121,14 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("name", WITH_PRESET)
 def test_what_config_prints_is_a_preset(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flag = "--pretrain.epochs" if name == "sweep" else "--epochs"
-    assert cli._main(["config", name, flag, "123"]) == 0
+    assert cli.run(["config", name, flag, "123"]) == 0
     path = tmp_path / "mine.yaml"
     path.write_text(capsys.readouterr().out)
     assert parse([name, "--preset", str(path)]).config == parse([name, flag, "123"]).config
 
 
 def test_config_of_a_preset_with_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._main(["config", "pretrain", "--preset", "vit_large", "--model.mask.ratio", "0.6", "--json"]) == 0
+    assert cli.run(["config", "pretrain", "--preset", "vit_large", "--model.mask.ratio", "0.6", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "pretrain"
     assert said["model"]["mask"]["ratio"] == 0.6
@@ -201,7 +201,7 @@ def test_exit_code_tells_user_errors_from_failed_runs(
         raise error
 
     monkeypatch.setitem(COMMANDS, "doctor", Command(help="Fails.", config=None, run=run))
-    assert cli._main(["doctor"]) == status
+    assert cli.run(["doctor"]) == status
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", said)
 
@@ -225,7 +225,7 @@ def test_a_bug_prints_its_traceback_and_how_to_report_it(
         raise error
 
     monkeypatch.setitem(COMMANDS, "doctor", Command(help="Fails.", config=None, run=run))
-    assert cli._main(["doctor", "--json"]) == cli.ExitCode.BUG == 70
+    assert cli.run(["doctor", "--json"]) == cli.ExitCode.BUG == 70
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("Traceback (most recent call last):")
@@ -235,11 +235,11 @@ def test_a_bug_prints_its_traceback_and_how_to_report_it(
 def test_results_go_to_stdout_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = {"text": "a table", "top1": 76.4, "model": "models:/x/1"}
     monkeypatch.setitem(COMMANDS, "doctor", Command(help="Works.", config=None, run=lambda call: result))
-    assert cli._main(["doctor", "--json"]) == 0
+    assert cli.run(["doctor", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"top1": 76.4, "model": "models:/x/1"}
     assert captured.err == ""
-    assert cli._main(["doctor"]) == 0
+    assert cli.run(["doctor"]) == 0
     assert capsys.readouterr().out == "a table\n"
 
 

@@ -71,7 +71,7 @@ def refusal(place: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """Run a command that must fail; return its message of one line. Nothing in its folder may change."""
     before = contents(place)
     capsys.readouterr()
-    status = cli._main(list(argv))
+    status = cli.run(list(argv))
     captured = capsys.readouterr()
     assert status == 2, captured.err
     assert captured.out == ""
@@ -381,7 +381,7 @@ def test_storage_without_permission(
         assert not list((folder / "locked").iterdir())
         (folder / "data" / "manifest.json").chmod(0)
         with as_nobody():
-            assert cli._main(["pretrain", "--data.uri", uri, *SMALL]) == 2
+            assert cli.run(["pretrain", "--data.uri", uri, *SMALL]) == 2
         assert "no permission to read" in capsys.readouterr().err
         (folder / "locked").chmod(0o755)
 

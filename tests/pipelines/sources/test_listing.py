@@ -165,7 +165,7 @@ def test_counts_are_printed_as_json(
     png: Png, tmp_path: Path, without_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = fill(tmp_path / "s", {"a/0.png": png(0), "b/1.png": png(1), "a/0.txt": b"caption"})
-    assert cli._main(["prepare", str(source), str(tmp_path / "out"), "--json"]) == 0
+    assert cli.run(["prepare", str(source), str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_found"] == found["num_ok"] + found["num_passed_over"] == 3
     assert found["passed_over"] == {"no image (*.txt)": 1}

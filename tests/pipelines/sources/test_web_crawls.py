@@ -51,7 +51,7 @@ def test_every_command_of_the_page_works(
     for number, words in enumerate(commands()):
         if words[0] == "prepare":
             words[2] = f"out-{number}"
-        assert cli._main([*words, "--json"]) == 0, words
+        assert cli.run([*words, "--json"]) == 0, words
         printed = json.loads(capsys.readouterr().out)
         if words[0] == "inspect":
             assert printed["num_images"] == 24
