@@ -274,3 +274,21 @@ def test_the_aws_cluster_scales_from_zero_on_spot_and_shows_nothing_to_the_inter
     assert "--num-cpus=0" in start
     assert not ray_up["docker"]["image"].endswith((":latest", "mae"))
     assert not re.search(r"AKIA|aws_secret|aws_access_key_id:", yaml.safe_dump(ray_up), re.IGNORECASE)
+
+
+def test_a_stopped_job_and_a_deleted_pod_have_the_time_for_a_checkpoint(objects, pods, repository: Path) -> None:
+    grace_s = parse(["pretrain"]).config.compute.grace_s
+    compose = yaml.safe_load((repository / "infra/compose/compose.yaml").read_text())
+    stop_waits = [
+        value["RAY_JOB_STOP_WAIT_TIME_S"] for value in compose.values() if "RAY_JOB_STOP_WAIT_TIME_S" in value
+    ]
+    stop_waits += [find(objects, "ConfigMap", "mae-environment")["data"]["RAY_JOB_STOP_WAIT_TIME_S"]]
+    assert len(stop_waits) == 2
+    assert all(float(wait_s) > grace_s for wait_s in stop_waits)
+    specs = [pod["spec"] for _, pod in pods]
+    hooked = [pod for pod in specs if "lifecycle" in pod["containers"][0]]
+    assert hooked
+    for pod in hooked:
+        script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        (waits_s,) = map(int, re.findall(r"seq (\d+)", script))
+        assert grace_s < waits_s < pod["terminationGracePeriodSeconds"]
