@@ -17,7 +17,13 @@ from ray._private import ray_constants
 
 from pipelines.config import ComputeConfig
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import deferring_signals, handle_signals_again, interrupted_by, is_work_left
+from pipelines.interrupts import (
+    deferring_signals,
+    handle_signals_again,
+    interrupted_by,
+    interrupted_in_place_of_errors,
+    is_work_left,
+)
 from pipelines.machine import Machine, num_cores, this_machine
 from pipelines.stages import stage
 
@@ -229,10 +235,11 @@ def connect(starts: int = 1, **arguments: Any) -> set[psutil.Process]:
     for attempt in range(1, starts + 1):
         try:
             doing = f"connecting to Ray {ray_address()}" if ray_address() else "starting Ray"
-            with stage(doing), own_sessions(), _own_root_logger(), _without_signal_handler():
-                ray.init(**arguments)
-                handle_signals_again()
-            return started()
+            with interrupted_in_place_of_errors():
+                with stage(doing), own_sessions(), _own_root_logger(), _without_signal_handler():
+                    ray.init(**arguments)
+                    handle_signals_again()
+                return started()
         except SystemExit:  # raised by the handler that ray.init installs
             handle_signals_again()
             interrupted = interrupted_by(signal.SIGTERM)

@@ -102,10 +102,25 @@ def end_with(status: int) -> NoReturn:
 
 
 @contextmanager
+def interrupted_in_place_of_errors() -> Iterator[None]:
+    """Raise Interrupted for an error of the block after a signal, such as of a lock whose `acquire` was interrupted.
+
+    Python's `Event.wait` raises "release unlocked lock" for a KeyboardInterrupt at the wrong moment.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _first is None:
+            raise
+        raise Interrupted from error
+
+
+@contextmanager
 def stopping_at(progress: Callable[[], str]) -> Iterator[None]:
     """If the block is interrupted, raise Interrupted that says how far it got, as `progress` then says."""
     try:
-        yield
+        with interrupted_in_place_of_errors():
+            yield
     except KeyboardInterrupt as interrupt:
         try:
             said = progress()
@@ -139,9 +154,10 @@ def wait_for(work: Callable[[], object], stop: Callable[[], float]) -> None:
 
     thread = threading.Thread(target=run, name="interruptible", daemon=True)
     try:
-        # The work may begin, and a signal arrive, before start() returns.
-        thread.start()
-        has_ended.wait()
+        with interrupted_in_place_of_errors():
+            # The work may begin, and a signal arrive, before start() returns.
+            thread.start()
+            has_ended.wait()
     except KeyboardInterrupt:
         grace_s = stop()
         _is_work_left = not has_ended.wait(grace_s)

@@ -13,7 +13,7 @@ from pipelines.cli.commands import COMMANDS, Command, Invocation
 from pipelines.cli.exit_codes import ExitCode
 from pipelines.cli.parsing import parse
 from pipelines.errors import CommandFailed
-from pipelines.interrupts import end_with, first_signal, handle_signals
+from pipelines.interrupts import end_with, first_signal, handle_signals, interrupted_in_place_of_errors
 
 __all__ = ["COMMANDS", "Command", "ExitCode", "Invocation", "main", "parse", "run"]
 
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         call = parse(argv)
         note("reading the command")
         # Ray prints warnings to stdout, which is for the result only.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), interrupted_in_place_of_errors():
             result = COMMANDS[call.command].run(call)
         print_result(call.command, result, as_json=call.json)
         sys.stdout.flush()

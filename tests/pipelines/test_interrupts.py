@@ -49,6 +49,18 @@ IN_A_DESTRUCTOR = """
         Slow()
         time.sleep(600)
 """
+FAILS = """
+    def interrupted():
+        Path("begun").touch()
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            raise RuntimeError("release unlocked lock")
+    if {says}:
+        with stopping_at(lambda: "stopped at step 3 of 9"):
+            interrupted()
+    interrupted()
+"""
 CLEANS_UP = """
     with deferring_signals():
         Path("begun").touch()
@@ -123,6 +135,15 @@ def test_a_signal_in_a_destructor_where_python_ignores_errors_is_not_lost(tmp_pa
     process.send_signal(signal.SIGTERM)
     status, said = ended(process)
     assert (status, said[1:]) == (143, ["mae: stopped at step 3 of 9; to resume: mae doctor --json"])
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_an_error_that_a_signal_causes_is_taken_for_the_signal(says: bool, tmp_path: Path) -> None:
+    process = started(tmp_path, FAILS.format(says=says))
+    process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    stopped = "stopped at step 3 of 9" if says else "stopped"
+    assert (status, said[1:]) == (143, [f"mae: {stopped}; to resume: mae doctor --json"])
 
 
 def test_a_signal_waits_for_the_end_of_what_defers_it(tmp_path: Path) -> None:
