@@ -138,9 +138,12 @@ def test_a_signal_while_ray_starts_ends_the_command_in_order(
     words = [sys.executable, "-c", START, moment]
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     reached = tmp_path / "reached"
-    wait_until(reached.exists, "the moment", COMMAND_DEADLINE_S, alive=lambda: process.poll() is None)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=COMMAND_DEADLINE_S)
+    try:
+        wait_until(reached.exists, "the moment", COMMAND_DEADLINE_S, alive=lambda: process.poll() is None)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=COMMAND_DEADLINE_S)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     # A busy machine takes long enough for a line such as "starting Ray, 20 s so far".
     assert [line for line in said.splitlines() if not line.startswith("starting Ray")] == [
