@@ -219,7 +219,9 @@ class DataConfig:
     """The prepared dataset, and how it is read."""
 
     uri: str = ""
-    """Prepared dataset: a folder or s3:// prefix written by `mae prepare`."""
+    """Prepared dataset: a folder or s3:// prefix written by `mae prepare`. With cache, a source of `mae prepare`."""
+    cache: str = field(default="", metadata=ADDED)
+    """Folder or s3:// prefix in which uri is prepared while the first epoch trains, for `mae pretrain` alone."""
     batch: int = 4096
     """Global batch: samples per optimizer step, over all workers."""
     micro_batch: int = 64
@@ -240,7 +242,17 @@ class DataConfig:
             )
         if self.lanes < 1 or self.batch % self.lanes:
             raise UserError(f"batch {self.batch} is not a multiple of lanes {self.lanes}; try 1")
+        if self.cache and not self.uri:
+            raise UserError(f"cache {self.cache} needs a source to prepare in it; try --data.uri SOURCE")
         if self.window < 1:
             raise UserError(f"window {self.window} is below 1; try 8192")
         if self.labels_per_class is not None and self.labels_per_class < 1:
             raise UserError(f"labels_per_class {self.labels_per_class} is below 1; try 100")
+
+    def refuse_cache(self, command: str) -> None:
+        """Raise UserError if there is a cache, which `command` cannot fill."""
+        if self.cache:
+            raise UserError(
+                f"data.cache {self.cache} is for `mae pretrain`, and {command} needs the whole dataset; run "
+                f"`mae prepare {self.uri} {self.cache}` and give --data.uri {self.cache}"
+            )

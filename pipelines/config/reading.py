@@ -147,7 +147,7 @@ def identity(config: Any) -> dict[str, Any]:
     """
     values = without_added_defaults(config)
     for part in (values, *(values.get(name, {}) for name in ("pretrain", "probe", "finetune", "scratch"))):
-        for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend"):
+        for key in ("name", "output", "tracking", "checkpoint", "evaluate", "extend", "prepare"):
             part.pop(key, None)
         if "compute" in part:
             compute = part.pop("compute")
@@ -156,8 +156,9 @@ def identity(config: Any) -> dict[str, Any]:
             # a run's identity, but stays with its folder.
             part["precision"] = "float32" if precision == "auto" else precision
             part |= {key: compute[key] for key in ("reduce_in",) if key in compute}
-        # The dataset's location does not matter either: its digest identifies it.
-        part.get("data", {}).pop("uri", None)
+        # The dataset's location does not matter either: its digest identifies it, and how it was prepared.
+        for key in ("uri", "cache"):
+            part.get("data", {}).pop(key, None)
     return values
 
 

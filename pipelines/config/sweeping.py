@@ -115,6 +115,7 @@ class SweepConfig:
             raise UserError(
                 f"pretrain.extend {self.pretrain.extend!r} is for `mae pretrain`: trials start anew; leave it out"
             )
+        self.pretrain.data.refuse_cache("a sweep")
         self._check_early_stop()
         if self.seeds < 1:
             raise UserError(f"seeds {self.seeds} is below 1; try 3")

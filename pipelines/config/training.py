@@ -7,7 +7,7 @@ from typing import Literal
 
 from mae_core.config import ADDED, AugmentConfig, ClassifierConfig, ModelConfig, OptimConfig, parse_arch
 from mae_core.errors import UserError
-from pipelines.config.data import DataConfig
+from pipelines.config.data import DataConfig, PrepareConfig
 from pipelines.config.evaluating import PeriodicEvaluationConfig
 from pipelines.config.progressive import ProgressiveConfig, shown
 from pipelines.config.running import CheckpointConfig, ComputeConfig, TrackingConfig
@@ -66,6 +66,8 @@ class PretrainConfig:
     """Crops per decoded image, each with its own masks, all used in the same step; counted in the same way."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset and batch."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig, metadata=ADDED)
+    """Options of `mae prepare` for a source that is prepared in data.cache; without a cache they have no effect."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model, mask and target."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -95,6 +97,7 @@ class PretrainConfig:
                 f"extend {self.extend!r} and backbone {self.backbone!r} exclude each other; try --extend alone for the "
                 "same model with its optimizer state, or --model alone for new ones"
             )
+        self._check_cache()
         for name in ("rand_augment", "erase", "mixup", "cutmix", "label_smoothing"):
             if getattr(self.augment, name):
                 raise UserError(f"augment.{name} is for classifiers, and pretraining has no labels; leave it out")
@@ -112,6 +115,18 @@ class PretrainConfig:
             if count % views:
                 raise UserError(f"{name} {count} is not a multiple of {by} {views}; try {-(-count // views) * views}")
         self._check_progressive(self.epochs // views)
+
+    def _check_cache(self) -> None:
+        """Raise UserError for what needs the whole dataset before the first step, if that is still to be prepared."""
+        data = self.data
+        if not data.cache:
+            return
+        if self.extend:
+            data.refuse_cache(f"extend {self.extend}")
+        if self.model.target == "pca":
+            data.refuse_cache("model.target pca")
+        if data.labels_per_class is not None:
+            data.refuse_cache("data.labels_per_class")
 
     def _check_progressive(self, epochs: int) -> None:
         self.progressive.check(epochs, self.model)
@@ -221,6 +236,7 @@ class ClassifyConfig:
         if self.eval_every_epochs < 1:
             raise UserError(f"eval_every_epochs {self.eval_every_epochs} is below 1; try 10")
         _check_labels(self.labels, self.data.labels_per_class)
+        self.data.refuse_cache("a classifier")
         if self.backbone.startswith("random:"):
             parse_arch(self.backbone.removeprefix("random:"))
         elif not self.backbone.startswith("models:/"):

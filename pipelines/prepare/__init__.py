@@ -17,15 +17,14 @@ from mae_core.errors import UserError
 from pipelines.config import PrepareConfig, without_added_defaults
 from pipelines.dataset.manifest import Manifest, is_prepared, read_manifest, write_manifest
 from pipelines.interrupts import stopping_at
+from pipelines.prepare.announcing import Announce, SlicePlace, TaskPool, WritingInOrder, first_epoch_order
 from pipelines.prepare.assembly import assemble, total_values
-from pipelines.prepare.dropping import drop_rows
-from pipelines.prepare.duplicates import duplicates, relabelled
+from pipelines.prepare.duplicates import Duplicates, duplicates, relabelled
 from pipelines.prepare.exclusions import Exclusions
 from pipelines.prepare.holdout import bundled, with_held_out
-from pipelines.prepare.kinds import NUM_EXAMINED, PLAIN, PixelKind, kind_of
-from pipelines.prepare.pieces import cut_pieces, join_pieces, part_of
+from pipelines.prepare.kinds import NUM_EXAMINED, kind_of
+from pipelines.prepare.pieces import cut_pieces
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, quarantined, refuse_bad
-from pipelines.prepare.shards import write_slice
 from pipelines.prepare.slices import (
     Slice,
     Tally,
@@ -37,13 +36,13 @@ from pipelines.prepare.slices import (
     log_labels,
     numbers_of_labels,
 )
+from pipelines.prepare.tasks import SliceTasks, unwrapped
 from pipelines.prepare.values import refuse_empty, refuse_fraction
 from pipelines.prepare.workfolder import WorkFolder
-from pipelines.sources import Place, Source, open_source
+from pipelines.sources import Source, open_source
 from pipelines.sources.passed_over import printable
 from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage
-from pipelines.storage.retries import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +50,8 @@ log = logging.getLogger(__name__)
 _MIN_STD, _MAX_DARK_MEAN = 0.03, 0.06
 
 Task: TypeAlias = Callable[[dict[str, Any]], dict[str, int]]
+
+__all__ = ["Preparation", "SliceTasks", "begin", "prepare", "refuse_within", "unwrapped"]
 
 
 def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
@@ -63,6 +64,22 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
     Raises UserError if the source has no readable image, too many bad ones, too much that would be passed over, or
     images both inside and outside split folders, or if `out` holds something else. Raises Interrupted, which says how
     many slices and pieces are done, after a signal.
+    """
+    begun = begin(source, out, config)
+    if isinstance(begun, Manifest):
+        return begun
+    # Start Ray only when there is work: it takes seconds.
+    from pipelines.cluster import ray_session
+
+    with stopping_at(begun.progress), ray_session(None):
+        found = begun.write()
+    return begun.commit(found)
+
+
+def begin(source: str, out: str, config: PrepareConfig) -> "Manifest | Preparation":
+    """List `source` and claim `out` for its preparation; return the dataset if it is there already.
+
+    Raises UserError as `prepare` does for what the listing shows.
     """
     target = open_storage(out)
     refuse_within(target, open_storage(source))
@@ -88,41 +105,100 @@ def prepare(source: str, out: str, config: PrepareConfig) -> Manifest:
             return _existing(target, identity, work)
         work.claim(identity)
         kind = kind_of(origin.place.contents(list(islice(iter(entries), NUM_EXAMINED))), config)
-        sizes: list[int] = []
-        work.put_slices(_noting_sizes(cut(entries, tally, number_of, config), sizes))
-    tasks = SliceTasks(work=work, target=target, place=origin.place, config=config, kind=kind)
-    job = _Job(tasks, tally.num_entries)
-    # Start Ray only when there is work: it takes seconds.
-    from pipelines.cluster import ray_session
+        parts: list[SlicePlace] = []
+        work.put_slices(_noting_places(cut(entries, tally, number_of, config), parts))
+    return Preparation(
+        source=source,
+        origin=origin,
+        parts=parts,
+        classes=classes,
+        label_sets=label_sets,
+        identity=identity,
+        tasks=SliceTasks(work=work, target=target, place=origin.place, config=config, kind=kind),
+    )
 
-    with stopping_at(lambda: _progress(work, len(sizes))), ray_session(None):
-        job.first_pass(sizes)
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A preparation that has claimed its target and written the listing of every slice."""
+
+    source: str
+    origin: Source
+    parts: Sequence[SlicePlace]
+    """Every slice, by number."""
+    classes: list[str]
+    label_sets: list[list[int]]
+    identity: dict[str, Any]
+    """What the dataset's manifest will say of the source and the config."""
+    tasks: SliceTasks
+
+    @property
+    def num_found(self) -> int:
+        return sum(part.num_entries for part in self.parts)
+
+    def progress(self) -> str:
+        """Say how many slices are done, and how many pieces of the others."""
+        return _progress(self.tasks.work, len(self.parts))
+
+    def write(self) -> Duplicates:
+        """Write every slice, and again without duplicates; return these. Needs a session of Ray."""
+        job = _Job(self.tasks, self.num_found)
+        job.first_pass([part.num_entries for part in self.parts])
+        return self._second_pass(job)
+
+    def write_in_order(self, announce: Announce, is_stopped: Callable[[], bool], pool: TaskPool) -> Duplicates:
+        """Do as `write` does, and announce the slices in the order of a first epoch, each once it is final.
+
+        Raises Stopped soon after `is_stopped` returns True, and UserError if a later slice changes what an announced
+        one holds.
+        """
+        job = _Job(self.tasks, self.num_found)
+        order = first_epoch_order(self.parts)
+        writing = WritingInOrder(order, self.tasks.work, self.tasks.config.drop_duplicates, pool, job.count_bad)
+        writing.run(announce, is_stopped)
+        return self._second_pass(job, {number: set(positions) for number, positions in writing.skipped.items()})
+
+    def commit(self, found: Duplicates) -> Manifest:
+        """Write the manifest and remove the work folder, once everything else is written."""
+        work, config = self.tasks.work, self.tasks.config
+        num_duplicates = sum(map(len, found.values()))
+        pairs = relabelled(found, lambda number: work.slice(number).labels) if self.classes else []
+        if pairs:
+            (number, position), (kept, kept_position) = pairs[0]
+            log.warning(
+                "%d of %d duplicates have another label than the equal image that is kept, such as %s and %s, which "
+                "stays",
+                len(pairs), num_duplicates, printable(work.slice(number).entries[position].name),
+                printable(work.slice(kept).entries[kept_position].name),
+            )  # fmt: skip
+        summaries = work.summaries(again=True)
+        manifest = assemble(summaries, self.classes, self.identity, self.num_found, num_duplicates, config)
+        if manifest.num_quarantined:
+            log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
+        for note, count in manifest.notes.items():
+            log.info("%d of %d images: %s", count, manifest.num_found, note)
+        _warn_of_splits(manifest, config)
+        _warn_of_darkness(manifest)
+        notes = manifest.notes | ({"duplicate of an image with another label": len(pairs)} if pairs else {})
+        manifest = dataclasses.replace(manifest, label_sets=self.label_sets, notes=notes)
+        beside = self.origin.passed_over.counts, list(self.origin.candidates.found)
+        written = write_manifest(self.tasks.target, manifest.noting(*beside))
+        work.remove()
+        return written
+
+    def _second_pass(self, job: "_Job", announced: Mapping[int, set[int]] | None = None) -> Duplicates:
+        """Refuse what the first pass found, and drop duplicates. Raises UserError if others are `announced`."""
         job.refuse_bad()
-        job.refuse_fraction(source)
-        found = duplicates(work.summaries, tally.num_entries)
-        if config.drop_duplicates:
+        job.refuse_fraction(self.source)
+        found = duplicates(self.tasks.work.summaries, self.num_found)
+        if self.tasks.config.drop_duplicates:
+            if announced is not None and announced != {number: set(positions) for number, positions in found.items()}:
+                raise UserError(
+                    f"equal images of {self.source} are in several splits by their content, which only the whole "
+                    "source shows; run `mae prepare` first, and train on its result"
+                )
             job.second_pass(found)
-    num_duplicates = sum(map(len, found.values()))
-    pairs = relabelled(found, lambda number: work.slice(number).labels) if classes else []
-    if pairs:
-        (number, position), (kept, kept_position) = pairs[0]
-        log.warning(
-            "%d of %d duplicates have another label than the equal image that is kept, such as %s and %s, which stays",
-            len(pairs), num_duplicates, printable(work.slice(number).entries[position].name),
-            printable(work.slice(kept).entries[kept_position].name),
-        )  # fmt: skip
-    manifest = assemble(work.summaries(again=True), classes, identity, tally.num_entries, num_duplicates, config)
-    if manifest.num_quarantined:
-        log.warning("%d of %d images were quarantined", manifest.num_quarantined, manifest.num_found)
-    for note, count in manifest.notes.items():
-        log.info("%d of %d images: %s", count, manifest.num_found, note)
-    _warn_of_splits(manifest, config)
-    _warn_of_darkness(manifest)
-    notes = manifest.notes | ({"duplicate of an image with another label": len(pairs)} if pairs else {})
-    manifest = dataclasses.replace(manifest, label_sets=label_sets, notes=notes)
-    written = write_manifest(target, manifest.noting(origin.passed_over.counts, list(origin.candidates.found)))
-    work.remove()
-    return written
+        return found
 
 
 def _listed(
@@ -162,10 +238,10 @@ def _warn_of_darkness(manifest: Manifest) -> None:
         )  # fmt: skip
 
 
-def _noting_sizes(parts: Iterable[Slice], sizes: list[int]) -> Iterator[Slice]:
-    """Yield the slices unchanged, and append the number of entries of each to `sizes`."""
+def _noting_places(parts: Iterable[Slice], places: list[SlicePlace]) -> Iterator[Slice]:
+    """Yield the slices unchanged, and append what is known of each to `places`."""
     for part in parts:
-        sizes.append(len(part.entries))
+        places.append(SlicePlace(num_entries=len(part.entries), folder=part.folder, holds_out=part.holds_out))
         yield part
 
 
@@ -206,9 +282,10 @@ def _existing(target: Storage, identity: dict[str, Any], work: WorkFolder) -> Ma
 class _Job:
     """The slices of one preparation, and the Ray tasks that write them."""
 
-    def __init__(self, tasks: "SliceTasks", num_found: int) -> None:
+    def __init__(self, tasks: SliceTasks, num_found: int) -> None:
         self._tasks, self._work, self._target = tasks, tasks.work, tasks.target
         self._config, self._kind, self._num_found = tasks.config, tasks.kind, num_found
+        self._num_bad = 0
 
     def first_pass(self, sizes: Sequence[int]) -> None:
         """Write every slice, duplicates included. Raises UserError early if too many images are bad.
@@ -279,12 +356,16 @@ class _Job:
             self._work.begin_second_pass()
         self._run(self._tasks.drop, todo)
 
+    def count_bad(self, num_bad: int) -> None:
+        """Count bad images of one more slice. Raises UserError early if there are too many."""
+        self._num_bad += num_bad
+        if self._num_bad > MIN_BAD_TO_STOP:
+            refuse_bad(self._target, self._num_bad, self._num_found, self._config.max_bad)
+
     def _run(self, task: Task, rows: Sequence[dict[str, Any]]) -> None:
-        num_bad = 0
+        self._num_bad = 0
         for counts in _run_tasks(task, rows):
-            num_bad += counts["num_bad"]
-            if num_bad > MIN_BAD_TO_STOP:
-                refuse_bad(self._target, num_bad, self._num_found, self._config.max_bad)
+            self.count_bad(counts["num_bad"])
 
 
 def _run_tasks(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, int]]:
@@ -303,56 +384,3 @@ def _run_tasks(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str,
         yield from dataset.iter_rows()
     except RayError as error:
         raise unwrapped(error) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class SliceTasks:
-    """The tasks of a preparation, each of which records what it has done and returns counts."""
-
-    work: WorkFolder
-    target: Storage
-    place: Place
-    config: PrepareConfig
-    kind: PixelKind = PLAIN
-
-    def write(self, row: dict[str, Any]) -> dict[str, int]:
-        """Write a slice, or the piece of it from position `start` to `stop` unless that is 0."""
-        number, piece = int(row["number"]), range(int(row["start"]), int(row["stop"]))
-        part = self.work.slice(number)
-        if not piece:
-            summary = write_slice(part, self.place, self.target, self.config, kind=self.kind)
-            self.work.put(summary)
-            return {"number": number, "num_bad": summary.num_bad}
-        folder = self.work.piece(number, piece)
-        self.work.finish_piece(piece, write_slice(part_of(part, piece), self.place, folder, self.config))
-        # Bad images count when the pieces are joined: before, they are not in the dataset's quarantine.
-        return {"number": number, "num_bad": 0}
-
-    def join(self, row: dict[str, Any]) -> dict[str, int]:
-        """Join the pieces that begin at positions `starts`, and delete them."""
-        number = int(row["number"])
-        part = self.work.slice(number)
-        stops = [*map(int, row["starts"][1:]), len(part.entries)]
-        pieces = [range(int(start), stop) for start, stop in zip(row["starts"], stops)]
-        summary = join_pieces(part, pieces, self.work, self.target, self.config)
-        self.work.put(summary)
-        self.work.delete_pieces(number)
-        return {"number": number, "num_bad": summary.num_bad}
-
-    def drop(self, row: dict[str, Any]) -> dict[str, int]:
-        """Rewrite a slice without the duplicates at positions `skip`."""
-        number, skip = int(row["number"]), frozenset(map(int, row["skip"]))
-        first = self.work.summary(number)
-        summary = drop_rows(self.work.slice(number), skip, first, self.place, self.target, self.config, self.kind)
-        self.work.put(summary, again=True)
-        return {"number": number, "num_bad": 0}
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """Unwrap Ray's error to the storage's own error, if there is one."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if type(inner) in (OSError, StoreUnavailableError, PermissionError, FileNotFoundError, UserError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error

@@ -1,6 +1,7 @@
 """Find images with equal bytes. Their splits and positions alone decide which one is kept."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from pipelines.sources import SPLITS
 IMAGES_PER_PASS = 8_000_000
 Place = tuple[int, int]
 """Number of a slice, and position in it."""
+Duplicates: TypeAlias = dict[int, dict[int, Place]]
+"""By slice, the position of every duplicate, with the image that is kept in its stead."""
 # Of equal images, the one in the first of these splits is kept, so that no test image was trained on.
 _RANKS = np.full(256, len(SPLITS), dtype=np.uint8)
 _RANKS[[SPLITS.index(name) for name in ("test", "val", "train")]] = range(3)
@@ -19,14 +22,14 @@ _RANKS[[SPLITS.index(name) for name in ("test", "val", "train")]] = range(3)
 
 def duplicates(
     summaries: Callable[[], Iterable[SliceSummary]], num_images: int, images_per_pass: int = IMAGES_PER_PASS
-) -> dict[int, dict[int, Place]]:
+) -> Duplicates:
     """Return, by slice, the positions of images whose bytes also occur in a preferred split or earlier in the listing.
 
     With each comes the place of the image that is kept in its stead. `summaries` yields those of all slices by
     ascending number; it is called once per pass. Each pass compares a range of digests.
     """
     num_passes = max(1, -(-num_images // images_per_pass))
-    found: dict[int, dict[int, Place]] = {}
+    found: Duplicates = {}
     for number in range(num_passes):
         for (slice_number, position), kept in _repeated(summaries(), number, num_passes):
             found.setdefault(slice_number, {})[position] = kept

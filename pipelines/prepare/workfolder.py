@@ -122,9 +122,9 @@ class WorkFolder:
         """Record that the slice is done: in the first pass, or in the second (`again`), which omits duplicates."""
         self._target.write(self._path("again" if again else "done", summary.number), summary.to_json())
 
-    def summary(self, number: int) -> SliceSummary:
-        """Return the slice's summary from the first pass."""
-        return SliceSummary.from_json(self._target.read(self._path("done", number)))
+    def summary(self, number: int, *, again: bool = False) -> SliceSummary:
+        """Return the slice's summary from the first pass, or from the second (`again`)."""
+        return SliceSummary.from_json(self._target.read(self._path("again" if again else "done", number)))
 
     def summaries(self, *, again: bool = False) -> Iterator[SliceSummary]:
         """Yield the summaries of all done slices by number; with `again`, those of the second pass where they exist."""
