@@ -23,6 +23,13 @@ class SharedTable:
         path, content = f"{self.key}/{name}".encode(), str(value).encode()
         _internal_kv_put(path, content, overwrite=True, namespace=self.namespace.encode())
 
+    def put_first(self, name: str, value: int | str) -> None:
+        """Store the value of a name unless it has one: of several processes that do, the first decides."""
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        path, content = f"{self.key}/{name}".encode(), str(value).encode()
+        _internal_kv_put(path, content, overwrite=False, namespace=self.namespace.encode())
+
     def get(self, name: str, default: T) -> T:
         """Return the value of a name as the type of `default`, which is returned if there is none."""
         from ray.experimental.internal_kv import _internal_kv_get

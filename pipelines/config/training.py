@@ -123,6 +123,8 @@ class PretrainConfig:
             return
         if self.extend:
             data.refuse_cache(f"extend {self.extend}")
+        if self.prepare.tile_px is not None:
+            data.refuse_cache("prepare.tile_px")
         if self.model.target == "pca":
             data.refuse_cache("model.target pca")
         if data.labels_per_class is not None:

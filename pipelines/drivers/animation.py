@@ -40,7 +40,7 @@ def animate(config: ReconstructConfig) -> str:
         )
     output, name = storage_of(config.out)
     run = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
-    normalization = from_dict(Normalization, values["job"]["pixels"])
+    normalization = from_dict(Normalization, folder.read_pixels())
     config = _with_images(config, run)
     mae = build_mae(run.model, seed=0).eval()
     images = images_of(config, mae, normalization)

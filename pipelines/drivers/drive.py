@@ -23,7 +23,7 @@ from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.estimates import compare
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
-from pipelines.runs.jobs import IndexedDataset, Job, last_step, train_plan
+from pipelines.runs.jobs import IndexedDataset, Job, PretrainJob, last_step, train_plan
 from pipelines.runs.listing import Heartbeat, last_alive_s
 from pipelines.runs.progress import ProgressDisplay
 from pipelines.runs.trackers import check_installed, tracking_elsewhere
@@ -201,7 +201,7 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
     run = tracking.run(
         published.name,
         published.kind,
-        to_dict(settled_config(published.job)),
+        shown_config(published.job),
         tags={"mae.folder": published.job.folder, **published.tags},
         dataset=published.dataset.manifest,
         dataset_uri=published.job.config.data.uri,
@@ -213,6 +213,14 @@ def _start(published: PublishedJob, folder: RunFolder, tracking: registry.Tracki
         folder.storage.write(f"backbone/{registry.PROVENANCE}", _provenance(published).to_json())
         run.log_model_input(published.backbone)
     return run
+
+
+def shown_config(job: Job) -> dict[str, Any]:
+    """Return the config as MLflow shows it: with the options of preparing only if they have been used for this run."""
+    values = to_dict(settled_config(job))
+    if not job.config.data.cache:
+        values.pop("prepare", None)
+    return values
 
 
 def _provenance(published: PublishedJob) -> registry.Provenance:
@@ -234,18 +242,21 @@ def _check_checkpoint_owner(folder: RunFolder, key: str) -> None:
             )
 
 
-def claim(job: Job, kind: registry.Kind, manifest: Manifest) -> str:
+def claim(job: Job, kind: registry.Kind, manifest: Manifest | None) -> str:
     """Claim the job's run folder and write its config and dataset manifest; return the run's id, its key in MLflow.
 
-    Raises UserError if the folder holds another run, or something other than a run.
+    There is no manifest yet while the dataset is being prepared. Raises UserError if the folder holds another run, or
+    something other than a run.
     """
     folder = RunFolder(job.folder)
-    key = folder.claim(
-        {"kind": kind, "config": identity(job.config), "dataset": manifest.digest, "job": _resolved(job)}
-    )
+    dataset = job.listed if isinstance(job, PretrainJob) and job.listed else manifest and manifest.digest
+    key = folder.claim({"kind": kind, "config": identity(job.config), "dataset": dataset, "job": _resolved(job)})
     if folder.read_outcome() is None:
         store_config(job)
-        folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
+        if manifest is not None:
+            folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
+            if isinstance(job, PretrainJob) and job.listed:
+                folder.write_pixels(to_dict(job.pixels))
     return key
 
 
@@ -257,6 +268,9 @@ def _resolved(job: Job) -> dict[str, Any]:
     values = without_added_defaults(job)
     for key in ("folder", "config", "backbone", "backbone_px", "chosen"):
         values.pop(key, None)
+    if values.get("listed"):
+        # The source and the preparation's options decide it, but it is known only once all images are.
+        values.pop("pixels")
     return values
 
 
@@ -273,7 +287,7 @@ def _following(published: PublishedJob, folder: RunFolder, run: registry.Run, *,
         if isinstance(config, PretrainConfig) and config.evaluate.every_epochs:
             stack.enter_context(EvaluationFollower(folder.storage, run))
         id = (folder.read_identity() or {}).get("id", run.id)
-        values = to_dict(settled_config(published.job))
+        values = shown_config(published.job)
         stack.enter_context(tracking_elsewhere(config.tracking, folder.storage, published.name, id, values))
         yield
 

@@ -17,7 +17,7 @@ from mae_core.errors import UserError
 from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import PretrainConfig, config_hash, dotted_fields, from_dict, options_for, with_overrides
-from pipelines.dataset.manifest import Manifest
+from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.drive import CopiedCheckpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import Extended
@@ -152,11 +152,18 @@ def read_finished_run(run: str, output: str) -> ExtendedRun:
         output=where,
         id=identity["id"],
         config=config,
-        pixels=from_dict(Normalization, job["pixels"]),
-        digest=identity["dataset"],
+        pixels=from_dict(Normalization, folder.read_pixels()),
+        digest=_dataset_digest(folder, identity),
         epochs=config.epochs + job.get("extended", {}).get("epochs", 0),
         outcome=outcome,
     )
+
+
+def _dataset_digest(folder: RunFolder, identity: dict[str, Any]) -> str:
+    """Return the digest of the dataset that the run was trained on, also if it was prepared during the first epoch."""
+    if not identity["job"].get("listed"):
+        return identity["dataset"]
+    return read_manifest(open_storage(folder.storage.join("dataset"))).digest
 
 
 def _find(run: str, output: str) -> RunFolder:

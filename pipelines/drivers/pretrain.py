@@ -14,7 +14,7 @@ from mae_core.errors import UserError
 from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import PeriodicEvaluationConfig, PretrainConfig, from_dict, run_name, to_dict, with_overrides
-from pipelines.dataset.manifest import Manifest, check_value_range, read_manifest
+from pipelines.dataset.manifest import MANIFEST, Manifest, check_value_range, is_prepared, read_manifest
 from pipelines.drivers.drive import Publish, PublishedJob, drive, manifest_json, newest_picture, read_export
 from pipelines.drivers.extend import ExtendedRun, describe_extension, extension_name, read_finished_run
 from pipelines.evaluation.subset import check_num_images
@@ -35,6 +35,11 @@ class StartingWeights:
     model: ModelConfig
     pixels: Normalization
 
+    @property
+    def inputs(self) -> dict[str, bytes]:
+        """Files of the run folder, from which workers read the weights, so that only the driver talks to MLflow."""
+        return {f"backbone/{name}": content for name, content in self.files.contents.items()}
+
 
 def pretrain(
     config: PretrainConfig,
@@ -49,9 +54,14 @@ def pretrain(
     `config.backbone`, the weights of that version are the initial ones; its alias is resolved first, so that a moved
     alias starts another run. `stated` names the fields of `config.model` that replace the version's own, such as
     "image_px" or "mask.ratio"; None means all. With `config.extend`, which `extension_of` sets, the run continues after
-    the end of that run. Raises UserError for wrong input, before anything is written, and RunFailed if the worker group
-    fails.
+    the end of that run. With `config.data.cache`, the first epoch trains while the dataset is being prepared there
+    (`pipelines.drivers.preparing`). Raises UserError for wrong input, before anything is written, and RunFailed if the
+    worker group fails.
     """
+    if config.data.cache:
+        from pipelines.drivers.preparing import pretrain_while_preparing
+
+        return pretrain_while_preparing(config, preset, fresh=fresh, stated=stated)
     published, tracking = _planned(config, preset, stated)
     return drive([published], published.name, tracking, fresh=fresh)[0]
 
@@ -66,6 +76,7 @@ def estimate_pretraining(
     """Estimate what the same call of `pretrain` will take, without starting it; see `pipelines.drivers.estimate`."""
     from pipelines.drivers.estimate import estimate
 
+    config.data.refuse_cache("an estimate")
     published, _ = _planned(config, preset, stated)
     return estimate(published, price)
 
@@ -74,6 +85,7 @@ def _planned(
     config: PretrainConfig, preset: str, stated: Collection[str] | None
 ) -> tuple[PublishedJob, registry.Tracking]:
     """Return the run that the config describes, as a job to publish, and the MLflow to use."""
+    _refuse_unprepared(config.data.uri)
     uri, manifest = open_dataset(config.data.uri)
     extended = read_finished_run(config.extend, config.output) if config.extend else None
     if extended is not None:
@@ -81,12 +93,21 @@ def _planned(
     tracking = registry.open_tracking(config.tracking.experiment)
     if extended is None:
         config, start = with_starting_weights(config, tracking, stated)
-        config = _on_dataset(config, uri, manifest)
+        config = on_dataset(config, uri, manifest)
         published = published_pretrain_job(config, run_name(config, preset, manifest.digest), manifest, start)
     else:
-        config = dataclasses.replace(_on_dataset(config, uri, manifest), extend=extended.folder.storage.uri)
+        config = dataclasses.replace(on_dataset(config, uri, manifest), extend=extended.folder.storage.uri)
         published = published_extension(config, extended, manifest, extended.model_version(tracking))
     return published, tracking
+
+
+def _refuse_unprepared(uri: str) -> None:
+    """Raise UserError with both remedies if the URI names no prepared dataset."""
+    if uri and not is_prepared(open_storage(uri)):
+        raise UserError(
+            f"{uri} is not a prepared dataset (it has no {MANIFEST}); run `mae prepare {uri} FOLDER` and train on "
+            "FOLDER, or add --data.cache FOLDER, in which the first epoch prepares it"
+        )
 
 
 def with_starting_weights(
@@ -138,10 +159,10 @@ def with_dataset(config: PretrainConfig) -> tuple[PretrainConfig, Manifest]:
     Raises UserError if the dataset does not exist or its channels do not fit the model.
     """
     uri, manifest = open_dataset(config.data.uri)
-    return _on_dataset(config, uri, manifest), manifest
+    return on_dataset(config, uri, manifest), manifest
 
 
-def _on_dataset(config: PretrainConfig, uri: str, manifest: Manifest) -> PretrainConfig:
+def on_dataset(config: PretrainConfig, uri: str, manifest: Manifest) -> PretrainConfig:
     """Return the config with the dataset's absolute URI. Raises UserError if its channels do not fit the model."""
     if manifest.channels not in (1, config.model.channels):
         raise UserError(
@@ -188,22 +209,24 @@ def pixels_of(manifest: Manifest, channels: int) -> Normalization:
 
 
 def published_pretrain_job(
-    config: PretrainConfig, name: str, manifest: Manifest, start: StartingWeights | None = None
+    config: PretrainConfig, name: str, manifest: Manifest, start: StartingWeights | None = None, listed: str = ""
 ) -> PublishedJob:
     """Return the run as a job to publish; publishing registers the model unless the config says not to.
 
-    A run that continues from a version keeps its normalization, which its weights expect, unless channels differ.
-    Raises UserError if a class has fewer images than the labels to train on.
+    `listed` is what `PretrainJob.listed` says. A run that continues from a version keeps its normalization, which its
+    weights expect, unless channels differ. Raises UserError if a class has fewer images than the labels to train on.
     """
     storage = open_storage(open_storage(config.output).join(name))
     pixels = pixels_of(manifest, config.model.channels)
     if start is not None and start.model.channels == config.model.channels:
         check_value_range(config.data.uri, manifest, start.pixels, start.ref.uri)
         pixels = start.pixels
-    # Workers read the weights from the run folder, so that only the driver talks to MLflow.
-    inputs = {f"backbone/{name}": content for name, content in start.files.contents.items()} if start else {}
     job = PretrainJob(
-        folder=storage.uri, config=config, pixels=pixels, backbone=storage.join("backbone") if start else ""
+        folder=storage.uri,
+        config=config,
+        pixels=pixels,
+        backbone=storage.join("backbone") if start else "",
+        listed=listed,
     )
     return PublishedJob(
         name=name,
@@ -211,7 +234,7 @@ def published_pretrain_job(
         job=job,
         dataset=index_dataset(job, manifest),
         publish=publisher(config, manifest, start.ref if start else None),
-        inputs=inputs,
+        inputs=start.inputs if start else {},
         backbone=start.ref if start else None,
         tags=config.tracking.tag_values,
     )

@@ -8,7 +8,7 @@ from mae_core.errors import UserError
 from mae_core.normalization import Normalization
 from pipelines import registry
 from pipelines.config import PretrainConfig, RegisterConfig, from_dict, to_dict
-from pipelines.dataset.manifest import read_manifest
+from pipelines.dataset.manifest import is_prepared, read_manifest
 from pipelines.drivers.drive import manifest_json, newest_picture
 from pipelines.runs.folder import RunFolder
 from pipelines.storage import open_storage
@@ -24,13 +24,16 @@ def register(run_and_step: str, config: RegisterConfig) -> dict[str, Any]:
     folder, step = _checkpoint_named(run_and_step)
     values, uri = folder.read_identity(), folder.storage.uri
     assert values is not None, "_checkpoint_named returns only folders of runs"
+    dataset = open_storage(folder.storage.join("dataset"))
+    if values.get("job", {}).get("listed") and not is_prepared(dataset):
+        raise UserError(f"run {uri} is in the epoch in which its dataset is prepared; register it once that has ended")
     checkpoint = folder.checkpoints.load(step)
     weights = checkpoint.files.get("ema.safetensors", checkpoint.files["model.safetensors"])
     run_config = from_dict(PretrainConfig, json.loads(folder.storage.read("config.json")))
     files: dict[str, bytes | Path] = dict(
-        backbone_files(run_config.model, from_dict(Normalization, values["job"]["pixels"]), weights)
+        backbone_files(run_config.model, from_dict(Normalization, folder.read_pixels()), weights)
     )
-    manifest = read_manifest(open_storage(folder.storage.join("dataset")))
+    manifest = read_manifest(dataset)
     files |= {"manifest.json": manifest_json(manifest)} | newest_picture(folder)
     name = config.name or run_config.tracking.name or f"mae-{run_config.model.arch}"
     tags = {"mae.step": str(step)}

@@ -16,6 +16,7 @@ from mae_core.errors import UserError
 from pipelines.feed.channel import FeedChannel
 from pipelines.feed.data_task import FeedWork, blocks_of
 from pipelines.feed.executions import NUM_DATASETS, Executions
+from pipelines.feed.listing import AnyExecutions, ListedExecutions, ListedSegment
 from pipelines.feed.rank import blocks, micro_batches
 from pipelines.feed.segments import FeedSegment
 
@@ -33,14 +34,15 @@ class RankFeed:
     channel: FeedChannel
     iterators: tuple[Any, ...]
     """The rank's iterator of every dataset."""
+    executions: AnyExecutions
 
     def micro_batches(self) -> Iterator["MicroBatch"]:
         """Yield the rank's micro-batches as they become ready; their tensors must not be written to."""
-        return micro_batches(self.iterators.__getitem__, self.channel)
+        return micro_batches(self.iterators.__getitem__, self.channel, self.executions.begin)
 
     def blocks(self) -> Iterator[pa.Table]:
         """Yield the blocks of these micro-batches, without importing torch."""
-        return blocks(self.iterators.__getitem__, self.channel)
+        return blocks(self.iterators.__getitem__, self.channel, self.executions.begin)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ class Feed:
     channel: FeedChannel
     datasets: tuple[Any, ...]
     ranks: tuple[int, ...]
+    executions: AnyExecutions
 
     def micro_batches(self) -> Iterator["MicroBatch"]:
         """Yield all micro-batches to this process, the only rank."""
-        return micro_batches(lambda dataset: self.datasets[dataset].iterator(), self.channel)
+        return micro_batches(lambda dataset: self.datasets[dataset].iterator(), self.channel, self.executions.begin)
 
     def split(self) -> dict[int, RankFeed]:
         """Return the part of each rank, from one coordinator per dataset.
@@ -61,7 +64,10 @@ class Feed:
         Ray Data starts the coordinators on this node and ends them with this process.
         """
         splits = [dataset.streaming_split(len(self.ranks), equal=True) for dataset in self.datasets]
-        return {rank: RankFeed(self.channel, iterators) for rank, iterators in zip(self.ranks, zip(*splits))}
+        return {
+            rank: RankFeed(self.channel, iterators, self.executions)
+            for rank, iterators in zip(self.ranks, zip(*splits))
+        }
 
 
 def feed(
@@ -99,9 +105,14 @@ def feed(
     ranks = tuple(range(num_workers) if ranks is None else ranks)
     resources = ray.cluster_resources()
     cpu_limit = max(1, int(resources.get("CPU", 1) / max(num_cpus, 0.1)))
+    channel = FeedChannel(uuid4().hex)
+    executions: AnyExecutions = Executions.of(stops[-1], max_tasks or cpu_limit)
+    if isinstance(segments[0], ListedSegment):
+        assert len(segments) == 1, "a listed epoch ends with the group"
+        executions = ListedExecutions(executions, channel, segments[0].windows)
     work = FeedWork(
-        channel=FeedChannel(uuid4().hex),
-        executions=Executions.of(stops[-1], max_tasks or cpu_limit),
+        channel=channel,
+        executions=executions,
         segments=ray.put(segments),
         stops=stops,
         ranks=ranks,
@@ -136,4 +147,4 @@ def feed(
 
     # A dataset without an execution would only cost a coordinator.
     num_datasets = min(NUM_DATASETS, work.executions.count)
-    return Feed(work.channel, tuple(dataset_of(number) for number in range(num_datasets)), ranks)
+    return Feed(work.channel, tuple(dataset_of(number) for number in range(num_datasets)), ranks, executions)

@@ -54,6 +54,16 @@ class FeedChannel:
         """Return whether every task of the execution has started."""
         return _table(self.key).get("all started", -1) >= execution
 
+    def stop(self, execution: int, stop: int) -> int:
+        """Decide the id after the last task of an execution, unless another rank has; return what is decided."""
+        _table(self.key).put_first(f"stop {execution}", stop)
+        return _table(self.key).get(f"stop {execution}", stop)
+
+    def stop_of(self, execution: int) -> int | None:
+        """Return the id after the last task of an execution; None until it is decided."""
+        found = _table(self.key).get(f"stop {execution}", -1)
+        return None if found < 0 else found
+
 
 def _table(key: str) -> SharedTable:
     return SharedTable("mae-feed", key)

@@ -12,7 +12,7 @@ import ray
 from pipelines.feed.blocks import to_block
 from pipelines.feed.buffers import BlockBuffers
 from pipelines.feed.channel import FeedChannel
-from pipelines.feed.executions import Executions
+from pipelines.feed.listing import AnyExecutions
 from pipelines.feed.segments import FeedSegment
 
 # A block costs several milliseconds of CPU whatever its size, most of them in the feed's coordinator. So it carries
@@ -31,7 +31,7 @@ class FeedWork:
     """What all data tasks of a feed share."""
 
     channel: FeedChannel
-    executions: Executions
+    executions: AnyExecutions
     segments: Any
     """Reference to the list of FeedSegments in Ray's object store."""
     stops: list[int]

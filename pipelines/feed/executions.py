@@ -28,6 +28,10 @@ class Executions:
         """Make executions of eight times as many tasks as run at a time, and at least 128."""
         return cls(num_tasks, max(_MIN_TASKS, _MIN_ROUNDS * max_running), max_running)
 
+    def begin(self, execution: int) -> bool:
+        """Return whether there is such an execution; all of them may begin at once."""
+        return execution < self.count
+
     @property
     def count(self) -> int:
         """Number of executions."""

@@ -12,6 +12,7 @@ lane. Memory is proportional to the number of row groups, plus the rows of one w
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from mae_core.errors import UserError
 from mae_core.randomness import Purpose, hash64_numpy
-from pipelines.dataset.manifest import Manifest
+from pipelines.dataset.manifest import Manifest, Shard
 from pipelines.storage import Storage
 
 Ids = NDArray[np.int64]
@@ -42,12 +43,17 @@ class Index:
     @classmethod
     def from_manifest(cls, manifest: Manifest, split: str) -> "Index":
         """Index every row of a split. Raises UserError if there is no such split, or it is empty."""
-        shards = manifest.split(split).shards
-        counts = np.array([shard.num_groups for shard in shards], dtype=np.int64)
-        if not counts.sum():
+        found = cls.of_shards(manifest.split(split).shards)
+        if not len(found.group):
             raise UserError(f"split {split!r} has no images; choose another, or prepare a source that has some")
+        return found
+
+    @classmethod
+    def of_shards(cls, shards: Sequence[Shard]) -> "Index":
+        """Index every row of these shards."""
+        counts = np.array([shard.num_groups for shard in shards], dtype=np.int64)
         shard = np.repeat(np.arange(len(shards)), counts)
-        group = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        group = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
         per_group = np.array([s.rows_per_group for s in shards], dtype=np.int64)[shard]
         rows = np.array([s.num_rows for s in shards], dtype=np.int64)[shard]
         first = np.array([s.first_id for s in shards], dtype=np.int64)[shard]
@@ -178,6 +184,8 @@ class EpochPlan:
     shuffle: bool = True
     lanes: int = 1
     """Equal parts of a step, each of samples from row groups of its own."""
+    is_listed: bool = False
+    """Take the row groups in the order in which they are stored, as while they are still being prepared."""
 
     def __post_init__(self) -> None:
         if self.lanes < 1 or self.batch % self.lanes:
@@ -262,7 +270,7 @@ class EpochPlan:
     def _order(self, epoch: int) -> tuple[Ids, Ids]:
         """Return the row groups in epoch order, and where each starts in the stream of samples."""
         order = np.arange(len(self.index.group))
-        if self.shuffle:
+        if self.shuffle and not self.is_listed:
             order = np.argsort(hash64_numpy(self.seed, Purpose.ROW_GROUPS, epoch, self.index.first_id), kind="stable")
         counts = self.index.group_counts()[order]
         return order, np.cumsum(counts) - counts

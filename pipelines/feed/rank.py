@@ -16,24 +16,34 @@ if TYPE_CHECKING:
     from pipelines.feed.windows import MicroBatch
 
 _Blocks: TypeAlias = "Queue[pa.Table | BaseException | None]"
+Begin: TypeAlias = Callable[[int], bool]
 
 
-def micro_batches(iterator_of: Callable[[int], Any], channel: FeedChannel) -> Iterator["MicroBatch"]:
+def micro_batches(
+    iterator_of: Callable[[int], Any], channel: FeedChannel, begin: Begin = lambda execution: True
+) -> Iterator["MicroBatch"]:
     """Yield this rank's micro-batches as they become ready; their tensors must not be written to.
 
-    `iterator_of` returns this rank's iterator of a dataset of the feed.
+    `iterator_of` returns this rank's iterator of a dataset of the feed. `begin` waits until an execution may begin and
+    returns whether there is one.
     """
-    return chain.from_iterable(from_block(block) for block in blocks(iterator_of, channel))
+    return chain.from_iterable(from_block(block) for block in blocks(iterator_of, channel, begin))
 
 
-def blocks(iterator_of: Callable[[int], Any], channel: FeedChannel, *, prefetch: int = 2) -> Iterator["pa.Table"]:
+def blocks(
+    iterator_of: Callable[[int], Any],
+    channel: FeedChannel,
+    begin: Begin = lambda execution: True,
+    *,
+    prefetch: int = 2,
+) -> Iterator["pa.Table"]:
     """Yield the blocks of this rank's micro-batches.
 
     Data tasks start at once, not when the first block is asked for, so that they work while the model is built.
     """
 
     def start(execution: int) -> _Blocks:
-        return _start(channel, execution, iterator_of, prefetch)
+        return _start(channel, execution, iterator_of, begin, prefetch)
 
     return _drain(channel, start(0), start)
 
@@ -52,12 +62,17 @@ def _drain(channel: FeedChannel, first: _Blocks, start: Callable[[int], _Blocks]
             yield block
 
 
-def _start(channel: FeedChannel, execution: int, iterator_of: Callable[[int], Any], prefetch: int) -> _Blocks:
+def _start(
+    channel: FeedChannel, execution: int, iterator_of: Callable[[int], Any], begin: Begin, prefetch: int
+) -> _Blocks:
     """Start an execution and return the queue in which a thread puts its blocks; None comes after the last."""
     arriving: _Blocks = Queue(maxsize=1)
 
     def pump() -> None:
         try:
+            if not begin(execution):
+                arriving.put(None)
+                return
             channel.select(execution)
             iterator = iterator_of(execution % NUM_DATASETS)
             for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch):

@@ -47,6 +47,10 @@ class FeedSegment:
         """Reader of the shards, shared by all windows that this process reads."""
         return RowGroups(self.dataset_uri)
 
+    def plan_of(self, window: int) -> EpochPlan:
+        """Return the plan of a window, counted over all epochs."""
+        return self.plan
+
     @property
     def first_window(self) -> int:
         """The window of first_step, counted over all epochs."""

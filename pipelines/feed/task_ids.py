@@ -13,7 +13,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.feed.channel import FeedChannel
-from pipelines.feed.executions import Executions
+from pipelines.feed.listing import AnyExecutions
 from pipelines.interrupts import die_of_sigterm
 
 
@@ -30,7 +30,7 @@ class _ReadId:
 class TaskIds(Datasource):
     """Task ids of an execution, one block each; the execution is looked up each time the dataset is executed."""
 
-    def __init__(self, executions: Executions, channel: FeedChannel, dataset: int) -> None:
+    def __init__(self, executions: AnyExecutions, channel: FeedChannel, dataset: int) -> None:
         super().__init__()
         self._executions, self._channel, self._dataset = executions, channel, dataset
         self._built_in = os.getpid()

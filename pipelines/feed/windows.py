@@ -89,7 +89,7 @@ class Window:
 
     def __init__(self, segment: FeedSegment, window: int, ranks: Sequence[int] | None = None) -> None:
         """Read the window, whose number counts over all epochs of the segment; with `ranks`, only their samples."""
-        plan = segment.plan
+        plan = segment.plan_of(window)
         self._transform, self._size = segment.transform, plan.micro_batch
         epoch, within = divmod(window, plan.windows_per_epoch)
         steps = plan.window_steps(epoch, within)

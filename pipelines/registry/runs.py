@@ -145,6 +145,14 @@ class Run:
 
         Raises TrackingUnreachable after `limit_s`.
         """
+        self.close(limit_s)
+        retry(lambda: self.client.set_terminated(self.id, status), "the run's end", limit_s)
+
+    def close(self, limit_s: float = RETRY_LIMIT_S) -> None:
+        """Wait until every point has arrived, and leave the run running, for `Tracking.run` to open it again.
+
+        Raises TrackingUnreachable after `limit_s`.
+        """
         if self._machine is not None:
             self._machine.stop()
             self._machine = None
@@ -152,7 +160,6 @@ class Run:
             self._points.flush(limit_s)
         finally:
             self._points.close()
-        retry(lambda: self.client.set_terminated(self.id, status), "the run's end", limit_s)
 
     def _send(self, batch: list[Point]) -> None:
         from mlflow.entities import Metric

@@ -11,6 +11,8 @@ claimed, its workers write checkpoints/, metrics/, evaluations/, pictures/, pred
 themselves:
 
 - chosen.json: the compute options that it was last launched with, every auto replaced.
+- listed.json, pixels.json: normalization of the first epoch, and of the others, of a run whose dataset was prepared
+  meanwhile, and how many samples were expected.
 - failures/: why a worker group ended early, one file each.
 - restart.json: the driver must launch the group again, which counts as no failure.
 - bad_steps/: the samples of every step whose gradient was not finite.
@@ -69,6 +71,22 @@ class RunFolder:
     def read_identity(self) -> dict[str, Any] | None:
         """Return the identity that the folder was claimed with, and the run's id; None if it holds no run."""
         return self._read("run.json")
+
+    def write_pixels(self, pixels: dict[str, Any]) -> None:
+        """Record the normalization of a run whose identity lacks it, since its dataset was not prepared yet."""
+        self._write("pixels.json", pixels)
+
+    def read_pixels(self) -> dict[str, Any]:
+        """Return the normalization of a pretraining run."""
+        return (self.read_identity() or {}).get("job", {}).get("pixels") or self._read("pixels.json")
+
+    def write_listing(self, listing: dict[str, Any]) -> None:
+        """Record what a first epoch is trained with while its dataset is being prepared."""
+        self._write("listed.json", listing)
+
+    def read_listing(self) -> dict[str, Any] | None:
+        """Return what `write_listing` recorded; None if the dataset was prepared before, or nothing is trained yet."""
+        return self._read("listed.json")
 
     def mark_trained(self, result: dict[str, Any]) -> None:
         """Record what the run found. Its workers have nothing left to do."""

@@ -15,6 +15,7 @@ from mae_core.errors import UserError
 from mae_core.normalization import Normalization
 from pipelines.config import ClassifyConfig, FixedCompute, PretrainConfig
 from pipelines.dataset.manifest import Manifest
+from pipelines.feed.listing import NOTHING, Announcements, ListedPlan, ListedSegment
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.runs.folder import RunFolder
@@ -47,6 +48,9 @@ class PretrainJob:
     """The run that this one extends. Its last checkpoint is then the first in the job's own folder."""
     chosen: FixedCompute = field(default_factory=FixedCompute, metadata=ADDED)
     """What auto stands for in the config's compute options."""
+    listed: str = field(default="", metadata=ADDED)
+    """Digest of the source and the options of its preparation, during which the first epoch was trained; it is then the
+    run's dataset. Empty if the dataset was prepared before."""
     kind: Literal["pretrain"] = "pretrain"
 
     @property
@@ -167,7 +171,18 @@ class IndexedDataset:
     indexes: Mapping[str, Index]
 
 
-IndexedJob: TypeAlias = tuple[Job, IndexedDataset]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ListedDataset:
+    """A dataset that is being prepared, as the first epoch of a job reads it."""
+
+    announcements: Announcements
+    most_samples: int
+    """Most training images that it may have."""
+    num_expected: int
+    """Training images to expect, of which schedule and display are made while their number is unknown."""
+
+
+IndexedJob: TypeAlias = tuple[Job, IndexedDataset | ListedDataset]
 
 
 def index_dataset(job: Job, manifest: Manifest) -> IndexedDataset:
@@ -222,9 +237,19 @@ def _labelled_index(job: Job, manifest: Manifest, split: str) -> Index:
 
 def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
     """Return the shuffled epoch plan of the job's training samples."""
+    return _plan(job, dataset.indexes["train"])
+
+
+def listed_plan(job: Job, dataset: ListedDataset, first_step: int) -> ListedPlan:
+    """Return the plan of a first epoch from this step on, which grows while its samples are prepared."""
+    segment = _listed_segment(job, dataset, first_step)
+    return ListedPlan(segment.plan, segment.windows, dataset.num_expected)
+
+
+def _plan(job: Job, index: Index, *, is_listed: bool = False) -> EpochPlan:
     data = job.reading.data
     return EpochPlan(
-        index=dataset.indexes["train"],
+        index=index,
         seed=job.config.seed,
         batch=data.batch,
         micro_batch=data.micro_batch,
@@ -232,6 +257,7 @@ def train_plan(job: Job, dataset: IndexedDataset) -> EpochPlan:
         window=data.window,
         shuffle=True,
         lanes=data.lanes,
+        is_listed=is_listed,
     )
 
 
@@ -288,11 +314,9 @@ def phases(job: Job, steps_per_epoch: int, first_step: int, splits: frozenset[st
     return [*found, final]
 
 
-def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSegment]:
-    """Return the job's phases that remain after `first_step` steps, as segments of a feed."""
-    plan, read_plans = train_plan(job, dataset), {split: read_plan(job, dataset, split) for split in dataset.indexes}
+def _train_transform(job: Job) -> Transform:
     image_px, channels = job.input
-    transform = Transform(
+    return Transform(
         train=True,
         image_px=image_px,
         channels=channels,
@@ -301,6 +325,30 @@ def segments(job: Job, dataset: IndexedDataset, first_step: int) -> list[FeedSeg
         crops=job.config.crops_per_image if isinstance(job, PretrainJob) else 1,
         values=job.pixels.values,
     )
+
+
+def _listed_segment(job: Job, dataset: ListedDataset, first_step: int) -> ListedSegment:
+    assert isinstance(job, PretrainJob), "classifiers train on prepared datasets"
+    return ListedSegment(
+        dataset_uri=job.config.data.cache,
+        plan=_plan(job, NOTHING, is_listed=True),
+        transform=dataclasses.replace(_train_transform(job), image_px=job.stages[0][1]),
+        first_step=first_step,
+        last_step=-(-dataset.most_samples // job.reading.data.batch),
+        announcements=dataset.announcements,
+    )
+
+
+def segments(job: Job, dataset: IndexedDataset | ListedDataset, first_step: int) -> list[FeedSegment]:
+    """Return the job's phases that remain after `first_step` steps, as segments of a feed.
+
+    Of a dataset that is being prepared, this is the first epoch alone.
+    """
+    if isinstance(dataset, ListedDataset):
+        found = _listed_segment(job, dataset, first_step)
+        return [found] if found.num_windows else []
+    plan, read_plans = train_plan(job, dataset), {split: read_plan(job, dataset, split) for split in dataset.indexes}
+    transform = _train_transform(job)
     read_transform = dataclasses.replace(transform, train=False, crops=1)
     found = []
     for phase in phases(job, plan.steps_per_epoch, first_step, frozenset(dataset.manifest.splits)):

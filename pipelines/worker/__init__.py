@@ -12,7 +12,7 @@ import torch
 from pipelines.console import log_to_driver
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, PretrainJob, with_workers
+from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, ListedDataset, PretrainJob, with_workers
 from pipelines.worker import finetuning, neighbours, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group
@@ -53,7 +53,7 @@ def _run_jobs(
     rank = join_group(jobs[0][0].compute)
     attempt = Attempt(**config["attempt"])
     with StopGate(config["stop"], group, rank.index, rank.world) as gate:
-        feed = Feed(staged(batches, rank.device), gate.enter)
+        feed = Feed(staged(batches, rank.device), gate.enter, gate.is_held)
         for (job, dataset), step in zip(jobs, first_steps, strict=True):
             if step is None:
                 continue
@@ -65,8 +65,10 @@ def _run_jobs(
             attempt = Attempt(launched_s=time.time())
 
 
-def run_job(job: Job, dataset: IndexedDataset, rank: Rank, feed: Feed, attempt: Attempt) -> None:
+def run_job(job: Job, dataset: IndexedDataset | ListedDataset, rank: Rank, feed: Feed, attempt: Attempt) -> None:
     """Run the job from its newest checkpoint to its end and write its result into its folder.
+
+    While its dataset is being prepared, run the first epoch, which ends with a checkpoint.
 
     Raises Stopped if it cannot continue, RestartRequested if its newest checkpoint is damaged, and StopRequested, after
     saving a checkpoint, if the driver asks for it.
@@ -78,6 +80,11 @@ def run_job(job: Job, dataset: IndexedDataset, rank: Rank, feed: Feed, attempt: 
     if checkpoint:
         rank.log(log, "resuming %s at step %d with %d workers", job.folder, checkpoint.step, rank.world)
     torch.manual_seed(job.config.seed)
+    if isinstance(dataset, ListedDataset):
+        assert isinstance(job, PretrainJob), "classifiers train on prepared datasets"
+        pretraining.run_listed_epoch(job, dataset, rank, feed, folder, checkpoint)
+        rank.barrier()
+        return
     if isinstance(job, PretrainJob):
         found = pretraining.run(job, dataset, rank, feed, folder, checkpoint)
     elif job.config.classifier.method == "finetune":

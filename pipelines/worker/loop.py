@@ -16,6 +16,7 @@ from mae_core.schedule import Schedule, apply_lr, peak_lr
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, unpack
 from mae_core.step import ema_update
 from pipelines.config import ClassifyConfig, PretrainConfig
+from pipelines.feed.listing import StepPlan
 from pipelines.feed.plan import EpochPlan
 from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
@@ -158,14 +159,14 @@ def warm_up(state: TrainState, batch: MicroBatch, loss_of: LossOf) -> None:
 
 
 def train_step(
-    state: TrainState, rank: Rank, plan: EpochPlan, batches: list[MicroBatch], loss_of: LossOf
+    state: TrainState, rank: Rank, plan: StepPlan, batches: list[MicroBatch], loss_of: LossOf
 ) -> tuple[Tensor, Tensor]:
     """Do one optimizer step over this rank's micro-batches.
 
     Return this rank's share of the mean loss, and 1 if the update was skipped because the gradient is not finite, else
     0. Each rank's summed weighted loss is scaled by world size / planned samples, since DDP averages over ranks.
     """
-    planned = plan.planned(state.step % plan.steps_per_epoch)
+    planned = plan.planned(state.step)
     total = torch.zeros((), device=rank.device)
     for i, batch in enumerate(batches):
         index = i * rank.world + rank.index
@@ -194,10 +195,23 @@ def train(
     after_step: AfterStep,
 ) -> None:
     """Train up to `last_step`, and call `after_step` after every step."""
+    train_while(lambda step: step < last_step, state, rank, plan, feed, loss_of, after_step)
+
+
+def train_while(
+    has_step: Callable[[int], bool],
+    state: TrainState,
+    rank: Rank,
+    plan: StepPlan,
+    feed: Feed,
+    loss_of: LossOf,
+    after_step: AfterStep,
+) -> None:
+    """Train step by step as long as `has_step` returns True, and call `after_step` after every step."""
     per_rank = plan.micro_batches_per_step // rank.world
     started_s, first_step = time.time(), state.step
     with feed.clock.spent("steps"):
-        while state.step < last_step:
+        while has_step(state.step):
             batches = [batch.to(rank.device) for batch in feed.take(state.step, per_rank)]
             if state.step in state.skipped_steps:
                 state.step += 1

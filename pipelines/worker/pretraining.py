@@ -27,13 +27,13 @@ from pipelines.pictures.figures import reconstruction_rows
 from pipelines.pictures.reconstruct import picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, PretrainJob, last_step, train_plan
+from pipelines.runs.jobs import IndexedDataset, ListedDataset, PretrainJob, last_step, listed_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.evaluations import EvaluationActor, EvaluationQueue
 from pipelines.worker.export import backbone_files
 from pipelines.worker.fitting import check_fits
 from pipelines.worker.gpu_meter import GpuMeter
-from pipelines.worker.loop import LossOf, TrainState, train, warm_up
+from pipelines.worker.loop import LossOf, TrainState, train, train_while, warm_up
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Recorder, Stopped, due_of
 
@@ -61,42 +61,15 @@ def run(
     if job.extended and checkpoint is None:
         _stop_without_start(rank, folder)
     plan = train_plan(job, dataset)
-    with rank.stage("building the model"):
-        mae = build_mae(config.model, config.seed)
-    if job.backbone:
-        _start_from_backbone(mae, job.backbone)
+    mae = _built(job, rank)
     _set_basis(mae, job, dataset, rank, folder)
     total = last_step(job, plan.steps_per_epoch)
-    state = TrainState.of(
-        reading,
-        mae,
-        rank.parallel(mae),
-        plan.steps_per_epoch,
-        config.ema_decay,
-        first_epoch=first_epoch,
-        start_lr=job.extended.end_lr if job.extended else 0.0,
-    )
-    mae.add_sizes(size for _, size in job.stages[:-1])
-    if len(job.stages) > 1:
-        sizes = ", ".join(f"{size[0]} x {size[1]} px from epoch {epoch}" for epoch, size in job.stages)
-        rank.log(log, "images grow: %s", sizes)
+    state = _state(job, mae, rank, plan.steps_per_epoch)
     exported = mae if state.ema is None else state.ema
     assert isinstance(exported, MaskedAutoencoder)
     loss_of = loss_function(job, plan.steps_per_epoch, rank)
     gpu = GpuMeter.of(job, plan.steps_per_epoch, rank)
-    in_float = job.pixels.values is not None
-    blanks = [
-        MicroBatch.blank(
-            reading.data.micro_batch, size, config.model.channels, config.crops_per_image, in_float=in_float
-        ).to(rank.device)
-        for _, size in job.stages
-    ]
-    with rank.stage("compiling" if job.compute.compile else "warming up"):
-        if rank.device.type == "cuda":
-            check_fits(job, state, blanks[-1], loss_of, folder, rank)
-        # Every size is compiled now, and none in the middle of the run.
-        for blank in blanks:
-            warm_up(state, blank, loss_of)
+    _warm_up(job, state, loss_of, folder, rank)
 
     def save_picture(step: int) -> None:
         _save_picture(job, dataset, exported, folder, step)
@@ -125,6 +98,80 @@ def run(
                 folder.storage.write(f"export/{name}", content)
         found = {"evaluation": evaluations.finish()} if evaluations else {}
     return {"kind": "pretrain", "steps": total, "loss": recorder.last.get("train/loss"), **found}
+
+
+def run_listed_epoch(
+    job: PretrainJob,
+    dataset: ListedDataset,
+    rank: Rank,
+    feed: Feed,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Train the first epoch while its samples are being prepared, and save a checkpoint at its end.
+
+    The learning rate is that of an epoch of as many samples as are expected. There are no pictures and evaluations.
+    """
+    plan = listed_plan(job, dataset, checkpoint.step if checkpoint else 0)
+    mae = _built(job, rank)
+    state = _state(job, mae, rank, plan.steps_per_epoch)
+    # No step is of another epoch than the first, however many there are.
+    loss_of = loss_function(job, dataset.most_samples + 1, rank)
+    gpu = GpuMeter.of(job, plan.steps_per_epoch, rank)
+    _warm_up(job, state, loss_of, folder, rank)
+    recorder = Recorder.of(job.reading, state, rank, plan, folder, feed.clock, gpu=gpu)
+    if checkpoint:
+        recorder.resume(checkpoint)
+
+    def has_step(step: int) -> bool:
+        with feed.clock.spent("data"):
+            return plan.await_step(step, feed.is_held)
+
+    with recorder.saving_if_stopped():
+        train_while(has_step, state, rank, plan, feed, loss_of, recorder.after_step)
+    recorder.save_and_finish()
+
+
+def _built(job: PretrainJob, rank: Rank) -> MaskedAutoencoder:
+    """Build the model, with the weights of the job's backbone where they fit."""
+    with rank.stage("building the model"):
+        mae = build_mae(job.config.model, job.config.seed)
+    if job.backbone:
+        _start_from_backbone(mae, job.backbone)
+    return mae
+
+
+def _state(job: PretrainJob, mae: MaskedAutoencoder, rank: Rank, steps_per_epoch: int) -> TrainState:
+    state = TrainState.of(
+        job.reading,
+        mae,
+        rank.parallel(mae),
+        steps_per_epoch,
+        job.config.ema_decay,
+        first_epoch=job.first_epoch,
+        start_lr=job.extended.end_lr if job.extended else 0.0,
+    )
+    mae.add_sizes(size for _, size in job.stages[:-1])
+    if len(job.stages) > 1:
+        sizes = ", ".join(f"{size[0]} x {size[1]} px from epoch {epoch}" for epoch, size in job.stages)
+        rank.log(log, "images grow: %s", sizes)
+    return state
+
+
+def _warm_up(job: PretrainJob, state: TrainState, loss_of: LossOf, folder: RunFolder, rank: Rank) -> None:
+    config, in_float = job.config, job.pixels.values is not None
+    blanks = [
+        MicroBatch.blank(
+            job.reading.data.micro_batch, size, config.model.channels, config.crops_per_image, in_float=in_float
+        ).to(rank.device)
+        for _, size in job.stages
+    ]
+    with rank.stage("compiling" if job.compute.compile else "warming up"):
+        if rank.device.type == "cuda":
+            check_fits(job, state, blanks[-1], loss_of, folder, rank)
+        # Every size is compiled now, and none in the middle of the run.
+        for blank in blanks:
+            warm_up(state, blank, loss_of)
 
 
 def _evaluations(job: PretrainJob, dataset: IndexedDataset, plan: EpochPlan, folder: RunFolder) -> EvaluationQueue:

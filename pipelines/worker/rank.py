@@ -110,10 +110,18 @@ class Rank:
 class Feed:
     """The rank's stream of micro-batches, taken step by step; each micro-batch must belong to the expected step."""
 
-    def __init__(self, batches: Iterator[MicroBatch], enter_step: Callable[[], None] = lambda: None) -> None:
-        """Take the micro-batches from `batches`; `enter_step` is called before each step and may end the work."""
+    def __init__(
+        self,
+        batches: Iterator[MicroBatch],
+        enter_step: Callable[[], None] = lambda: None,
+        is_held: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Take the micro-batches from `batches`; `enter_step` is called before each step and may end the work.
+
+        `is_held` returns whether it will, or may, as the ranks of the group agree.
+        """
         self._batches = batches
-        self.enter_step = enter_step
+        self.enter_step, self.is_held = enter_step, is_held
         self.clock = Clock()
         """Clock of the current job; waiting for data counts on it."""
 

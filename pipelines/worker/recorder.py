@@ -11,7 +11,7 @@ from torch import Tensor
 from mae_core.errors import UserError
 from mae_core.state import model_tensors
 from pipelines.config import CheckpointConfig, ClassifyConfig, PretrainConfig
-from pipelines.feed.plan import EpochPlan
+from pipelines.feed.listing import StepPlan
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.metrics import MetricSpool
@@ -34,7 +34,7 @@ _MAX_SKIPPED = 100
 _MAX_IDS_LOGGED = 64
 
 
-def due_of(config: PretrainConfig | ClassifyConfig, plan: EpochPlan, first_epoch: int = 0) -> Due:
+def due_of(config: PretrainConfig | ClassifyConfig, plan: StepPlan, first_epoch: int = 0) -> Due:
     """Return what is due after which step, from the config of a run whose epochs start at `first_epoch`."""
     every_epochs = config.evaluate.every_epochs if isinstance(config, PretrainConfig) else 0
     last_epoch = first_epoch + config.epochs
@@ -61,7 +61,7 @@ class Recorder:
         *,
         state: TrainState,
         rank: Rank,
-        plan: EpochPlan,
+        plan: StepPlan,
         due: Due,
         folder: RunFolder,
         checkpoint: CheckpointConfig,
@@ -94,7 +94,7 @@ class Recorder:
         config: PretrainConfig | ClassifyConfig,
         state: TrainState,
         rank: Rank,
-        plan: EpochPlan,
+        plan: StepPlan,
         folder: RunFolder,
         clock: Clock,
         picture: Callable[[int], None] | None = None,
@@ -138,7 +138,7 @@ class Recorder:
         skipped step. Raises Stopped or RolledBack as `compute.on_nan` says.
         """
         if loss is not None and bad is not None:
-            self._meter.add(step, loss, bad, self._plan.planned((step - 1) % self._plan.steps_per_epoch))
+            self._meter.add(step, loss, bad, self._plan.planned(step - 1))
         preempted = step % PREEMPTION_CHECK_STEPS == 0 and self._rank.is_preemption_announced()
         save = preempted or self._due.save(step)
         if save or self._due.log(step):
@@ -184,13 +184,17 @@ class Recorder:
         try:
             yield
         except StopRequested:
-            for bad_step in self._meter.bad_steps():
-                self._apply_nan_policy(bad_step)
-            pending = self._meter.pending()
-            if self._rank.is_main and self._state.step > self._saved_step:
-                self._save(self._state.step, pending)
-            self.finish()
+            self.save_and_finish()
             raise
+
+    def save_and_finish(self) -> None:
+        """Save a checkpoint of the present step, if there is none, and wait for it. Every rank must call it."""
+        for bad_step in self._meter.bad_steps():
+            self._apply_nan_policy(bad_step)
+        pending = self._meter.pending()
+        if self._rank.is_main and self._state.step > self._saved_step:
+            self._save(self._state.step, pending)
+        self.finish()
 
     def _save(self, step: int, pending: dict[str, Any]) -> None:
         self.writer.save(step, lambda: self._snapshot(step), self._meta() | {"pending": pending})

@@ -57,6 +57,11 @@ class StopGate:
     ) -> None:
         self._closed.set()
 
+    def is_held(self) -> bool:
+        """Return whether the rank must ask before its next unit of work, since the group is to stop."""
+        with self._changed:
+            return self._num_entered >= self._last_unit
+
     def enter(self) -> None:
         """Begin the next unit of work. Raises StopRequested if the ranks have agreed to stop before it."""
         with self._changed:
