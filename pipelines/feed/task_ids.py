@@ -35,6 +35,12 @@ class TaskIds(Datasource):
         self._executions, self._channel, self._dataset = executions, channel, dataset
         self._built_in = os.getpid()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the coordinator, which Ray ends by SIGTERM, perhaps before it is asked for anything."""
+        self.__dict__.update(state)
+        if os.getpid() != self._built_in:
+            die_of_sigterm()
+
     def estimate_inmemory_data_size(self) -> None:
         """Return no estimate, so that Ray splits nothing."""
 
@@ -42,8 +48,6 @@ class TaskIds(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Return one task per id, whatever the parallelism."""
-        if os.getpid() != self._built_in:  # In the coordinator, which Ray ends by SIGTERM.
-            die_of_sigterm()
         metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
         ids = self._executions.tasks(self._channel.selected(self._dataset))
         reads: list[Callable[[], Iterable[pa.Table]]] = [_ReadId(id) for id in ids]
