@@ -1,4 +1,4 @@
-"""A first epoch on a dataset in preparation ends with a checkpoint from which any run goes on; stopped, it continues."""
+"""A first epoch on a dataset in preparation ends with a checkpoint for the others; stopped, it continues."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mae_core.config import ModelConfig, OptimConfig
+from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.pretrain import pixels_of
@@ -79,11 +80,8 @@ def train_rest(job: PretrainJob, manifest: Manifest) -> tuple[list[int], str]:
     batches = [batch for window in windows for batch in window_micro_batches(segment, window)]
     pretraining.run(job, dataset, rank_of(job), Feed(iter(batches)), folder, folder.checkpoints.load(step))
     final = folder.checkpoints.load(folder.checkpoints.latest_step())
-    from mae_core.state import unpack
-
-    return torch.cat([batch.ids for batch in batches]).tolist(), tensors_digest(
-        unpack(final.files["model.safetensors"])
-    )
+    ids = torch.cat([batch.ids for batch in batches]).tolist()
+    return ids, tensors_digest(unpack(final.files["model.safetensors"]))
 
 
 def test_the_epoch_ends_after_as_many_steps_as_any_other_and_the_next_is_as_if_prepared_before(
