@@ -12,6 +12,7 @@ Imports no torch, since Ray's own processes import this module.
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class ListedShards:
         self._announcements = announcements
         self._shards: list[Shard] = []
         self._index: Index | None = None
+        self._lock = threading.Lock()
         self.num_samples = 0
         self.is_complete = False
 
@@ -86,19 +88,21 @@ class ListedShards:
         return ListedShards, (self._announcements,)
 
     def refresh(self) -> None:
-        """Learn of the shards that were announced meanwhile."""
-        count = self._announcements.count()
-        while found := self._announcements.shard(len(self._shards), self.num_samples):
-            self._shards.append(found)
-            self.num_samples += found.num_rows
-            self._index = None
-        self.is_complete = len(self._shards) == count
+        """Learn of the shards that were announced meanwhile; any thread may call it."""
+        with self._lock:
+            count = self._announcements.count()
+            while found := self._announcements.shard(len(self._shards), self.num_samples):
+                self._shards.append(found)
+                self.num_samples += found.num_rows
+            self.is_complete = len(self._shards) == count
 
     @property
     def index(self) -> Index:
         """Index of the shards that are known."""
-        self._index = self._index or Index.of_shards(self._shards)
-        return self._index
+        with self._lock:
+            if self._index is None or len(self._index.paths) != len(self._shards):
+                self._index = Index.of_shards(self._shards)
+            return self._index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ ray.data.range pickles three nested functions with every task, which costs the d
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ class TaskIds(Datasource):
         self.__dict__.update(state)
         if os.getpid() != self._built_in:
             die_of_sigterm()
+            # An execution may have fewer windows than tasks may run, of which Ray Data warns on the terminal.
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
 
     def estimate_inmemory_data_size(self) -> None:
         """Return no estimate, so that Ray splits nothing."""
