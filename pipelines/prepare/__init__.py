@@ -378,7 +378,10 @@ def _run_tasks(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str,
     from pipelines.cluster import task_limit
     from pipelines.ray_data import configure
 
-    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(task, concurrency=task_limit())
+    # Ray Data warns of a limit that its tasks cannot reach.
+    limit = task_limit()
+    limit = None if limit is None else min(limit, len(rows))
+    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(task, concurrency=limit)
     configure(dataset)
     try:
         yield from dataset.iter_rows()
