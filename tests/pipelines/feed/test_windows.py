@@ -76,7 +76,7 @@ def make_segment(zoo: list, tmp_path: Path) -> Callable[..., FeedSegment]:
     def make(
         train: bool = True, augment: AugmentConfig | None = None, channels: int = 3, **numbers: int
     ) -> FeedSegment:
-        settings = {"batch": 12, "micro_batch": 4, "num_workers": 2, "window": 24, **numbers}
+        settings: dict[str, Any] = {"batch": 12, "micro_batch": 4, "num_workers": 2, "window": 24, **numbers}
         first_step = settings.pop("first_step", 0)
         plan = EpochPlan(index=Index.from_manifest(manifest, "train"), seed=5, shuffle=train, **settings)
         return FeedSegment(

@@ -15,6 +15,7 @@ from pipelines.interrupts import Interrupted
 from pipelines.prepare import SliceTasks, prepare
 from pipelines.prepare.pieces import TASKS_PER_CORE, cut_pieces
 from pipelines.prepare.quarantine import Quarantine
+from pipelines.prepare.shards import write_slice
 
 OPTIONS = PrepareConfig(rows_per_shard=50, rows_per_group=16, val_fraction=0.3, max_bad=1)
 
@@ -130,7 +131,7 @@ def test_dropping_duplicates_reads_only_these_again_and_writes_the_same_bytes(
     def from_the_source(tasks: SliceTasks, row: dict[str, Any]) -> dict[str, int]:
         number = row["number"]
         part = tasks.work.slice(number)
-        kept = module.write_slice(part, tasks.place, tasks.target, tasks.config, frozenset(row["skip"]))
+        kept = write_slice(part, tasks.place, tasks.target, tasks.config, frozenset(row["skip"]))
         tasks.work.put(kept, again=True)
         for shard in {s.path for s in tasks.work.summary(number).shards} - {s.path for s in kept.shards}:
             tasks.target.delete(shard)
