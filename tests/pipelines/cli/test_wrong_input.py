@@ -180,7 +180,7 @@ def test_a_dataset_that_is_not_prepared_or_damaged(place: Path, capsys: pytest.C
     images(place / "others", "a.png")
     said = refusal(place, capsys, "pretrain", "--data.uri", "others")
     assert "is not a prepared dataset" in said
-    assert "run `mae prepare SOURCE" in said
+    assert "run `mae prepare others FOLDER` and train on FOLDER, or add --data.cache FOLDER" in said
     labelled(place)
     (place / "data" / "manifest.json").write_text("{")
     assert "manifest.json is damaged" in refusal(place, capsys, "pretrain", "--data.uri", "data", *SMALL)

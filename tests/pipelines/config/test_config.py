@@ -83,6 +83,33 @@ def test_labels_are_a_percentage(labels: str) -> None:
     assert (ClassifyConfig(labels="2.5%").label_share, ClassifyConfig().label_share) == (0.025, None)
 
 
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"model": {"target": "pca"}}, "model.target pca"),
+        ({"prepare": {"tile_px": 64}}, "prepare.tile_px"),
+        ({"data": {"labels_per_class": 3}}, "data.labels_per_class"),
+        ({"extend": "runs/mine"}, "extend runs/mine"),
+    ],
+)
+def test_a_cache_is_refused_where_the_whole_dataset_is_needed_first(values: dict[str, Any], what: str) -> None:
+    data = {"uri": "images", "cache": "prepared"} | values.get("data", {})
+    said = rf"data.cache prepared is for `mae pretrain`, and {what} needs .* run `mae prepare images prepared`"
+    with pytest.raises(UserError, match=said):
+        from_dict(PretrainConfig, values | {"data": data})
+    with pytest.raises(UserError, match="a classifier needs the whole dataset"):
+        ClassifyConfig(data=DataConfig(uri="images", cache="prepared"))
+    with pytest.raises(UserError, match="cache prepared needs a source"):
+        DataConfig(cache="prepared")
+
+
+def test_where_and_how_a_dataset_is_prepared_is_no_part_of_a_runs_identity() -> None:
+    plain = PretrainConfig(data=DataConfig(uri="images"))
+    cached = PretrainConfig(data=DataConfig(uri="images", cache="prepared"), prepare=PrepareConfig(val_fraction=0.5))
+    assert identity(cached) == identity(plain)
+    assert config_hash(cached, "digest") == config_hash(plain, "digest")
+
+
 def test_a_share_and_a_count_of_labels_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r"labels 1% and data.labels_per_class 20 exclude each other"):
         ClassifyConfig(labels="1%", data=DataConfig(labels_per_class=20))

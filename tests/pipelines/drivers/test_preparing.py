@@ -24,7 +24,6 @@ from pipelines.config import (
     DataConfig,
     PrepareConfig,
     PretrainConfig,
-    identity,
     to_dict,
 )
 from pipelines.dataset.manifest import read_manifest
@@ -189,9 +188,3 @@ def test_without_a_cache_both_ways_out_are_named(place: Place) -> None:
     data = DataConfig(uri=str(place.source))
     with pytest.raises(UserError, match=r"run `mae prepare .* FOLDER` and train on FOLDER, or add --data.cache FOLDER"):
         pretrain(PretrainConfig(data=data), "none")
-
-
-def test_the_identity_of_a_prepared_run_knows_no_cache(place: Place) -> None:
-    values = identity(place.config("none", "cache"))
-    assert "prepare" not in values
-    assert "cache" not in values["data"]
