@@ -16,6 +16,11 @@ Seen = dict[str, dict[str, float]]
 _READ = "mae_exporter_read_timestamp_seconds"
 
 
+def looked_at(seen: Seen) -> dict[str, float]:
+    """Return when the exporter has read each of its parts; 0 for one that it has not read yet."""
+    return {part: seen.get(_READ, {}).get(part, 0.0) for part in ("runs", "datasets", "registry")}
+
+
 @contextmanager
 def scraped(*, output: str, datasets: str) -> Iterator[Seen]:
     """Run the exporter and scrape it while a block runs, and until it has read everything once more.
@@ -46,8 +51,13 @@ def scraped(*, output: str, datasets: str) -> Iterator[Seen]:
         member.start()
     try:
         yield seen
-        before = dict(seen.get(_READ, {}))
-        wait_until(lambda: all(seen[_READ][part] > at_s for part, at_s in before.items()), "the exporter's next look")
+        # The first look may have begun before the block's end.
+        for _ in range(2):
+            before = looked_at(seen)
+            wait_until(
+                lambda before=before: all(at_s > before[part] for part, at_s in looked_at(seen).items()),
+                "the exporter's next look",
+            )
     finally:
         stop.set()
         for member in members:
