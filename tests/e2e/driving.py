@@ -194,7 +194,7 @@ def stop(place: Place, driver: psutil.Process, number: signal.Signals) -> str:
     said = place.log[begin:]
     assert status == 128 + number, said
     for noise in ("Traceback", "Exception ignored in", "received at time", "Fatal Python error"):
-        assert noise not in said
+        assert noise not in said, said
     assert not psutil.wait_procs(family, timeout=KILLED_DEADLINE_S)[1]
     return said
 

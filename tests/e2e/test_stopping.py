@@ -101,10 +101,12 @@ def test_a_stopped_command_says_where_it_stands_and_the_same_one_ends_as_if_undi
     number = signal.SIGINT if name == "embed" else signal.SIGTERM
     with started([*words, out.name], home) as driver:
         wait_for_work(home, name, out, driver)
-        first, last = stop(home, driver, number).splitlines()[-2:]
+        said = stop(home, driver, number).splitlines()
+    first, last = [line for line in said if line.startswith("mae:")]
     assert first == f"mae: {number.name}: stopping in order; a second one ends at once"
     again = re.escape(shlex.join(["mae", *words[len(MAE) :], out.name]))
     assert re.fullmatch(f"mae: {case.said}; to resume: {again}", last)
+    assert said[-1] == last
     for folder in (out, undisturbed):
         done = home.run([*words, folder.name])
         assert done.returncode == 0, done.stderr
