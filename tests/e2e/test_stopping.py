@@ -20,6 +20,7 @@ from mae_core.config import ModelConfig
 from mae_core.state import unpack
 from pipelines import sample
 from pipelines.config import PrepareConfig
+from pipelines.runs.folder import RunFolder
 from tests.backbones import export_random
 from tests.digest import tensors_digest
 from tests.e2e.driving import MAE, Place, exit_status, prepare_here, ranks, started, stop, wait_for
@@ -39,8 +40,10 @@ def files(out: Path) -> dict[str, str]:
 
 
 def weights(out: Path) -> dict[str, str]:
-    """Digest of the exported weights."""
-    return {path.name: tensors_digest(unpack(path.read_bytes())) for path in out.glob("*/export/*.safetensors")}
+    """Digest of every file of the last checkpoint."""
+    checkpoint = RunFolder(str(out / "tiny")).checkpoints.latest()
+    assert checkpoint is not None
+    return {name: tensors_digest(unpack(content)) for name, content in checkpoint.files.items()}
 
 
 @dataclass(frozen=True)
