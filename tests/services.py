@@ -17,13 +17,21 @@ def infra_module(path: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        # Its folder is where Python finds its neighbours, as it does for a script.
+        patch.syspath_prepend(str((_INFRA / path).parent))
+        spec.loader.exec_module(module)
     return module
 
 
 def services() -> ModuleType:
     """Return the servers of infra/cluster_demo."""
     return infra_module("cluster_demo/services.py")
+
+
+def processes() -> ModuleType:
+    """Return how infra/cluster_demo finds and ends processes."""
+    return infra_module("cluster_demo/processes.py")
 
 
 def skip_without_postgres() -> None:

@@ -17,7 +17,7 @@ from pipelines import registry
 from pipelines.cluster import ray_address, ray_session
 from pipelines.config import SCRATCH, SweepConfig, identity, run_name, to_dict
 from pipelines.dataset.manifest import Manifest
-from pipelines.drivers.drive import mark_interrupted
+from pipelines.drivers.drive import mark_ended
 from pipelines.drivers.launch import launch
 from pipelines.drivers.pretrain import publisher
 from pipelines.errors import CommandFailed
@@ -81,11 +81,8 @@ def sweep(config: SweepConfig, preset: str, *, fresh: bool = False) -> dict[str,
     try:
         with stopping_at(lambda: _progress(checked)):
             result = _run(checked, tracking, parent)
-    except KeyboardInterrupt as interrupt:
-        mark_interrupted(parent, str(interrupt))
-        raise
-    except BaseException:
-        parent.finish("FAILED")
+    except BaseException as error:
+        mark_ended(parent, error)
         raise
     parent.finish("FINISHED")
     checked.storage.write(_SUMMARY, _json(result | {"identity": checked.identity}))

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
+from processes import end_all
 from registry_state import differences
-from services import end_all, postgres_program
+from services import postgres_program
 from walk import Walk
 
 _MARK = "MAE_CLUSTER_DEMO"

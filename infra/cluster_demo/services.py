@@ -1,6 +1,6 @@
 """Servers of a small cluster on loopback: Postgres, an S3 store, MLflow and Ray nodes, each killed and started again.
 
-Each keeps its data in a folder of its own and gets its secrets from the caller. Tests read this file where it lies.
+Each keeps its data in a folder of its own and gets its secrets from the caller. Tests read this folder where it lies.
 """
 
 import http.client
@@ -9,32 +9,28 @@ import os
 import pwd
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from processes import END_LIMIT_S, START_LIMIT_S, kill, marked_processes, until
 
 from pipelines.bench.object_store import server_command
 from pipelines.bench.ports import StorePorts, free_port, free_store_ports
 
-T = TypeVar("T")
 BIN = Path(sys.executable).parent
 HEAD_IP, WORKER_IP = "127.0.0.2", "127.0.0.3"
 """Ray replaces 127.0.0.1 by the machine's outer address, but no other address of the loopback network."""
-START_LIMIT_S = 300.0
-_END_LIMIT_S = 30.0
 _RAY_STARTS = 10
 _REQUEST_S = 10.0
 _PASSED_ON = ("RAY_", "MLFLOW_", "AWS_", "PG")
 _MARK = "MAE_CLUSTER_SERVICE"
-_KERNEL_THREAD = 0x00200000  # PF_KTHREAD of include/linux/sched.h
 
 
 class Service:
@@ -87,9 +83,9 @@ class Service:
 
     def kill(self) -> None:
         """End the server and everything it started with SIGKILL, as the loss of its machine would."""
-        until(lambda: not _kill(self.pids()), f"the end of {self.name}", _END_LIMIT_S)
+        until(lambda: not kill(self.pids()), f"the end of {self.name}", END_LIMIT_S)
         if self._process is not None:
-            self._process.wait(_END_LIMIT_S)
+            self._process.wait(END_LIMIT_S)
             self._process = None
 
     def stop(self) -> None:
@@ -333,32 +329,6 @@ def without_others(environment: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in environment.items() if not key.startswith(_PASSED_ON)}
 
 
-def until(
-    probe: Callable[[], T | None],
-    what: str,
-    limit_s: float = START_LIMIT_S,
-    *,
-    alive: Callable[[], bool] = lambda: True,
-    log: Path | None = None,
-) -> T:
-    """Wait until a probe returns something true; return it. An OSError or KeyError of the probe means not yet.
-
-    Raises TimeoutError after the limit, and RuntimeError if what should answer has ended.
-    """
-    end_s = time.monotonic() + limit_s
-    while True:
-        was_alive, is_late = alive(), time.monotonic() > end_s
-        with suppress(OSError, KeyError):
-            if found := probe():
-                return found
-        if is_late or not was_alive:
-            said = "\n" + log.read_text(errors="replace")[-2000:] if log is not None and log.exists() else ""
-            if was_alive:
-                raise TimeoutError(f"waited {limit_s:g} s for {what}{said}")
-            raise RuntimeError(f"it ended before {what}{said}")
-        time.sleep(0.1)
-
-
 def status(url: str) -> int:
     """Return the status of a server's response. Raises OSError if it does not respond in HTTP."""
     try:
@@ -369,48 +339,3 @@ def status(url: str) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
-
-
-def marked_processes(mark: str) -> list[int]:
-    """Ids of the running processes that were started with this `NAME=value` in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark.encode() in environment_of(folder).split(b"\0"):
-                found.append(int(folder.name))
-    return found
-
-
-def environment_of(folder: Path) -> bytes:
-    """Return the environment of the running process of this folder of /proc, in the kernel's form.
-
-    A process that is just executing its program gets it in a moment: between the end of the old program, for which
-    `subprocess.Popen` waits, and the start of the new one, Linux has an empty `environ`, whose address in `stat` is 0.
-    So have kernel threads and zombies, which never get one.
-    """
-    while True:
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        state, flags, address = fields[0], int(fields[6]), int(fields[47])
-        if state in "ZX" or flags & _KERNEL_THREAD:
-            return b""
-        if address:
-            return (folder / "environ").read_bytes()
-        (folder / "environ").open("rb").close()  # another user's process, whose address reads as 0, refuses this
-        time.sleep(0.001)
-
-
-def end_all(mark: str) -> None:
-    """Kill every process that has this `NAME=value` in its environment, but for the caller, and wait for their end."""
-
-    def others() -> list[int]:
-        return [process_id for process_id in marked_processes(mark) if process_id != os.getpid()]
-
-    until(lambda: not _kill(others()), "the end of all processes", _END_LIMIT_S)
-
-
-def _kill(process_ids: Sequence[int]) -> int:
-    """Kill processes; return how many there were."""
-    for process_id in process_ids:
-        with suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGKILL)
-    return len(process_ids)

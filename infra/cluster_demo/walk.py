@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster, Outcome, is_rank_alive
+from processes import until
 from registry_state import registry_state
-from services import Service, until
+from services import Service
 
 MODEL = "mae-vit_nano_patch4"
 CLASSIFIER = f"{MODEL}-classifier"

@@ -117,15 +117,10 @@ def drive(
             _train(jobs, runs, group_name, died_s)
             for i, run in runs.items():
                 _finish(jobs[i], folders[i], run)
-    except KeyboardInterrupt as interrupt:
+    except BaseException as error:
         for i, run in runs.items():
             if folders[i].read_outcome() is None:
-                mark_interrupted(run, str(interrupt))
-        raise
-    except BaseException:
-        for i, run in runs.items():
-            if folders[i].read_outcome() is None:
-                run.finish("FAILED")
+                mark_ended(run, error)
         raise
     return [outcome for folder in folders if (outcome := folder.read_outcome()) is not None]
 
@@ -141,6 +136,14 @@ def _progress(jobs: Sequence[PublishedJob], folders: Sequence[RunFolder]) -> str
 
 def _num_steps(published: PublishedJob) -> int:
     return last_step(published.job, train_plan(published.job, published.dataset).steps_per_epoch)
+
+
+def mark_ended(run: registry.Run, error: BaseException) -> None:
+    """End the run in MLflow by what ended it here: as interrupted by a signal, or as failed."""
+    if isinstance(error, KeyboardInterrupt):
+        mark_interrupted(run, str(error))
+    else:
+        run.finish("FAILED")
 
 
 def mark_interrupted(run: registry.Run, said: str) -> None:
@@ -249,13 +252,15 @@ def claim(job: Job, kind: registry.Kind, manifest: Manifest | None) -> str:
     something other than a run.
     """
     folder = RunFolder(job.folder)
-    dataset = job.listed if isinstance(job, PretrainJob) and job.listed else manifest and manifest.digest
+    listed = job.listed if isinstance(job, PretrainJob) else ""
+    assert listed or manifest is not None, "a dataset is prepared, or listed to be"
+    dataset = listed or (manifest.digest if manifest is not None else "")
     key = folder.claim({"kind": kind, "config": identity(job.config), "dataset": dataset, "job": _resolved(job)})
     if folder.read_outcome() is None:
         store_config(job)
         if manifest is not None:
             folder.storage.write(f"dataset/{MANIFEST}", manifest_json(manifest))
-            if isinstance(job, PretrainJob) and job.listed:
+            if listed:
                 folder.write_pixels(to_dict(job.pixels))
     return key
 

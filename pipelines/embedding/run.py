@@ -21,8 +21,9 @@ from pipelines.embedding.inputs import Input, Part, open_input
 from pipelines.embedding.parts import Measure, PartSummary, PartWorker, Plan
 from pipelines.interrupts import stopping_at
 from pipelines.machine import num_cores
-from pipelines.prepare import refuse_within, unwrapped
+from pipelines.prepare import refuse_within
 from pipelines.prepare.quarantine import MIN_BAD_TO_STOP, refuse_bad
+from pipelines.prepare.tasks import unwrapped
 from pipelines.prepare.workfolder import Purpose, WorkFolder
 from pipelines.registry import ModelFiles
 from pipelines.storage import Storage, open_storage

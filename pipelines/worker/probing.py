@@ -127,7 +127,7 @@ def _fit(
             state.step += 1
             recorder.after_step(state.step, None, None)
             continue
-        planned = plan.planned(state.step % plan.steps_per_epoch)
+        planned = plan.planned(state.step)
         logits = state.model(examples.features, examples.weights, rank.sum)
         targets = soft_targets(examples.labels, num_classes, smoothing)
         loss = classify_loss(logits, targets, examples.weights) / planned

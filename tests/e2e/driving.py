@@ -124,12 +124,12 @@ class Place:
 
 def prepare_here(source: Path, out: Path, options: PrepareConfig) -> Manifest:
     """Prepare in this process, without Ray."""
-    from pipelines import prepare
+    from pipelines.prepare import prepare
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-        patch.setattr(prepare, "_run_tasks", map)
-        return prepare.prepare(str(source), str(out), options)
+        patch.setattr("pipelines.prepare.passes._run_tasks", map)
+        return prepare(str(source), str(out), options)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pytest
 
 from pipelines.bench.ports import free_port
-from tests.services import infra_module, services
+from tests.services import infra_module, processes
 from tests.waiting import COMMAND_DEADLINE_S, JOB_DEADLINE_S, KILLED_DEADLINE_S, REQUEST_DEADLINE_S, wait_until
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=2)
-        services().end_all(mark)
+        processes().end_all(mark)
         child.wait(KILLED_DEADLINE_S)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.config import ClassifyConfig, GateConfig, load_preset
 from pipelines.handoff.jobs_file import config_of, read_plan
-from tests.services import infra_module, services
+from tests.services import infra_module, processes
 from tests.waiting import KILLED_DEADLINE_S
 
 FOLDER = Path(__file__).parents[2] / "infra/cluster_demo"
@@ -62,16 +62,16 @@ def test_every_process_with_the_mark_ends_also_one_in_a_session_of_its_own() -> 
     )
     assert child.stdin is not None
     with child.stdin:
-        services().end_all(mark)
+        processes().end_all(mark)
         assert child.wait(KILLED_DEADLINE_S) < 0
-    assert services().marked_processes(mark) == []
+    assert processes().marked_processes(mark) == []
 
 
 def test_a_process_has_its_environment_from_its_first_moment() -> None:
     """Linux shows an empty one while a program is being executed, as of 25 in 300 processes just started."""
     for _ in range(100):
         with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, env={"MAE_TEST_CLUSTER_DEMO": "2"}) as child:
-            assert services().environment_of(Path(f"/proc/{child.pid}")) == b"MAE_TEST_CLUSTER_DEMO=2\0"
+            assert processes().environment_of(Path(f"/proc/{child.pid}")) == b"MAE_TEST_CLUSTER_DEMO=2\0"
 
 
 def test_its_presets_and_its_jobs_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

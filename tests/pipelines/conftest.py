@@ -89,10 +89,8 @@ def ray4(s3_environment: StorePorts) -> Iterator[None]:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` does the work of its tasks in this process."""
-    from pipelines import prepare
-
     monkeypatch.setattr("pipelines.cluster.ray_session", lambda compute: contextlib.nullcontext())
-    monkeypatch.setattr(prepare, "_run_tasks", map)
+    monkeypatch.setattr("pipelines.prepare.passes._run_tasks", map)
 
 
 @pytest.fixture(scope="session")

@@ -29,15 +29,16 @@ import contextlib, functools, sys, time, types
 sys.modules["pipelines.cluster"] = types.SimpleNamespace(
     ray_session=lambda compute: contextlib.nullcontext(), task_slots=lambda: cores
 )
-from pipelines import prepare
 from pipelines.config import PrepareConfig
+from pipelines.prepare import passes, prepare
 def run(task, rows):
     for row in rows:
         yield task(row)
         time.sleep(0.01)
-prepare._run_tasks = run
-prepare.cut_pieces = functools.partial(prepare.cut_pieces, min_images=3)
-prepare.prepare(source, out, PrepareConfig(**options))
+assert passes._run_tasks
+passes._run_tasks = run
+passes.cut_pieces = functools.partial(passes.cut_pieces, min_images=3)
+prepare(source, out, PrepareConfig(**options))
 """
 WITH_RAY = "import sys; from pipelines import cli; cli.main(sys.argv[1:])"
 NUM_CORES = itertools.cycle([4, 1, 10])
@@ -172,14 +173,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         rounds += 1
 
 
+@pytest.mark.slow
 def test_what_was_done_is_not_done_again(
     source: Path, tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines import prepare as module
+    from pipelines.prepare import passes
     from pipelines.prepare.pieces import cut_pieces
 
     monkeypatch.setattr("pipelines.cluster.task_slots", lambda: 4)
-    monkeypatch.setattr(module, "cut_pieces", partial(cut_pieces, min_images=3))
+    monkeypatch.setattr(passes, "cut_pieces", partial(cut_pieces, min_images=3))
     written: list[tuple[str, int, int]] = []
 
     def recorded(name: str, dies_after: int) -> Callable[[Any, dict[str, Any]], dict[str, int]]:

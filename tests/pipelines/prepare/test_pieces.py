@@ -83,10 +83,10 @@ def test_no_byte_depends_on_the_number_of_cores(
         tasks[cores] = tasks.get(cores, 0) + len(rows)
         return map(task, rows)
 
-    monkeypatch.setattr(module, "cut_pieces", partial(cut_pieces, min_images=3))
+    monkeypatch.setattr("pipelines.prepare.passes.cut_pieces", partial(cut_pieces, min_images=3))
     for cores in (1, 3, 16):
         monkeypatch.setattr("pipelines.cluster.task_slots", lambda cores=cores: cores)
-        monkeypatch.setattr(module, "_run_tasks", partial(run, cores=cores))
+        monkeypatch.setattr("pipelines.prepare.passes._run_tasks", partial(run, cores=cores))
         manifest = prepare(str(source), str(tmp_path / str(cores)), config)
         assert manifest.splits.keys() == {"train", "val", "test"}
         assert sum(manifest.passed_over.values()) > 0
@@ -109,7 +109,7 @@ def test_a_signal_is_answered_with_the_slices_and_pieces_that_are_done_and_none_
         started.append((row["number"], row["start"]))
         return write(tasks, row)
 
-    monkeypatch.setattr(module, "cut_pieces", partial(cut_pieces, min_images=3))
+    monkeypatch.setattr("pipelines.prepare.passes.cut_pieces", partial(cut_pieces, min_images=3))
     monkeypatch.setattr("pipelines.cluster.task_slots", lambda: 3)
     monkeypatch.setattr(SliceTasks, "write", lambda tasks, row: interrupted(tasks, row, after=7))
     with pytest.raises(Interrupted, match=r"^stopped with 3 of \d slices done, and 4 pieces of the others$"):
