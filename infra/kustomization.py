@@ -18,7 +18,7 @@ _KEYS = {"apiVersion", "kind", "resources", "namespace", "labels", "images", "pa
 _CLUSTER_SCOPED = {"Namespace", "ClusterRole", "ClusterRoleBinding", "ResourceFlavor", "ClusterQueue"}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """Load YAML and raise ValueError for a duplicate key, of which PyYAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

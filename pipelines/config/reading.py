@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -31,14 +32,20 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     if unknown:
         raise UserError("; ".join(unknown))
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return _adapter(cls).validate_python(values)
     except ValidationError as error:
         raise UserError(_in_words(error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert a config to plain dicts, lists and scalars; `from_dict` is the inverse."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Return what pydantic made of a class. Making it takes 10 ms, and a sweep reads thousands of configs."""
+    return TypeAdapter(cls)
 
 
 def with_overrides(config: T, point: dict[str, Any]) -> T:

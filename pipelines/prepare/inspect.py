@@ -21,11 +21,12 @@ from pipelines.images.decode.headers import MissingLibraryError
 from pipelines.pictures.contact_sheet import Tile, contact_sheet
 from pipelines.prepare.kinds import PLAIN, PixelKind, shown
 from pipelines.prepare.quarantine import quarantined
-from pipelines.prepare.slices import Tally, check_splits, class_names, log_labels, numbers_of_labels
+from pipelines.prepare.slices import Tally, check_splits, class_names, consistent, log_labels, numbers_of_labels
 from pipelines.prepare.values import Mask, ValueSums, levels_of
 from pipelines.sources import Entry, open_source
 from pipelines.sources.labels import members
 from pipelines.sources.reading import Content
+from pipelines.sources.sorting import SortedEntries
 from pipelines.storage import Storage, open_storage, storage_of
 
 _NUM_SHOWN_CLASSES = 1000
@@ -36,7 +37,8 @@ _ANY = Reading(frames="first", fourth_band="band")
 def inspect_uri(uri: str, config: InspectConfig) -> dict[str, Any]:
     """Describe what the URI holds and write its contact sheet; return both facts and the sheet's path.
 
-    Raises UserError if it holds neither a prepared dataset nor a source.
+    Raises UserError if it holds neither a prepared dataset nor a source, or if a source lists an image twice with
+    different labels.
     """
     storage, (output, name) = open_storage(uri), storage_of(config.out)
     if is_prepared(storage):
@@ -68,8 +70,8 @@ def _describe_dataset(manifest: Manifest) -> dict[str, Any]:
 def _describe_source(uri: str, config: InspectConfig) -> tuple[dict[str, Any], list[Tile], list[Tile]]:
     """Return facts from the listing, and a uniform sample of its images: the readable ones and the bad ones."""
     source, tally, sample = open_source(uri, config), Tally(), _Sample(config.num_images, config.seed)
-    with closing(source.entries()) as entries:  # pyright: ignore[reportArgumentType] -- a generator
-        for entry in tally.counting(entries):
+    with closing(SortedEntries(tally.counting(source.entries()))) as entries:
+        for entry in consistent(entries, uri):
             sample.offer(entry)
     check_splits(tally, uri)
     classes = class_names(tally, source, config)

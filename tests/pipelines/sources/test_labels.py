@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 
 from mae_core.errors import UserError
+from pipelines.config import InspectConfig
 from pipelines.dataset.manifest import Manifest
+from pipelines.prepare.inspect import inspect_uri
 from tests.pipelines.sources.packing import fill, pack, structs, table
 
 Png = Callable[[int], bytes]
@@ -431,8 +433,11 @@ def test_why_folders_are_no_labels_is_said(
 
 
 def test_an_image_that_a_list_labels_twice_is_refused(png: Png, prepared: Callable, tmp_path: Path) -> None:
+    source = listed(tmp_path / "a", png, "uri,label\na.png,cat\nb.png,dog\n./a.png,dog\n")
     with pytest.raises(UserError, match=r"has a.png twice, as 'cat' and as 'dog'"):
-        prepared(listed(tmp_path / "a", png, "uri,label\na.png,cat\n./a.png,dog\nb.png,dog\n"))
+        prepared(source)
+    with pytest.raises(UserError, match=r"has a.png twice, as 'cat' and as 'dog'"):
+        inspect_uri(str(source), InspectConfig(out=str(tmp_path / "sheet.png")))
     manifest, rows = prepared(listed(tmp_path / "b", png, "uri,label\na.png,cat\n./a.png,cat\nb.png,dog\n"))
     assert (manifest.num_found, manifest.num_ok, manifest.num_duplicates) == (3, 2, 1)
     assert labels_of(manifest, rows) == {png(0): "cat", png(1): "dog"}
