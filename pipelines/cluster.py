@@ -6,6 +6,7 @@ Owns how Ray is started, configured and stopped.
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -152,10 +153,6 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
         else:
             # This machine is not preempted with notice, and the watcher would be one more process to start.
             defaults.set("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # Train asks the state API every second whether its controller is alive. An embedded Ray has no dashboard
-            # to answer. Another Ray on this machine would answer that the actor does not exist, and the worker group
-            # would be removed. So the address is one where nothing listens.
-            defaults.set("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
             # Ray runs workers at niceness 15; ours are the main workload, so use 0.
             defaults.set("RAY_worker_niceness", "0")
             # In place of Ray's C++ handler, say in which line of Python a worker crashed.
@@ -176,7 +173,7 @@ def ray_session(compute: ComputeConfig | None, groups: int = 1) -> Iterator[None
                 **_declared(compute, groups),
                 include_dashboard=False,
                 logging_level=logging.ERROR,
-                # Applies to every process: Train's placement group cleaner warns every second without a dashboard.
+                # Applies to every process.
                 logging_config=ray.LoggingConfig(log_level="ERROR"),
                 object_store_memory=_object_store_bytes(),
             )
@@ -225,6 +222,15 @@ def children_from_now() -> Callable[[], set[psutil.Process]]:
     return lambda: set(psutil.Process().children()) - before
 
 
+@contextmanager
+def _unwarned_of_killed() -> Iterator[None]:
+    """Hide a warning of Python: Ray waits for no process of a start that failed, and drops them with the error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "subprocess .* is still running", ResourceWarning)
+        yield
+
+
+@_unwarned_of_killed()
 def connect(starts: int = 1, **arguments: Any) -> set[psutil.Process]:
     """Initialize Ray, in at most `starts` attempts; return the processes that it has started.
 

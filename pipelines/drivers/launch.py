@@ -78,10 +78,8 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, WorkerGroupError
 
-    # What TorchTrainer adds to this class is TorchConfig, which imports torch here and in the controller.
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
     from pipelines.drivers.process_group import ProcessGroup
+    from pipelines.drivers.trainer import Trainer
 
     compute = jobs[0].compute
     # The controller inherits this environment. It treats a worker that does not answer for this long as hung.
@@ -90,7 +88,7 @@ def _fit(jobs: list[Job], stored: Any, name: str, attempt: dict[str, Any], stop:
     # in a collective: allow all these times.
     joining_s = compute.stall_s + max(map(_longest_wait_s, jobs))
     with tempfile.TemporaryDirectory(prefix="mae-train-") as scratch:
-        trainer = DataParallelTrainer(
+        trainer = Trainer(
             _work,
             train_loop_config={"jobs": stored, "attempt": attempt, "stop": stop},
             backend_config=ProcessGroup("nccl" if compute.gpu else "gloo", timeout_s=max(1, math.ceil(joining_s))),

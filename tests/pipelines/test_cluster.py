@@ -47,13 +47,13 @@ def test_an_embedded_ray_that_did_not_start_is_started_again_with_the_same_argum
 def test_the_environment_of_a_session_ends_with_it(
     starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what the same process asks of a cluster later would go to the address where nothing listens."""
+    """Else what the same process does on a cluster later would be without the watcher of preemptions."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_DATA_LOG_LEVEL", "1")
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
     before = dict(os.environ)
     with ray_session(ComputeConfig()):
-        assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:1"
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
         assert os.environ["RAY_DATA_LOG_LEVEL"] == "1"
     assert dict(os.environ) == before
 
@@ -86,6 +86,40 @@ def test_an_embedded_ray_leaves_neither_a_process_nor_another_root_logger() -> N
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout
+
+
+FAILED_START = """
+import sys
+import warnings
+
+warnings.simplefilter("error")
+sys.unraisablehook = lambda found: print(found.exc_value)
+import ray._private.node
+from pipelines.cluster import ray_session
+
+failed = []
+
+def start_processes(node, start=ray._private.node.Node.start_ray_processes):
+    start(node)
+    if not failed:
+        failed.append(node.node_ip_address)
+        raise Exception("The current node timed out during startup.")
+
+ray._private.node.Node.start_ray_processes = start_processes
+warnings.simplefilter("ignore", DeprecationWarning)
+with ray_session(None):
+    print("started after", len(failed))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_start_that_failed_leaves_no_warning_of_its_processes() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    words = [sys.executable, "-c", FAILED_START]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=COMMAND_DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "started after 1\n"
 
 
 def is_alive(pid: int) -> bool:

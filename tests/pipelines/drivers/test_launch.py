@@ -44,7 +44,7 @@ class Trainer:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[Trainer]:
-    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer", Trainer)
+    monkeypatch.setattr("pipelines.drivers.trainer.Trainer", Trainer)
     monkeypatch.setattr(Trainer, "error", None)
     monkeypatch.setattr(Trainer, "jobs", [], raising=False)
     monkeypatch.setattr("ray.put", lambda value: value)
