@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
+from mae_core.views import crop_boxes, flips
 from pipelines.config import EncodeConfig
 from pipelines.images.crops import crop_into
 from pipelines.images.decode import Box, ImageArray, Scratch, decode, inspect

@@ -18,9 +18,9 @@ from mae_core.step import classify_loss
 from pipelines.bench.config import RecipesConfig
 from pipelines.config import ClassifyConfig, load_preset
 from pipelines.dataset.manifest import read_manifest
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.storage import open_storage
 
 

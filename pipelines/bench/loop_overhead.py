@@ -23,8 +23,8 @@ from mae_core.normalization import Normalization
 from mae_core.schedule import apply_lr
 from mae_core.step import pretrain_loss
 from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, PretrainConfig, TrackingConfig
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.windows import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.loop import TrainState, train
 from pipelines.worker.rank import Feed, Rank

@@ -27,8 +27,8 @@ from pipelines.bench.linear import probe_accuracy
 from pipelines.config import ComputeConfig, PretrainConfig, load_preset
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.pretrain import open_dataset, pixels_of
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.segments import FeedSegment
-from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.runs.jobs import PretrainJob, index_dataset, segments, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.loop import TrainState

@@ -21,8 +21,8 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core.augment import crop_boxes, flips
 from mae_core.config import AugmentConfig
+from mae_core.views import crop_boxes, flips
 from pipelines.images.crops import crop_values_into
 from pipelines.images.decode import Scratch
 from pipelines.images.decode.stored import pack

@@ -15,9 +15,9 @@ from mae_core.config import AugmentConfig
 from mae_core.errors import UserError
 from pipelines.cluster import DATA_TASK_CPUS
 from pipelines.dataset.manifest import Manifest
+from pipelines.feed.micro_batch import window_micro_batches
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import window_micro_batches
 
 MICRO_BATCH = 64
 EPOCHS = 3

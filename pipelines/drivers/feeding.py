@@ -13,7 +13,7 @@ from pipelines.feed.building import RankFeed, feed
 from pipelines.runs.jobs import IndexedJob, first_steps, remaining_segments, with_workers
 
 if TYPE_CHECKING:
-    from pipelines.feed.windows import MicroBatch
+    from pipelines.feed.micro_batch import MicroBatch
 
 log = logging.getLogger(__name__)
 

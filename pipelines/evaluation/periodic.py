@@ -26,9 +26,9 @@ from pipelines.config import PretrainConfig
 from pipelines.dataset.manifest import Manifest
 from pipelines.evaluation.models import device_of
 from pipelines.evaluation.subset import choose_subset
+from pipelines.feed.micro_batch import window_micro_batches
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import window_micro_batches
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)

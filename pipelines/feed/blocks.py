@@ -12,7 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pipelines.feed.windows import MicroBatch
+    from pipelines.feed.micro_batch import MicroBatch
+    from pipelines.feed.windows import SampleArrays
 
 _TENSORS = ("images", "ids", "labels", "weights")
 _NUMBERS = ("step", "index")
@@ -20,7 +21,7 @@ _NEXT = "next"
 """Column with the execution that may start when the block arrives, or 0."""
 
 
-def to_block(batches: Sequence["MicroBatch"], images: NDArray[Any], next_execution: int) -> pa.Table:
+def to_block(batches: Sequence["SampleArrays"], images: NDArray[Any], next_execution: int) -> pa.Table:
     """Pack micro-batches end to end into the lists of one row.
 
     `images` is [micro-batches, crops * batch, height, width, channels], the memory that their images view.
@@ -48,7 +49,7 @@ def from_block(block: pa.Table) -> Iterator["MicroBatch"]:
     """Yield the micro-batches of a block; their tensors are read-only views of it."""
     import torch
 
-    from pipelines.feed.windows import MicroBatch
+    from pipelines.feed.micro_batch import MicroBatch
 
     arrays = {name: _list_of(block[name].chunks) for name in (*_TENSORS, *_NUMBERS, "shape")}
     steps, indices, shape = (arrays[name].to_pylist() for name in (*_NUMBERS, "shape"))

@@ -21,7 +21,7 @@ from pipelines.feed.rank import blocks, micro_batches
 from pipelines.feed.segments import FeedSegment
 
 if TYPE_CHECKING:
-    from pipelines.feed.windows import MicroBatch
+    from pipelines.feed.micro_batch import MicroBatch
 
 _NODE_ID = "ray.io/node-id"
 """Label that Ray gives to every node."""

@@ -13,7 +13,7 @@ from pipelines.feed.executions import NUM_DATASETS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipelines.feed.windows import MicroBatch
+    from pipelines.feed.micro_batch import MicroBatch
 
 _Blocks: TypeAlias = "Queue[pa.Table | BaseException | None]"
 Begin: TypeAlias = Callable[[int], bool]

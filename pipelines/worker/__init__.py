@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.console import log_to_driver
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, ListedDataset, PretrainJob, with_workers
 from pipelines.worker import finetuning, neighbours, pretraining, probing

@@ -8,8 +8,8 @@ import torch
 from mae_core.config import Size
 from mae_core.model import build_mae
 from mae_core.state import pack
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
-from pipelines.feed.windows import MicroBatch
 from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
 from pipelines.worker.loop import LossOf, TrainState, warm_up
 from pipelines.worker.pretraining import loss_function

@@ -12,7 +12,7 @@ from mae_core.multi_label import mean_average_precision, multi_hot, multi_label_
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import model_tensors, unpack
 from mae_core.step import classify_loss
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan

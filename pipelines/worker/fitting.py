@@ -11,7 +11,7 @@ The count of `mae_core.memory` decides first. This is the check of it, which no 
 import torch
 
 from mae_core.errors import UserError
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.automatic import micro_batches, store_micro_batch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob

@@ -17,8 +17,8 @@ from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tens
 from mae_core.step import ema_update
 from pipelines.config import ClassifyConfig, PretrainConfig
 from pipelines.feed.listing import StepPlan
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
-from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.stages import note
 from pipelines.worker.rank import Feed, Rank, no_sync, unwrapped

@@ -21,8 +21,8 @@ from mae_core.transfer import start_from
 from pipelines.config import from_dict
 from pipelines.evaluation.periodic import SubsetImages
 from pipelines.evaluation.subset import training_images
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
-from pipelines.feed.windows import MicroBatch
 from pipelines.pictures.figures import reconstruction_rows
 from pipelines.pictures.reconstruct import picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint

@@ -15,8 +15,8 @@ from mae_core.encoder import build_encoder, encode
 from mae_core.randomness import Purpose, seed_of
 from mae_core.state import unpack
 from mae_core.step import classify_loss
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
-from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 
 DEPTH = 2
 """Micro-batches on the device beside those of the present step."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mae_core.state import pack, unpack
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.rank import Rank
 

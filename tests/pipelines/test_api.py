@@ -46,6 +46,7 @@ def test_importing_pipelines_loads_neither_ray_nor_torch_nor_mlflow() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_neither_a_driver_nor_trains_controller_imports_torch() -> None:
     code = (
         "import sys, pipelines.drivers.pretrain, pipelines.drivers.classify, tune.sweep\n"
@@ -54,3 +55,9 @@ def test_neither_a_driver_nor_trains_controller_imports_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{has_gpu_driver()}\n"
+
+
+def test_a_data_task_imports_no_torch() -> None:
+    code = "import sys, pipelines.feed.data_task, pipelines.feed.windows; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train

@@ -13,9 +13,9 @@ from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.building import RankFeed, feed
 from pipelines.feed.data_task import max_per_block
 from pipelines.feed.executions import Executions
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.prepare import prepare
 from pipelines.storage import open_storage
 from tests.waiting import JOB_DEADLINE_S, join, let_pass

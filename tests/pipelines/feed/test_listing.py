@@ -12,9 +12,9 @@ from mae_core.config import AugmentConfig
 from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.feed.building import feed
 from pipelines.feed.listing import NOTHING, Announcements, ListedPlan, ListedSegment, announce_all
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import MicroBatch, window_micro_batches
 from pipelines.storage import open_storage
 from tests.pipelines.feed.test_building import assert_same
 from tests.waiting import JOB_DEADLINE_S, join

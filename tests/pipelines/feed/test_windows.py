@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mae_core.augment import crop_boxes, flips, turns
 from mae_core.config import AugmentConfig
 from mae_core.normalization import ValueRange
 from mae_core.values import limits_of, to_unit
+from mae_core.views import crop_boxes, flips, turns
 from pipelines.dataset.manifest import Manifest, Shard, Split
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
-from pipelines.feed.windows import MicroBatch, _values, window_micro_batches
+from pipelines.feed.windows import _values
 from pipelines.images.crops import crop_into, crop_values_into
 from pipelines.images.decode import Scratch, decode, evaluation_view, inspect
 from pipelines.images.decode.stored import pack
@@ -113,6 +114,7 @@ def test_micro_batches_are_the_plans_and_placeholders_count_for_nothing(make_seg
         assert torch.equal(batch.labels, torch.where(placeholder, -1, batch.ids % 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "crops"), [(1, 1), (3, 1), (3, 3)])
 def test_training_pixels_are_the_keyed_crops_of_the_stored_image(
     make_segment: Callable, zoo: list, channels: int, crops: int

@@ -12,7 +12,7 @@ from mae_core.errors import UserError
 from mae_core.model import build_mae
 from mae_core.normalization import Normalization
 from pipelines.config import ComputeConfig, DataConfig, FixedCompute, PretrainConfig
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.automatic import store_config, with_stored_micro_batch
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import PretrainJob

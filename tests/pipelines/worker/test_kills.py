@@ -17,7 +17,7 @@ import torch
 
 from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import Clock
 from pipelines.worker.loop import train

@@ -13,8 +13,9 @@ from pipelines.config import CheckpointConfig, ComputeConfig, DataConfig, Pretra
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.pretrain import pixels_of
 from pipelines.feed.listing import Announcements, ListedSegment, announce_all
+from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import Index
-from pipelines.feed.windows import MicroBatch, Window, window_micro_batches
+from pipelines.feed.windows import Window
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import ListedDataset, PretrainJob, index_dataset, segments
 from pipelines.worker import pretraining
@@ -54,7 +55,7 @@ def batches_of(job: PretrainJob, dataset: ListedDataset, first_step: int) -> Ite
     assert isinstance(segment, ListedSegment)
     for window in range(segment.first_window, segment.first_window + segment.windows.num_ready()[0]):
         opened = Window(segment, window)
-        yield from (opened.micro_batch(number) for number in range(len(opened)))
+        yield from (MicroBatch.of(opened.micro_batch(number)) for number in range(len(opened)))
 
 
 def train_listed(job: PretrainJob, manifest: Manifest, stop_before: int | None = None) -> None:

@@ -25,8 +25,8 @@ from mae_core.optim import build_optimizer
 from mae_core.state import load_optimizer_tensors, model_tensors, optimizer_tensors, pack, unpack
 from mae_core.step import pretrain_loss
 from pipelines.config import ComputeConfig
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan, Index
-from pipelines.feed.windows import MicroBatch
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
 from pipelines.worker import probing

@@ -24,7 +24,7 @@ from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.drive import claim
 from pipelines.drivers.extend import extension_of, read_finished_run
 from pipelines.drivers.pretrain import pixels_of, published_extension, published_pretrain_job
-from pipelines.feed.windows import window_micro_batches
+from pipelines.feed.micro_batch import window_micro_batches
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.jobs import IndexedDataset, PretrainJob, index_dataset, segments
 from pipelines.worker import pretraining
@@ -179,6 +179,7 @@ def test_an_extension_at_a_constant_rate_equals_one_longer_run(tiles: tuple[str,
         assert run_on(published.job, published.dataset) == whole, f"resumed after step {kept}"
 
 
+@pytest.mark.slow
 def test_images_that_grow_resume_bit_for_bit_and_a_constant_size_is_no_schedule(
     tiles: tuple[str, Manifest], tmp_path: Path
 ) -> None:
@@ -225,6 +226,7 @@ def test_images_that_grow_resume_bit_for_bit_and_a_constant_size_is_no_schedule(
         assert run_on(job, dataset) == whole, f"resumed after step {step}"
 
 
+@pytest.mark.slow
 def test_muon_an_average_and_complementary_masks_resume_bit_for_bit_and_the_average_is_exported(
     tiles: tuple[str, Manifest], tmp_path: Path
 ) -> None:

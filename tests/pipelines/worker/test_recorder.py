@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mae_core.state import unpack
 from pipelines.config import CheckpointConfig, TrackingConfig
-from pipelines.feed.windows import MicroBatch
+from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
 from pipelines.worker.goodput import KINDS, Clock
 from pipelines.worker.loop import TrainState, train
@@ -174,6 +174,7 @@ def test_accuracy_on_val_and_on_nothing_else_decides_which_checkpoint_is_best(
     assert folder.checkpoints.steps() == kept
 
 
+@pytest.mark.slow
 def test_every_point_says_where_the_time_went(tmp_path: Path) -> None:
     run(RunFolder(str(tmp_path)), "skip")
     lines = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
