@@ -4,6 +4,9 @@ BIN := .venv/bin
 # One process per core, four at most: some tests start a Ray cluster of their own.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
+# Each process of the tests compiles what it imports otherwise: half of what collecting them takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo cluster-demo bench test test-long check format clean
 
 setup: .venv/.done

@@ -3,9 +3,8 @@
 #
 #     infra/small_install.sh
 #
-# Installs a copy of the packages into a new virtual environment in a temporary folder, runs examples/quickstart.py
-# there, and removes the folder. The default wheels of torch contain CUDA: 5 GB, four minutes on two busy
-# cores. PIP_EXTRA_INDEX_URL may name an index of CPU wheels, PYTHON another interpreter.
+# Installs a copy of the packages into a new virtual environment in a temporary folder, with links to what pip would
+# install beside them, runs examples/quickstart.py there, and removes the folder. VENV is where the links lead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,8 +16,11 @@ mkdir "$folder/source" "$folder/empty"
 cp -R pyproject.toml README.md LICENSE mae_core pipelines tune "$folder/source"
 cp examples/quickstart.py "$folder"
 
-"${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --no-cache-dir --no-compile "$folder/source"
+venv=$(realpath "${VENV:-.venv}")
+"$venv/bin/python" -m venv --without-pip "$folder/venv"
+site=$("$folder/venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+"$venv/bin/python" infra/link_dependencies.py "$site"
+"$venv/bin/pip" --python "$folder/venv/bin/python" install --quiet --no-deps --no-build-isolation "$folder/source"
 
 cd "$folder/empty"
 unset PYTHONPATH

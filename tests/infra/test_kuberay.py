@@ -266,6 +266,7 @@ def run_alone(folder: Path, script: str) -> None:
     subprocess.run([*command, "-e", "script"], cwd=folder, check=True, timeout=COMMAND_DEADLINE_S)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_deleted_stops_its_driver_and_waits_for_its_end(jobs: list[Object], tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     driver = tmp_path / "bin/mae"
@@ -276,6 +277,7 @@ def test_a_head_that_is_deleted_stops_its_driver_and_waits_for_its_end(jobs: lis
         run_alone(tmp_path, f"{start}\n{command}\n[ -e ended ]\n")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_deleted_waits_for_the_end_of_its_ranks(jobs: list[Object], tmp_path: Path) -> None:
     (tmp_path / "ray::RayTrainWorker").write_text("touch begun; sleep 1; touch ended\n")
     for job in jobs:

@@ -130,6 +130,7 @@ def test_every_alert_has_its_entry_in_the_runbook(rules: list[dict[str, Any]], r
         assert rule["annotations"]["summary"]
 
 
+@pytest.mark.slow
 def test_alerts_fire_on_their_series_and_are_silent_on_a_healthy_run(
     rules: list[dict[str, Any]], repository: Path, tmp_path: Path
 ) -> None:

@@ -72,8 +72,10 @@ def ray4(s3_environment: StorePorts) -> Iterator[None]:
     """Start one Ray with four logical CPUs for all tests that use it; its workers know the S3 server's address."""
     import ray
 
+    # Ray runs workers at niceness 15, so that tests in other processes would hold these up.
+    niceness = environment({"RAY_worker_niceness": "0"})
     # A socket's path may be 107 bytes long: pytest's own folders would make it longer.
-    with tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:
+    with niceness, tempfile.TemporaryDirectory(prefix="mae-ray-", dir="/tmp") as scratch:
         ray.init(
             address="local",
             num_cpus=4,

@@ -39,6 +39,7 @@ def test_with_the_extra_the_module_is_the_command_line() -> None:
     assert "pretrain" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_requirement_of_the_extra_is_looked_for() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     required = [re.split(r"[\[><=]", line)[0] for line in project["optional-dependencies"]["pipeline"]]

@@ -24,6 +24,7 @@ def small_products(monkeypatch):
     monkeypatch.setattr(timing, "_CPU_SIDES", (64,))
 
 
+@pytest.mark.slow
 def test_measure_yields_consistent_values_per_model_and_a_table():
     found = list(measure(dataclasses.replace(TINY, model=("vit_pico_patch4", "vit_pico_patch8"))))
     assert [f["model"] for f in found] == ["vit_pico_patch4", "vit_pico_patch8"]
@@ -61,6 +62,7 @@ def test_every_step_setting_runs(fields):
     assert found["setting"].items() >= fields.items()
 
 
+@pytest.mark.slow
 def test_the_profile_ranks_operations_by_share_of_the_step():
     (found,) = measure(dataclasses.replace(TINY, against=(), profile=4))
     shares = [entry["share"] for entry in found["profile"]]

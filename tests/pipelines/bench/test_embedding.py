@@ -14,6 +14,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_all_variants_are_measured(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_a_made_window_has_the_plans_samples() -> None:
     assert segment.micro_batch_bytes == 2**10
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_each_rank_gets_its_blocks_from_its_own_node() -> None:

@@ -10,6 +10,7 @@ from pipelines.bench.preparing import run
 from pipelines.errors import CommandFailed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 def test_rates_and_processor_time_of_one_core_and_of_two(few: Path) -> None:

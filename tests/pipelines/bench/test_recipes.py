@@ -109,6 +109,7 @@ def test_the_budget_ends_the_run_and_the_schedule(tiles, monkeypatch) -> None:
     assert rates[-1] < 0.05 * max(rates)
 
 
+@pytest.mark.slow
 def test_images_grow_with_the_spent_share_of_the_budget(tiles, monkeypatch) -> None:
     uri, manifest = tiles
     values = {k: v for k, v in PRETRAIN.items() if k != "kind"}

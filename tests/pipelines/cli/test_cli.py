@@ -146,6 +146,7 @@ def test_fields_go_on_top_of_the_preset_wherever_it_stands() -> None:
         assert (call.fresh, call.json) == ("--fresh" in argv, "--json" in argv)
 
 
+@pytest.mark.slow
 def test_flags_of_every_type_arrive() -> None:
     words = (
         "pretrain --data.uri x --data.labels-per-class 5 --optim.betas 0.8 0.9 --augment.no-flip "

@@ -16,6 +16,7 @@ def closed_port() -> int:
     return free_port()
 
 
+@pytest.mark.slow
 def test_everything_is_local_and_answers_where_nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
@@ -41,6 +42,7 @@ def test_what_does_not_answer_is_named_with_its_remedy(
         assert remedy in found[part]["says"]
 
 
+@pytest.mark.slow
 def test_it_says_what_auto_chooses_and_what_bounds_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):

@@ -176,6 +176,7 @@ def test_an_output_folder_that_holds_something_else(place: Path, capsys: pytest.
     assert "a file stands where a folder should" in refusal(place, capsys, "prepare", "others", "file/out")
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_not_prepared_or_damaged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images(place / "others", "a.png")
     said = refusal(place, capsys, "pretrain", "--data.uri", "others")
@@ -254,6 +255,7 @@ def test_a_backbone_that_the_images_do_not_fit(place: Path, capsys: pytest.Captu
     assert said == "image side 28px is not a multiple of patch 16px; try 32px"
 
 
+@pytest.mark.slow
 def test_a_model_or_alias_that_does_not_exist(place: Path, mlflow_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
@@ -353,6 +355,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.slow
 def test_storage_without_permission(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,12 +115,14 @@ def test_a_share_and_a_count_of_labels_exclude_each_other() -> None:
         ClassifyConfig(labels="1%", data=DataConfig(labels_per_class=20))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(pretrain_configs())
 def test_a_config_survives_yaml(config: PretrainConfig) -> None:
     assert from_dict(PretrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(pretrain_configs())
 def test_a_config_survives_its_command_line(config: PretrainConfig) -> None:

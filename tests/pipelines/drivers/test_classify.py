@@ -186,6 +186,7 @@ def embedded(pretrained: Pretrained, split: str, tmp_path: Path) -> tuple[np.nda
     return load_encoder(tmp_path)(torch.from_numpy(images)).detach().numpy(), table["label"].to_numpy()
 
 
+@pytest.mark.long
 def test_an_attentive_probe_trains_on_a_share_of_the_labels(pretrained: Pretrained) -> None:
     from pipelines.drivers.classify import probe
     from pipelines.registry import open_tracking

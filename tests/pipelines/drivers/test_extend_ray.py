@@ -148,6 +148,7 @@ def test_the_same_command_repeats_the_outcome(place: Place) -> None:
     assert pretrain(extension_of("short", CHANGES)) == place.longer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kept", [1, 2])
 def test_an_interrupted_extension_ends_with_the_same_weights(place: Place, kept: int) -> None:
     """Killed before a checkpoint of its own, or after the first."""
@@ -160,6 +161,7 @@ def test_an_interrupted_extension_ends_with_the_same_weights(place: Place, kept:
     assert {key for key in again if again[key] != place.longer[key]} <= {"duration_s", "goodput"}
 
 
+@pytest.mark.long
 def test_an_extension_never_starts_from_random_weights(place: Place) -> None:
     """The first checkpoint is damaged and there is no other: the run stops, and the next command copies it again."""
     from pipelines import extension_of, pretrain
@@ -178,6 +180,7 @@ def test_an_extension_never_starts_from_random_weights(place: Place) -> None:
     assert place.state("longer") == before
 
 
+@pytest.mark.long
 def test_a_warm_restart_rises_from_the_rate_at_which_the_run_ended(place: Place) -> None:
     from pipelines import extension_of, pretrain
 

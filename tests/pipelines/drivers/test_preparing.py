@@ -100,6 +100,7 @@ def len_of_train(place: Place) -> int:
     return read_manifest(open_storage(place.prepared)).splits["train"].num_rows
 
 
+@pytest.mark.long
 def test_a_complete_cache_is_a_prepared_dataset_to_any_other_run(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_complete_cache_is_a_prepared_dataset_to_any_other_run(
     ]
 
 
+@pytest.mark.long
 def test_two_workers_end_the_first_epoch_at_the_same_step(place: Place) -> None:
     outcome = pretrain(place.config("two", "cache-two", compute=ComputeConfig(num_workers=2)), "two")
     assert outcome["steps"] == (place.run("calm").read_outcome() or {})["steps"]
@@ -122,6 +124,7 @@ def test_two_workers_end_the_first_epoch_at_the_same_step(place: Place) -> None:
     assert outcome["loss"] == pytest.approx((place.run("calm").read_outcome() or {})["loss"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_told_to_stop_it_saves_what_it_has_and_the_same_command_goes_on_bit_for_bit(place: Place) -> None:
     config = place.config("told", "cache-told", checkpoint=CheckpointConfig(every_epochs=0.1, keep=99))
     preset = place.folder / "told.yaml"
@@ -162,6 +165,7 @@ def test_what_ends_a_preparation_ends_the_run_with_its_sentence(place: Place, tm
     assert steps == 2 * -(-num_rows // 32)
 
 
+@pytest.mark.long
 def test_a_finished_run_is_extended_as_any_other(place: Place) -> None:
     config = extension_of("calm", {"epochs": 1}, str(place.folder / "runs"))
     outcome = pretrain(config, "calm")
@@ -175,6 +179,7 @@ def test_a_cache_of_another_source_is_refused_by_name(place: Place, few: Path) -
         pretrain(dataclasses.replace(config, data=data), "other")
 
 
+@pytest.mark.long
 def test_a_prepared_dataset_needs_no_cache(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     config = place.config("before", "unused")
     data = dataclasses.replace(config.data, uri=str(place.prepared))

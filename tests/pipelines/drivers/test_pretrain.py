@@ -138,6 +138,7 @@ def test_killed_after_publishing_nothing_is_published_twice(place: Place) -> Non
     assert place.versions(place.undisturbed["run_id"]) == ["1"]
 
 
+@pytest.mark.long
 def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(place: Place) -> None:
     preset = place.folder / "killed.yaml"
     preset.write_text(yaml.safe_dump({"kind": "pretrain"} | to_dict(place.config("killed"))))
@@ -155,6 +156,7 @@ def test_killed_before_publishing_the_same_command_publishes_and_trains_nothing(
     assert [run.info.run_id for run in named] == [outcome["run_id"]]
 
 
+@pytest.mark.long
 def test_a_bit_flipped_in_the_newest_checkpoint_costs_two_workers_its_steps_and_no_failure(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,7 @@ def test_an_evaluation_that_was_lost_with_its_process_is_done_when_the_run_resum
     assert set(place.logged(again["run_id"], "evaluate/rankme")) == set(after)
 
 
+@pytest.mark.long
 def test_images_that_cannot_be_read_cost_the_evaluations_and_nothing_else(
     place: Place,
 ) -> None:
@@ -147,6 +148,7 @@ def test_images_that_cannot_be_read_cost_the_evaluations_and_nothing_else(
     assert not Evaluations(place.run("damaged").storage).steps()
 
 
+@pytest.mark.long
 def test_an_evaluation_whose_process_is_killed_costs_one_evaluation_and_nothing_else(place: Place) -> None:
     from pipelines.drivers.pretrain import pretrain
 

@@ -64,6 +64,7 @@ def test_lists_hold_training_images_of_both_ends(tiles: Tiles, config: CurateCon
             assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_other_shares_and_a_rerun_use_the_losses_that_are_there(
     tiles: Tiles, config: CurateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

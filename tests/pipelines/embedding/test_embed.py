@@ -45,6 +45,7 @@ def view_of(path: Path) -> np.ndarray:
     return evaluation_view(decode(path.read_bytes(), 3), (8, 8))
 
 
+@pytest.mark.slow
 def test_embeddings_equal_the_encoders_on_the_same_pixels(
     backbone: Path, few: Path, config: EmbedConfig, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_rows_say_what_they_embed_in_the_order_of_ids(tiles: Tiles, config: Embe
     assert set(manifest["identity"]["model"]) == {"config.json", "encoder.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_a_prepared_dataset_gives_what_its_source_gives(few: Path, config: EmbedConfig, tmp_path: Path) -> None:
     prepare(str(few), str(tmp_path / "prepared"), PrepareConfig(rows_per_shard=50, rows_per_group=16))
@@ -120,6 +122,7 @@ def test_the_zoo_is_accounted_for(zoo: list, config: EmbedConfig, tmp_path: Path
     assert result["reasons"] == dict(sorted(Counter(row["reason"].split(":")[0] for row in quarantined).items()))
 
 
+@pytest.mark.slow
 def test_a_rerun_computes_only_the_missing_parts_and_ends_in_the_same_bytes(
     few: Path, config: EmbedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def test_images_that_change_between_two_attempts_are_embedded_again(
     assert len(computed) == 9
 
 
+@pytest.mark.slow
 def test_another_model_dataset_or_folder_is_refused(
     few: Path, tiles: Tiles, config: EmbedConfig, backbone: Path, tmp_path: Path
 ) -> None:

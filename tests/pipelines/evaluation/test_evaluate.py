@@ -109,6 +109,7 @@ def test_a_split_without_one_whole_image_is_refused(config: EvaluateConfig, tile
         evaluate(config, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_rerun_computes_only_the_missing_parts(
     config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def images(sample: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_sheet_and_a_picture_per_image_are_drawn_alike_each_time(
     backbone: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_foreground_is_found_and_an_absent_class_is_named(pairs: Path, config: S
         assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_a_resumed_probe_equals_an_undisturbed_one(
     pairs: Path, config: SegmentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def executor() -> Elsewhere:
     return Elsewhere(threading.Event())
 
 
+@pytest.mark.slow
 def test_without_an_alias_nothing_is_trained_and_a_wrong_job_keeps_no_other_from_being(
     tracking: Tracking, backbone: ModelRef, tiles: Tiles, working_dir: Path, executor: Elsewhere
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_champion_becomes_a_classifier_with_its_lineage_and_only_once(
     assert len(tracking.client.search_model_versions(f"name = '{MODEL_NAME}-classifier'")) == 1
 
 
+@pytest.mark.slow
 def test_a_watch_ends_in_order_on_a_signal_and_a_webhook_wakes_it(
     tracking: Tracking, backbone: ModelRef, tiles: Tiles, working_dir: Path
 ) -> None:

@@ -164,6 +164,7 @@ def test_a_parent_that_looks_before_it_was_told_of_a_death_says_how_the_process_
     assert (end.status, here.num_children) == (128 + signal.SIGKILL, 0), end.said
 
 
+@pytest.mark.slow
 def test_reconcilers_that_look_at_once_start_each_training_once_and_keep_the_limit(world: World) -> None:
     trainings = [world.training(f"t{number}") for number in range(6)]
     children = []
@@ -181,6 +182,7 @@ def test_reconcilers_that_look_at_once_start_each_training_once_and_keep_the_lim
     assert world.most_at_a_time() <= 2
 
 
+@pytest.mark.slow
 def test_a_failure_is_retried_with_a_wait_then_given_up_until_a_person_asks(world: World) -> None:
     training, here = world.training("a", "fail"), world.here()
     other = world.training("b")

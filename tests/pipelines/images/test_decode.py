@@ -92,6 +92,7 @@ def bombs(zoo: list) -> dict[str, tuple[bytes, str]]:
     }
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_with_their_reason(bombs: dict) -> None:
     for name, (content, reason) in bombs.items():
         with pytest.raises(ValueError, match=reason):

@@ -238,6 +238,7 @@ def test_damaged_sliceable_files_are_refused_or_decoded_and_nothing_else(data: s
     assert pixels.shape == (40, 50, 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_crafted_index_is_refused_or_decoded_and_nothing_else(data: st.DataObject) -> None:

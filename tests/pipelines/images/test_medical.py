@@ -269,6 +269,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_an_image_and_nothing_else(data: st.DataObject) -> None:

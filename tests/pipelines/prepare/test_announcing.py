@@ -100,6 +100,7 @@ def train_shards(manifest: Manifest) -> list[tuple[str, int, str]]:
     return [(shard.path, shard.num_rows, shard.sha256) for shard in manifest.splits["train"].shards]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_the_dataset_is_that_of_two_passes_and_every_shard_was_announced_as_it_stays(
     source: Path, tmp_path: Path
@@ -113,6 +114,7 @@ def test_the_dataset_is_that_of_two_passes_and_every_shard_was_announced_as_it_s
     assert bytes_of(tmp_path / "ordered") == bytes_of(tmp_path / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("num_announced", [0, 1, 4])
 def test_stopped_anywhere_it_continues_in_either_way_to_the_same_bytes(

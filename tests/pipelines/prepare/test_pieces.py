@@ -70,6 +70,7 @@ def source(few: Path, zoo: list, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("options", [{}, {"hold_out": "stratified", "group_by": "^.{13}"}], ids=str)
 def test_no_byte_depends_on_the_number_of_cores(
@@ -119,6 +120,7 @@ def test_a_signal_is_answered_with_the_slices_and_pieces_that_are_done_and_none_
     assert len(started) == len(set(started))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_dropping_duplicates_reads_only_these_again_and_writes_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +145,7 @@ def test_dropping_duplicates_reads_only_these_again_and_writes_the_same_bytes(
     assert files_of(tmp_path / "copied") == files_of(tmp_path / "read")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_a_slice_of_which_one_shard_was_rewritten_by_a_killed_task_is_read_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

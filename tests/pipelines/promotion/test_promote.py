@@ -79,6 +79,7 @@ def version_at(tracking: Tracking, alias: str) -> int:
     return tracking.history(NAME, alias).version
 
 
+@pytest.mark.slow
 def test_a_better_version_passes_and_a_worse_one_is_refused_with_numbers(
     tracking: Tracking, config: PromoteConfig
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_better_version_passes_and_a_worse_one_is_refused_with_numbers(
     assert json.loads(tags[f"mae.{config.to}.figures"])["data/all/gain_low"] == 100
 
 
+@pytest.mark.slow
 def test_the_evaluation_is_a_run_linked_to_both_versions_with_figures_and_pictures(
     tracking: Tracking, config: PromoteConfig
 ) -> None:
@@ -119,6 +121,7 @@ def test_the_evaluation_is_a_run_linked_to_both_versions_with_figures_and_pictur
     assert {m.key: m.value for m in shown}["data/all/gain"] == 100
 
 
+@pytest.mark.slow
 def test_a_costlier_version_is_refused_and_force_says_so_in_the_history(
     tracking: Tracking, config: PromoteConfig
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_costlier_version_is_refused_and_force_says_so_in_the_history(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_first_version_needs_only_the_least_value(config: PromoteConfig, tmp_path: Path) -> None:
     gate = tmp_path / "strict.yaml"
     gate.write_text("kind: gate\nmin_value: 80\n")
@@ -145,6 +149,7 @@ def test_the_first_version_needs_only_the_least_value(config: PromoteConfig, tmp
     assert "already" in promote(GOOD, strict)["text"]
 
 
+@pytest.mark.slow
 def test_who_loses_the_race_while_measuring_is_told(
     tracking: Tracking, config: PromoteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +234,7 @@ def test_a_gate_or_force_with_a_reason_is_needed(config: PromoteConfig) -> None:
         promote(GOOD, dataclasses.replace(config, data=()))
 
 
+@pytest.mark.slow
 def test_a_refusal_is_exit_status_1_and_prints_the_numbers(
     config: PromoteConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

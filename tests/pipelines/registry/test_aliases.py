@@ -47,6 +47,7 @@ def test_of_promotions_at_once_one_wins_and_all_others_are_told_by_whom(register
     check_race(tracking, "mae-race", "raced", 12 if has_postgres() else 50)
 
 
+@pytest.mark.slow
 def test_the_decision_is_tagged_and_recorded(registered: Registered) -> None:
     tracking, refs = registered
     history = tracking.history("mae-race", "champion")

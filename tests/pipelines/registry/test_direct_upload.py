@@ -46,6 +46,7 @@ def test_a_version_lies_in_the_store_is_verified_on_loading_and_pruned_there(
         tracking.verify(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["/local/folder", "s3://", "s3://key:secret@bucket/x", "http://host/x"])
 def test_any_other_place_is_refused_without_printing_a_secret(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

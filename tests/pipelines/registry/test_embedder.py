@@ -12,6 +12,7 @@ from pipelines.registry import open_tracking, register_backbone
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
+@pytest.mark.slow
 def test_a_file_that_was_altered_is_named_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.registry.embedder import Embedder
 

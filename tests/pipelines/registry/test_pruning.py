@@ -43,6 +43,7 @@ def finished(tracking: Tracking, name: str) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_what_an_alias_a_rollback_a_lineage_or_a_run_needs_is_kept_with_the_reason(tracking: Tracking) -> None:
     run = finished(tracking, "p")
     versions = [registered(run, "mae-p", number) for number in range(6)]

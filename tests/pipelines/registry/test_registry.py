@@ -175,6 +175,7 @@ class TestWhichMlflow:
             open_tracking("mae")
         assert "secret" not in str(caught.value)
 
+    @pytest.mark.slow
     def test_a_deleted_experiment_is_refused_with_the_remedy(self, tracking):
         tracking.client.delete_experiment(tracking.experiment_id)
         with pytest.raises(ValueError, match="mlflow experiments restore"):

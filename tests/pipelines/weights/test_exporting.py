@@ -142,6 +142,7 @@ def test_a_classifier_computes_the_same_elsewhere(place: Path, naming: str, pool
     check_classifier(folder, naming)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_transformers_predicts_the_patches_that_we_predict(place: Path) -> None:
     folder = backbone(place / "backbone")
@@ -292,6 +293,7 @@ def test_what_onnx_needs_is_named_with_the_command_that_installs_it(
         exported(backbone(place / "backbone"), "onnx")
 
 
+@pytest.mark.slow
 def test_onnx_states_its_opset_and_a_dynamic_batch(place: Path) -> None:
     import onnx
 

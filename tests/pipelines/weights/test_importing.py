@@ -165,6 +165,7 @@ def test_an_export_of_this_project_needs_no_licence_and_is_taken_as_it_is(place:
         imported(str(folder), "mae-b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["timm", "transformers", "fair"])
 def test_licence_and_origin_come_back_with_what_was_exported(place: Path, naming: str) -> None:
     reference_file(place / "mae.pth")

@@ -84,6 +84,7 @@ def study() -> Study:
     return study_of(entries_of())
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_other_file(study: Study) -> None:
     found = Reading(page(study))
     outside = [address for address in found.addresses if not address.startswith(("data:", "#", "http://mlflow/"))]
@@ -135,6 +136,7 @@ def test_the_answer_says_which_points_the_seeds_do_not_tell_from_the_best(
     assert sentence in page(study_of(entries, tests={})).decode()
 
 
+@pytest.mark.slow
 def test_one_seed_is_called_one_and_failures_and_missing_trials_are_listed() -> None:
     entries = entries_of(seeds=1)
     entries[0] = entries[0] | {"error": "loss is nan", "finetune": None, "probe": None, "loss": None}
