@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 _OURS = "mae-ray"
 
 
-def required(name: str, extras: frozenset[str] = frozenset()) -> dict[str, metadata.Distribution]:
-    """Return the distributions that one needs with these extras, however indirectly, by name; itself not among them."""
+def required() -> dict[str, metadata.Distribution]:
+    """Return the distributions that ours needs without extras, however indirectly, by name; itself not among them."""
     found: dict[str, metadata.Distribution] = {}
-    seen, waiting = set[tuple[str, frozenset[str]]](), [(name, extras)]
+    seen, waiting = set[tuple[str, frozenset[str]]](), [(_OURS, frozenset[str]())]
     while waiting:
         name, extras = waiting.pop()
         if (name, extras) in seen:
@@ -47,7 +47,7 @@ def link(distribution: metadata.Distribution, folder: Path) -> None:
 def main() -> None:
     """Link everything; print the names and versions."""
     folder = Path(sys.argv[1])
-    found = required(_OURS)
+    found = required()
     for distribution in found.values():
         link(distribution, folder)
     print("linked:", " ".join(f"{name}=={found[name].version}" for name in sorted(found)))

@@ -16,8 +16,9 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from pipelines.config import SweepConfig
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, train_plan
+from pipelines.runs.jobs import PretrainJob
 from pipelines.runs.metrics import Evaluations
+from pipelines.runs.plans import train_plan
 from tune.trial import Trial
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from pipelines.config import ClassifyConfig, PretrainConfig, SweepConfig, identi
 from pipelines.dataset.manifest import Manifest
 from pipelines.drivers.classify import StartingEncoder, published_classify_job, with_labelled_dataset
 from pipelines.drivers.pretrain import pixels_of, published_pretrain_job, with_dataset
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, PretrainJob
+from pipelines.runs.jobs import ClassifyJob, PretrainJob
+from pipelines.runs.plans import IndexedDataset
 from pipelines.storage import Storage
 from tune.proposals import proposed
 from tune.results import has_result

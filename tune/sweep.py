@@ -25,7 +25,8 @@ from pipelines.interrupts import stopping_at
 from pipelines.registry import Point
 from pipelines.runs.checkpoints import Retention
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedJob, index_dataset
+from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.plans import IndexedJob, index_dataset
 from pipelines.storage import Storage, open_storage
 from tune.budget import Budget, Clock
 from tune.planning import of_trial, plan, settled, without_stopped

@@ -18,7 +18,8 @@ from pipelines.drivers.drive import claim
 from pipelines.drivers.launch import launch
 from pipelines.runs.automatic import describe_compute, is_automatic, settle
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, IndexedJob, Job, PretrainJob
+from pipelines.runs.jobs import ClassifyJob, Job, PretrainJob
+from pipelines.runs.plans import IndexedDataset, IndexedJob
 from pipelines.runs.stopping import StopRequest
 from pipelines.storage import Storage, open_storage
 from tune.space import Point, describe

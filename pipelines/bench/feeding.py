@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from mae_core.config import AugmentConfig
 from pipelines.bench.config import FeedBenchConfig
 from pipelines.bench.object_store import environment
+from pipelines.feed.blocks import SampleArrays
 from pipelines.feed.building import RankFeed, feed
 from pipelines.feed.plan import EpochPlan, Index
 from pipelines.feed.segments import FeedSegment, Transform
@@ -50,17 +51,6 @@ _KINDS = {
 """Kinds of processes by what their command line holds; all others that run work for Ray are data tasks."""
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A micro-batch as `to_block` takes it."""
-
-    ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    step: int
-    index: int
-
-
 class _MadeWindow:
     """A window whose images are whatever lies in memory, but for the id in the first bytes of each."""
 
@@ -82,12 +72,12 @@ class _MadeWindow:
     def __len__(self) -> int:
         return len(self._found)
 
-    def micro_batch(self, number: int, memory: NDArray[Any]) -> _Made:
+    def micro_batch(self, number: int, memory: NDArray[Any]) -> SampleArrays:
         step, index = self._found[number]
         ids = _ids_of(self._plan, step, index)
         memory.reshape(len(ids), -1)[:, :8] = ids.view(np.uint8).reshape(-1, 8)
         labels = np.full_like(ids, self._node)
-        return _Made(ids, labels, np.ones(len(ids), np.float32), step, index)
+        return SampleArrays(memory, ids, labels, np.ones(len(ids), np.float32), step, index)
 
 
 class MadeSegment(FeedSegment):

@@ -29,7 +29,8 @@ from pipelines.dataset.manifest import Manifest, read_manifest
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.segments import FeedSegment
-from pipelines.runs.jobs import PretrainJob, index_dataset, segments, train_plan
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import index_dataset, segments, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.loop import TrainState
 

@@ -14,7 +14,8 @@ from pipelines.dataset.manifest import Manifest, check_value_range
 from pipelines.drivers.drive import Publish, PublishedJob, drive, read_export
 from pipelines.drivers.pretrain import open_dataset, pixels_of
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, index_dataset, train_plan
+from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.plans import IndexedDataset, index_dataset, train_plan
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)

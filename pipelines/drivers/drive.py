@@ -23,8 +23,9 @@ from pipelines.runs.checkpoints import Checkpoint, Retention
 from pipelines.runs.estimates import compare
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import EvaluationFollower, MetricFollower, PictureFollower
-from pipelines.runs.jobs import IndexedDataset, Job, PretrainJob, last_step, train_plan
+from pipelines.runs.jobs import Job, PretrainJob
 from pipelines.runs.listing import Heartbeat, last_alive_s
+from pipelines.runs.plans import IndexedDataset, last_step, train_plan
 from pipelines.runs.progress import ProgressDisplay
 from pipelines.runs.trackers import check_installed, tracking_elsewhere
 from pipelines.stages import stage

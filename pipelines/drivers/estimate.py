@@ -16,7 +16,8 @@ from pipelines.drivers.drive import PublishedJob
 from pipelines.machine import this_machine
 from pipelines.runs.automatic import settle
 from pipelines.runs.estimates import Estimate, num_kept, store
-from pipelines.runs.jobs import PretrainJob, last_step, train_plan
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import last_step, train_plan
 
 if TYPE_CHECKING:
     from pipelines.worker.calibrating import Calibration

@@ -10,7 +10,8 @@ from pipelines.cluster import quiet_ray
 from pipelines.drivers.data_tasks import data_tasks
 from pipelines.drivers.process_group import gather
 from pipelines.feed.building import RankFeed, feed
-from pipelines.runs.jobs import IndexedJob, first_steps, remaining_segments, with_workers
+from pipelines.runs.jobs import with_workers
+from pipelines.runs.plans import IndexedJob, first_steps, remaining_segments
 
 if TYPE_CHECKING:
     from pipelines.feed.micro_batch import MicroBatch

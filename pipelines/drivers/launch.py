@@ -19,7 +19,8 @@ from pipelines.interrupts import wait_for
 from pipelines.runs.automatic import with_stored_micro_batch
 from pipelines.runs.failures import cause_of, failure_recorder
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedJob, Job, PretrainJob
+from pipelines.runs.jobs import Job, PretrainJob
+from pipelines.runs.plans import IndexedJob
 from pipelines.runs.stopping import StopRequest
 from pipelines.stages import note, saying
 

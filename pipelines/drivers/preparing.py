@@ -47,8 +47,9 @@ from pipelines.registry import Tracking
 from pipelines.runs.automatic import describe_compute, settle
 from pipelines.runs.folder import RunFolder
 from pipelines.runs.followers import MetricFollower
-from pipelines.runs.jobs import ListedDataset, PretrainJob, train_plan
+from pipelines.runs.jobs import PretrainJob
 from pipelines.runs.listing import Heartbeat, last_alive_s
+from pipelines.runs.plans import ListedDataset, train_plan
 from pipelines.runs.progress import ProgressDisplay
 from pipelines.runs.stopping import StopRequest
 from pipelines.runs.trackers import check_installed, tracking_elsewhere

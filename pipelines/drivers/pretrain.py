@@ -19,7 +19,8 @@ from pipelines.drivers.drive import Publish, PublishedJob, drive, manifest_json,
 from pipelines.drivers.extend import ExtendedRun, describe_extension, extension_name, read_finished_run
 from pipelines.evaluation.subset import check_num_images
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import PretrainJob, index_dataset, train_plan
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import index_dataset, train_plan
 from pipelines.storage import open_storage
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ between epochs.
 |---|---|---|
 | first rank of a node | `driver` | builds the datasets of the node's feed |
 | data task | `data_task`, `windows` | turns one window into blocks |
-| rank | `rank` | turns blocks into micro-batches, and starts the next execution |
+| rank | `rank`, `micro_batch` | turns blocks into micro-batches, and starts the next execution |
 | all of them | `channel` | holds the state that they share |
 
 `plan` and `segments` say what is fed, `executions` how tasks are grouped, `blocks` and `buffers` how micro-batches
-travel. Only data tasks and ranks load torch, which costs a process two seconds.
+travel. Only ranks load torch, which costs a process two seconds, and data tasks where they resize a whole image.
 """

@@ -5,15 +5,17 @@ would cost each of Ray Data's own processes two seconds.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.feed.plan import Ids
+
 if TYPE_CHECKING:
     from pipelines.feed.micro_batch import MicroBatch
-    from pipelines.feed.windows import SampleArrays
 
 _TENSORS = ("images", "ids", "labels", "weights")
 _NUMBERS = ("step", "index")
@@ -21,7 +23,19 @@ _NEXT = "next"
 """Column with the execution that may start when the block arrives, or 0."""
 
 
-def to_block(batches: Sequence["SampleArrays"], images: NDArray[Any], next_execution: int) -> pa.Table:
+@dataclass(frozen=True)
+class SampleArrays:
+    """A micro-batch as arrays, with the fields of `MicroBatch`."""
+
+    images: NDArray[Any]
+    ids: Ids
+    labels: Ids
+    weights: NDArray[np.float32]
+    step: int
+    index: int
+
+
+def to_block(batches: Sequence[SampleArrays], images: NDArray[Any], next_execution: int) -> pa.Table:
     """Pack micro-batches end to end into the lists of one row.
 
     `images` is [micro-batches, crops * batch, height, width, channels], the memory that their images view.
@@ -29,7 +43,7 @@ def to_block(batches: Sequence["SampleArrays"], images: NDArray[Any], next_execu
     """
     columns = {"images": images.reshape(-1), "shape": np.array(images.shape[1:], dtype=np.int64)}
     for name in _TENSORS[1:]:
-        columns[name] = np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
+        columns[name] = np.concatenate([getattr(batch, name) for batch in batches])
     for name in _NUMBERS:
         columns[name] = np.array([getattr(batch, name) for batch in batches], dtype=np.int64)
     return pa.table({name: as_list(values) for name, values in columns.items()} | {_NEXT: [next_execution]})

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mae_core.config import Size
+from pipelines.feed.blocks import SampleArrays
 from pipelines.feed.plan import PLACEHOLDER
 from pipelines.feed.segments import FeedSegment
-from pipelines.feed.windows import SampleArrays, Window
+from pipelines.feed.windows import Window
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mae_core.normalization import ValueRange
 from mae_core.randomness import Purpose, seed_of
 from mae_core.views import crop_boxes, flips, rand_augment, turns
 from pipelines.dataset.row_groups import RowGroups
+from pipelines.feed.blocks import SampleArrays
 from pipelines.feed.plan import PLACEHOLDER, EpochPlan, GroupRead, Ids
 from pipelines.feed.segments import FeedSegment, Transform
 from pipelines.images.crops import crop_into, crop_values_into
@@ -30,18 +31,6 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = ["image", "label", "height_px", "width_px", "orientation", "segment_offsets"]
 _READ_THREADS = 8
-
-
-@dataclass(frozen=True)
-class SampleArrays:
-    """A micro-batch as arrays, with the fields of `MicroBatch`."""
-
-    images: NDArray[Any]
-    ids: Ids
-    labels: Ids
-    weights: NDArray[np.float32]
-    step: int
-    index: int
 
 
 class Window:

@@ -12,7 +12,8 @@ import torch
 from pipelines.console import log_to_driver
 from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, IndexedJob, Job, ListedDataset, PretrainJob, with_workers
+from pipelines.runs.jobs import Job, PretrainJob, with_workers
+from pipelines.runs.plans import IndexedDataset, IndexedJob, ListedDataset
 from pipelines.worker import finetuning, neighbours, pretraining, probing
 from pipelines.worker.goodput import Attempt, Clock
 from pipelines.worker.rank import Feed, Rank, join_group

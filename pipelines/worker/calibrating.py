@@ -10,7 +10,8 @@ from mae_core.model import build_mae
 from mae_core.state import pack
 from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
-from pipelines.runs.jobs import IndexedDataset, PretrainJob, train_plan
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import IndexedDataset, train_plan
 from pipelines.worker.loop import LossOf, TrainState, warm_up
 from pipelines.worker.pretraining import loss_function
 from pipelines.worker.rank import Rank

@@ -15,7 +15,8 @@ from mae_core.step import classify_loss
 from pipelines.feed.micro_batch import MicroBatch
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan
+from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.plans import IndexedDataset, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.export import classifier_files
 from pipelines.worker.loop import LossOf, TrainState, train, warm_up

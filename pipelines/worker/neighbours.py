@@ -6,8 +6,9 @@ import torch
 
 from mae_core.neighbours import knn_probabilities
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, read_plan, train_plan
+from pipelines.runs.jobs import ClassifyJob
 from pipelines.runs.metrics import MetricSpool
+from pipelines.runs.plans import IndexedDataset, read_plan, train_plan
 from pipelines.worker.finetuning import result_of
 from pipelines.worker.probing import frozen_encoder, read_split, read_table
 from pipelines.worker.rank import Feed, Rank

@@ -27,7 +27,8 @@ from pipelines.pictures.figures import reconstruction_rows
 from pipelines.pictures.reconstruct import picture_block, split_images
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, ListedDataset, PretrainJob, last_step, listed_plan, train_plan
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import IndexedDataset, ListedDataset, last_step, listed_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.evaluations import EvaluationActor, EvaluationQueue
 from pipelines.worker.export import backbone_files

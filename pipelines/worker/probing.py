@@ -19,7 +19,8 @@ from pipelines.feed.micro_batch import MicroBatch
 from pipelines.feed.plan import EpochPlan
 from pipelines.runs.checkpoints import Checkpoint
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ClassifyJob, IndexedDataset, Phase, phases, read_plan, train_plan
+from pipelines.runs.jobs import ClassifyJob
+from pipelines.runs.plans import IndexedDataset, Phase, phases, read_plan, train_plan
 from pipelines.storage import open_storage
 from pipelines.worker.finetuning import result_of
 from pipelines.worker.loop import TrainState

@@ -37,7 +37,8 @@ from pipelines.cluster import ray_session
 from pipelines.config import from_dict
 from pipelines.dataset.manifest import read_manifest
 from pipelines.drivers.launch import launch
-from pipelines.runs.jobs import PretrainJob, index_dataset
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import index_dataset
 from pipelines.storage import open_storage
 job = from_dict(PretrainJob, json.loads(sys.argv[1]))
 dataset = index_dataset(job, read_manifest(open_storage(job.config.data.uri)))

@@ -97,6 +97,26 @@ def test_a_run_that_ctrl_c_stopped_equals_one_that_was_left_alone(place: Place) 
 
 
 @pytest.mark.long
+def test_a_run_that_both_signals_stopped_equals_one_that_was_left_alone(place: Place) -> None:
+    """SIGTERM for the driver, as from Kubernetes; SIGINT for its process group, as Ctrl-C in a terminal."""
+    outcome(place, 3, "undisturbed-3")
+    words = command(place, 3, "stopped-3", checkpoint={"every_epochs": 3.0})
+    with started(words, place) as driver:
+        wait_for_step(place, "stopped-3", 3 * STEPS_PER_EPOCH, driver)
+        first = stopped(place, driver, words, signal.SIGTERM)
+    with started(words, place) as driver:
+        wait_for_step(place, "stopped-3", first + 1, driver)
+        second = stopped(place, driver, words, signal.SIGINT)
+    assert 3 * STEPS_PER_EPOCH <= first < second < TOTAL
+    finished = place.run(words)
+    assert finished.returncode == 0, finished.stderr
+    assert f"at step {second} with 3 workers" in finished.stderr
+    assert json.loads(finished.stdout)["failures"] == 0
+    assert weights(place, "stopped-3") == weights(place, "undisturbed-3")
+    check_mlflow(place, "stopped-3", "undisturbed-3")
+
+
+@pytest.mark.long
 def test_a_run_that_is_stopped_at_random_moments_equals_one_that_was_left_alone(place: Place) -> None:
     """Half of the moments are in the start of Ray and of the workers, where there is nothing to save."""
     outcome(place, 2, "undisturbed-2")

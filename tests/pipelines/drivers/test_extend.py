@@ -24,8 +24,9 @@ from pipelines.drivers.extend import command_of, extension_name, extension_of, r
 from pipelines.machine import Machine
 from pipelines.runs.automatic import choose
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import Extended, PretrainJob, index_dataset, segments, train_plan
+from pipelines.runs.jobs import Extended, PretrainJob
 from pipelines.runs.listing import list_runs, table
+from pipelines.runs.plans import index_dataset, segments, train_plan
 from tests.finished import finished_run
 from tests.new_mlflow import new_mlflow
 

@@ -16,7 +16,8 @@ from pipelines.dataset.manifest import Manifest, Split
 from pipelines.drivers.drive import keep_compiled
 from pipelines.drivers.launch import RunFailed, launch, light_imports
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, IndexedJob, PretrainJob
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import IndexedDataset, IndexedJob
 from tests.pipelines.drivers.small import MODEL
 
 

@@ -27,7 +27,7 @@ data: {batch: 64, micro_batch: 32}
 classifier: {method: probe, pool: avg, head_std: 0.01}
 optim: {name: lars, base_lr: 8.0, min_lr: 0, warmup_epochs: 0, weight_decay: 0}
 augment: {crop: none, flip: false}
-compute: {num_workers: 1}
+compute: {num_workers: %d}
 """
 
 
@@ -54,22 +54,26 @@ def tracking(ray4: None, tmp_path: Path) -> Iterator[Tracking]:
         yield tracking
 
 
+@pytest.mark.parametrize(
+    ("labels", "num_workers"), [(("50%",), 1), pytest.param(("", "50%"), 2, marks=pytest.mark.long)]
+)
 def test_a_better_backbone_passes_a_worse_one_is_refused_and_rollback_returns(
-    tracking: Tracking, few_prepared: str, tmp_path: Path
+    tracking: Tracking, few_prepared: str, tmp_path: Path, labels: tuple[str, ...], num_workers: int
 ) -> None:
-    (tmp_path / "tiny_probe.yaml").write_text(PROBE)
+    (tmp_path / "tiny_probe.yaml").write_text(PROBE % num_workers)
     gate = tmp_path / "tiny_gate.yaml"
     gate.write_text(
-        f'kind: gate\ntrain: {tmp_path}/tiny_probe.yaml\nlabels: ["50%"]\nsplit: test\nmax_class_loss: 60\n'
+        f"kind: gate\ntrain: {tmp_path}/tiny_probe.yaml\n"
+        f"labels: {json.dumps(labels)}\nsplit: test\nmax_class_loss: 60\n"
     )
     config = PromoteConfig(gate=str(gate), data=(few_prepared,), output=str(tmp_path / "runs"))
     promote(f"{NAME}/1", PromoteConfig(force=True, why="the only one"))
     passed = promote(f"{NAME}/2", config)
     assert passed["promoted"], passed["text"]
-    name = Path(few_prepared).name
-    assert passed["figures"][f"{name}/50_percent/gain_low"] > 0
+    gains = {f"{Path(few_prepared).name}/{share.replace('%', '_percent') or 'all'}/gain_low" for share in labels}
+    assert all(passed["figures"][gain] > 0 for gain in gains)
     runs = [path for path in (tmp_path / "runs").iterdir() if (path / "outcome.json").is_file()]
-    assert len(runs) == 2
+    assert len(runs) == 2 * len(labels)
     # The predictions that the gate compares are those of the accuracy that each run reports.
     reported = {RunFolder(str(path)).read_outcome()["top1"] for path in runs}  # pyright: ignore[reportOptionalSubscript]
     shown = {value for figure, value in passed["figures"].items() if figure.endswith("top1")}
@@ -77,9 +81,9 @@ def test_a_better_backbone_passes_a_worse_one_is_refused_and_rollback_returns(
 
     refused = promote(f"{NAME}/3", config)
     assert not refused["promoted"]
-    assert f"{name}/50_percent/gain_low" in refused["unmet"]
+    assert gains <= set(refused["unmet"])
     assert tracking.resolve(f"models:/{NAME}@champion").version == 2
     # The champion's own runs are read again, and only the candidate's are trained.
-    assert len([path for path in (tmp_path / "runs").iterdir() if (path / "outcome.json").is_file()]) == 3
+    assert len([path for path in (tmp_path / "runs").iterdir() if (path / "outcome.json").is_file()]) == 3 * len(labels)
     assert rollback(NAME, RollbackConfig())["model"] == f"models:/{NAME}/1"
     assert tracking.resolve(f"models:/{NAME}@champion").version == 1

@@ -17,7 +17,8 @@ from pipelines.feed.micro_batch import MicroBatch, window_micro_batches
 from pipelines.feed.plan import Index
 from pipelines.feed.windows import Window
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import ListedDataset, PretrainJob, index_dataset, segments
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import ListedDataset, index_dataset, segments
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.stop_gate import StopRequested

@@ -26,7 +26,8 @@ from pipelines.drivers.extend import extension_of, read_finished_run
 from pipelines.drivers.pretrain import pixels_of, published_extension, published_pretrain_job
 from pipelines.feed.micro_batch import window_micro_batches
 from pipelines.runs.folder import RunFolder
-from pipelines.runs.jobs import IndexedDataset, PretrainJob, index_dataset, segments
+from pipelines.runs.jobs import PretrainJob
+from pipelines.runs.plans import IndexedDataset, index_dataset, segments
 from pipelines.worker import pretraining
 from pipelines.worker.rank import Feed, Rank
 from pipelines.worker.recorder import Stopped

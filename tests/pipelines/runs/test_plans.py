@@ -11,17 +11,8 @@ from mae_core.normalization import Normalization
 from mae_core.schedule import peak_lr
 from pipelines.config import ClassifyConfig, ComputeConfig, DataConfig, PretrainConfig, ProgressiveConfig
 from pipelines.dataset.manifest import Manifest, Shard, Split
-from pipelines.runs.jobs import (
-    ClassifyJob,
-    Extended,
-    PretrainJob,
-    index_dataset,
-    phases,
-    read_plan,
-    segments,
-    train_plan,
-    with_workers,
-)
+from pipelines.runs.jobs import ClassifyJob, Extended, PretrainJob, with_workers
+from pipelines.runs.plans import index_dataset, phases, read_plan, segments, train_plan
 from pipelines.worker.loop import schedule
 
 PIXELS = Normalization(mean=(0.3,), std=(0.4,))
