@@ -72,6 +72,8 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"its test accuracy: probe {result['probe_test']:.2f}, fine-tuned {result['finetune_test']:.2f}")
     if result.get("scratch_test") is not None:
         lines.append(f"from scratch on the same labels: {result['scratch_test']:.2f}")
+    if result.get("is_test_unread"):
+        lines.append("test is unread; the same command with --read-test evaluates the best point on it")
     failed = [entry for entry in result["trials"] if entry["error"]]
     lines += [f"failed: {describe(entry['point'])}: {entry['error']}" for entry in failed]
     stopped = sum(is_stopped(entry) for entry in result["trials"])

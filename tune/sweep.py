@@ -98,7 +98,8 @@ def _progress(checked: _Sweep) -> str:
 def _check(config: SweepConfig, preset: str) -> _Sweep:
     """Return the sweep with its trials. Raises UserError for every mistake that can be found without training."""
     config, manifest = settled(config)
-    # Concurrency, budget and the selection criterion do not change the trials; more seeds and baselines only add some.
+    # Concurrency, budget, the selection criterion and reading test do not change the trials; more seeds and baselines
+    # only add some.
     fixed = dataclasses.replace(
         config,
         question="",
@@ -109,6 +110,7 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
         max_concurrent=1,
         trials_per_group=1,
         select_by="finetune",
+        read_test=True,
         **{measure: of_trial(getattr(config, measure), config.pretrain) for measure in MEASURES},
     )
     name = run_name(fixed, preset, manifest.digest)
@@ -116,7 +118,8 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
     trials = plan(config, storage)
     # Which trials tpe chooses follows from the rest.
     keys = [config.seeds, config.baselines] if config.search == "tpe" else [trial.key for trial in trials]
-    content = json.dumps([identity(fixed), config.select_by, keys], sort_keys=True)
+    unread = [] if config.read_test else ["test is unread"]
+    content = json.dumps([identity(fixed), config.select_by, keys, *unread], sort_keys=True)
     return _Sweep(
         config=config,
         name=name,
@@ -244,9 +247,10 @@ def _register(winner: Trial, children: Any) -> str:
 def _test(checked: _Sweep, winners: Sequence[Trial], stack: ExitStack) -> dict[str, list[float]]:
     """Return top-1 on test of the best point and of its baseline, by the classifiers that were measured on val.
 
-    There is one value per seed, and none without a test split. Test is read for no other point.
+    There is one value per seed, and none without a test split or if it shall stay unread. Test is read for no other
+    point.
     """
-    if "test" not in checked.manifest.splits:
+    if not checked.config.read_test or "test" not in checked.manifest.splits:
         return {}
     labels = {field: winners[0].point[field] for field in LABEL_FIELDS if field in winners[0].point}
     baselines = [t for t in checked.trials if t.pretrain is None and t.point == labels and t.is_finished()]
@@ -304,6 +308,7 @@ def _write(checked: _Sweep, entries: list[Entry], best: Entry, tests: dict[str, 
         **{f"{measure}_test": on_test[measure] for measure in MEASURES},
         "scratch_test": means.get("scratch"),
         "tests": tests,
+        "is_test_unread": not config.read_test and "test" in checked.manifest.splits,
         "trials": entries,
         "num_unrun": len(checked.trials) - len(entries),
         "budget_hours": config.budget_hours,

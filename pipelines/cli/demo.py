@@ -146,7 +146,7 @@ def _compare(config: DemoConfig, where: dict[str, Any], model: str) -> dict[str,
     num_seeds = 1 if config.quick else config.seeds
     plans = [
         ("probe_mae", "demo_probe", model, 1),
-        ("probe_random", "demo_probe", scratch, num_seeds),
+        ("probe_random", "demo_probe", scratch, 1),
         ("finetune_mae", "demo_finetune", model, num_seeds),
         ("finetune_scratch", "demo_scratch", scratch, num_seeds),
     ]

@@ -91,6 +91,9 @@ class SweepConfig:
     """Trials that one worker group runs one after the other; more save start-up time if trials take only seconds."""
     select_by: Literal["finetune", "probe"] = "finetune"
     """Accuracy on val by which the best trial is selected."""
+    read_test: bool = field(default=True, metadata=ADDED)
+    """Evaluate the best point and its baseline on the test split, if there is one. false: leave test unread, as while
+    more sweeps are to come; the same command with true only adds the evaluation."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """Pretraining of every trial, before the values of the search space are applied."""
     probe: ClassifyConfig = field(default_factory=lambda: PROBE)

@@ -167,7 +167,7 @@ class DemoConfig:
 
     output: str = "mae-demo"
     """Folder for all files of the demo."""
-    seeds: int = 3
+    seeds: int = 2
     """Number of seeds over which fine-tuning and training from scratch are averaged."""
     quick: bool = False
     """Run every part with a fraction of the training, to check an installation; the accuracies mean nothing."""

@@ -125,7 +125,14 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     before, content = entry.stat().st_mtime_ns, entry.read_bytes()
     assert not json.loads(content)["error"]
 
-    result = run(home)
+    unread = run(home, "--no-read-test")
+    assert (unread["tests"], unread["finetune_test"]) == ({}, None)
+    printed = Path(unread["folder"]) / "table.txt"
+    assert "test is unread; the same command with --read-test" in printed.read_text()
+    result = run(home, "--read-test")
+    only_tests = {"tests", "probe_test", "finetune_test", "scratch_test", "is_test_unread"}
+    assert {key for key, value in result.items() if value != unread[key]} == only_tests
+    assert "test is unread" not in printed.read_text()
     assert (entry.stat().st_mtime_ns, entry.read_bytes()) == (before, content)
     assert json.loads(content) in result["trials"]
     *trials, scratch = result["trials"]
@@ -277,6 +284,16 @@ def test_points_that_pretrain_alike_share_the_pretraining_and_run_together(confi
     assert [[trial.key for trial in group] for group in groups] == [
         [trial.key for trial in group] for group in (points[:2], points[2:], [few], [many])
     ]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_baselines_join_the_last_group_and_the_others_are_about_equal(config: SweepConfig, tmp_path: Path) -> None:
+    trials = plan_of(config, tmp_path, seeds=3)
+    for per_group, sizes in ((1, [1] * 9), (2, [1, 2, 2, 2, 2]), (4, [3, 3, 3]), (5, [4, 5]), (9, [9])):
+        groups = grouped(trials, per_group)
+        assert [len(group) for group in groups] == sizes
+        assert [trial.key for group in groups for trial in group] == [trial.key for trial in trials]
 
 
 @pytest.mark.ray

@@ -218,10 +218,18 @@ def test_runs_of_earlier_versions_keep_their_identity() -> None:
     """The hashes are of commit 7e1ebf5; a field that is added since then must be marked `ADDED`."""
     assert config_hash(PretrainConfig(), "digest") == "2f38aedd60ca"
     assert config_hash(PROBE, "digest") == "f521c58fba25"
-    assert config_hash(load_preset(PretrainConfig, "demo_pretrain"), "digest") == "5c524b0bda3a"
-    assert config_hash(load_preset(ClassifyConfig, "demo_finetune"), "digest") == "ca447d62ca27"
-    as_it_was = {"baselines": False, "scratch": to_dict(SCRATCH), "trials_per_group": 3}
-    sweep = with_overrides(load_preset(SweepConfig, "demo_sweep"), as_it_was)
+    epochs_were = {"epochs": 14, "optim.warmup_epochs": 2, "checkpoint.every_epochs": 7}
+    data_were = {"data.batch": 128, "data.micro_batch": 64}
+    tracking_were = {"tracking.log_every_steps": 20, "tracking.pictures_every_epochs": 7}
+    pretrain = with_overrides(load_preset(PretrainConfig, "demo_pretrain"), epochs_were | data_were | tracking_were)
+    assert config_hash(pretrain, "digest") == "5c524b0bda3a"
+    finetune_was = {"epochs": 20, "eval_every_epochs": 20, "checkpoint.every_epochs": 20}
+    finetune = with_overrides(load_preset(ClassifyConfig, "demo_finetune"), finetune_was)
+    assert config_hash(finetune, "digest") == "ca447d62ca27"
+    sweep_was = {"baselines": False, "scratch": to_dict(SCRATCH), "trials_per_group": 3, "read_test": True}
+    trials_were = {"pretrain.epochs": 5, "pretrain.data.batch": 128, "pretrain.data.micro_batch": 128}
+    steps_were = {"pretrain.checkpoint.every_epochs": 5, "pretrain.compute.data_tasks": "auto"}
+    sweep = with_overrides(load_preset(SweepConfig, "demo_sweep"), sweep_was | trials_were | steps_were)
     assert config_hash(sweep, "digest") == "11036ca17f96"
 
 
