@@ -82,6 +82,9 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             # Workers are the main workload here; Ray would run them at niceness 15.
             "RAY_worker_niceness": "0",
+            # Each job would start as many idle workers as a node has CPUs, which import what its work does not need.
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_enable_worker_prestart": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",

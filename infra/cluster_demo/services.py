@@ -278,7 +278,7 @@ class RayPlace:
 class RayNode(Service):
     """A head or a worker node: `ray start --block` with an address of its own on the loopback network."""
 
-    def __init__(self, folder: Path, place: RayPlace, ip: str, num_cpus: int = 4) -> None:
+    def __init__(self, folder: Path, place: RayPlace, ip: str, num_cpus: int = 2) -> None:
         super().__init__(folder)
         self._place, self._ip, self._num_cpus, self._number = place, ip, num_cpus, 0
         self.name = "Ray's head" if ip == HEAD_IP else "Ray's worker node"
