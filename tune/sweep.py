@@ -118,8 +118,7 @@ def _check(config: SweepConfig, preset: str) -> _Sweep:
     trials = plan(config, storage)
     # Which trials tpe chooses follows from the rest.
     keys = [config.seeds, config.baselines] if config.search == "tpe" else [trial.key for trial in trials]
-    unread = [] if config.read_test else ["test is unread"]
-    content = json.dumps([identity(fixed), config.select_by, keys, *unread], sort_keys=True)
+    content = json.dumps([identity(fixed), config.select_by, keys], sort_keys=True)
     return _Sweep(
         config=config,
         name=name,
@@ -150,12 +149,14 @@ def _clear(storage: Storage) -> None:
 def _summary(checked: _Sweep) -> dict[str, Any] | None:
     """Return the result of the finished sweep; None if it is unfinished, another sweep's, or has failed trials.
 
-    A sweep that its budget ended is unfinished for a larger one.
+    A sweep that its budget ended is unfinished for a larger one, and one that left test unread for one that reads it.
     """
     if not checked.storage.exists(_SUMMARY):
         return None
     found = json.loads(checked.storage.read(_SUMMARY))
     if found.pop("identity") != checked.identity or any(entry["error"] for entry in found["trials"]):
+        return None
+    if found.get("is_test_unread") and checked.config.read_test:
         return None
     hours = checked.config.budget_hours
     if found.get("num_unrun") and (hours is None or hours > found["budget_hours"]):

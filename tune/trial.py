@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +160,8 @@ def with_choices(trials: Sequence[Trial], max_concurrent: int) -> list[Trial]:
 def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
     """Split the trials into groups of at most `per_group`, each with one compute config.
 
-    Groups are about equally large, the first ones smaller: baselines, which are short, come last. Trials that share a
-    pretraining are in one group, whatever its size.
+    They are filled from the end, so that what is left over makes the first one smaller and not the last, which has the
+    baselines, which are short. Trials that share a pretraining are in one group, whatever its size.
     """
     alike = itertools.groupby(
         sorted(trials, key=lambda trial: repr(trial.main.compute)), key=lambda trial: trial.main.compute
@@ -172,11 +171,9 @@ def grouped(trials: Sequence[Trial], per_group: int) -> list[list[Trial]]:
         shared: dict[str, list[Trial]] = {}
         for trial in kind:
             shared.setdefault(trial.pretrain.folder if trial.pretrain else trial.folder, []).append(trial)
-        num_trials = sum(map(len, shared.values()))
-        limit = math.ceil(num_trials / math.ceil(num_trials / per_group))
         backwards: list[list[Trial]] = []
         for together in reversed(shared.values()):
-            if not backwards or len(backwards[-1]) + len(together) > limit:
+            if not backwards or len(backwards[-1]) + len(together) > per_group:
                 backwards.append([])
             backwards[-1][:0] = together
         groups += reversed(backwards)

@@ -94,7 +94,7 @@ def _run(config: DemoConfig, out: Path) -> dict[str, Any]:
     manifest = prepare(str(sample.unpack(out / "images")), str(out / "prepared"), PrepareConfig())
     log.info("     %s images, digest %s", f"{manifest.num_ok:,}", manifest.digest[:12])
 
-    log.info("2/6  pretraining a nano MAE with two DDP workers")
+    log.info("2/6  pretraining a pico MAE with two DDP workers")
     where = {"output": str(out / "runs"), "data.uri": str(out / "prepared")}
     pretrained = pretrain(_preset(PretrainConfig, "demo_pretrain", config, where), "demo_pretrain")
     log.info("     registered as %s", pretrained["model"])

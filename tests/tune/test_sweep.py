@@ -133,6 +133,7 @@ def test_a_killed_sweep_repeats_no_finished_trial(home: Path) -> None:
     only_tests = {"tests", "probe_test", "finetune_test", "scratch_test", "is_test_unread"}
     assert {key for key, value in result.items() if value != unread[key]} == only_tests
     assert "test is unread" not in printed.read_text()
+    assert run(home, "--no-read-test") == result, "what was read stays read"
     assert (entry.stat().st_mtime_ns, entry.read_bytes()) == (before, content)
     assert json.loads(content) in result["trials"]
     *trials, scratch = result["trials"]
@@ -288,9 +289,9 @@ def test_points_that_pretrain_alike_share_the_pretraining_and_run_together(confi
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_baselines_join_the_last_group_and_the_others_are_about_equal(config: SweepConfig, tmp_path: Path) -> None:
+def test_baselines_join_a_full_group_and_the_first_one_is_smaller(config: SweepConfig, tmp_path: Path) -> None:
     trials = plan_of(config, tmp_path, seeds=3)
-    for per_group, sizes in ((1, [1] * 9), (2, [1, 2, 2, 2, 2]), (4, [3, 3, 3]), (5, [4, 5]), (9, [9])):
+    for per_group, sizes in ((1, [1] * 9), (2, [1, 2, 2, 2, 2]), (4, [1, 4, 4]), (5, [4, 5]), (9, [9])):
         groups = grouped(trials, per_group)
         assert [len(group) for group in groups] == sizes
         assert [trial.key for group in groups for trial in group] == [trial.key for trial in trials]
